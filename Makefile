@@ -1,0 +1,51 @@
+# Everything a fresh clone needs: `make serve` and `make test`. See CONTRIBUTING.md.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= smollm2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Made anew only when what it is made from changes.
+STAMP := $(VENV)/.installed
+
+.PHONY: serve test test-slow lint format bench-cpu clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+.PHONY: help
+
+$(STAMP): pyproject.toml ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hotplug needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c ci/constraints.txt -e '.[cpu,dev]'
+	@touch $@
+
+serve: $(STAMP) ## fetch the default model if needed and serve it (MODEL= HOST= PORT= ARGS=)
+	$(BIN)/hotplug serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(STAMP) ## the test suite (ARGS= for pytest)
+	$(BIN)/pytest -q -m 'not slow' $(ARGS)
+
+test-slow: $(STAMP) ## the long runs, which `make test` leaves out
+	$(BIN)/pytest -q -m slow $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format and repair what it can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench-cpu: $(STAMP) ## the figures of one small model on this processor, against their bars
+	$(BIN)/python ci/bench/first_light.py $(ARGS)
+
+clean: ## remove the environment and all caches of tools; fetched models stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""What several commands print: consoles, the progress bar of a download, the line of a selected device."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from hotplug.core.platform.select import Selection
+    from hotplug.core.weights.source import Progress
+
+
+def out() -> Console:
+    """Standard output, made when asked for so that a redirected one is seen."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def err() -> Console:
+    """Standard error: progress and status, so that output can be piped."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2, default=str))
+
+
+def fetch(source: str) -> Path:
+    """`resolve` with a progress bar on stderr; silent where the model is already there. Raises SourceError."""
+    from hotplug.core.weights.source import pull
+
+    with download_bar(source) as progress:
+        return pull(source, progress)
+
+
+@contextlib.contextmanager
+def download_bar(source: str) -> Iterator[Progress]:
+    """A progress callback that draws a bar from its first call on."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=err(),
+    )
+    task = bar.add_task(f"fetching {source}", total=None)
+    started = False
+
+    def progress(done: int, total: int | None) -> None:
+        nonlocal started
+        if not started:
+            bar.start()
+            started = True
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        if started:
+            bar.stop()
+
+
+def selected(device: str) -> Selection:
+    """The platform that `--device` means here. Raises PlatformError."""
+    from hotplug.core.platform.discovery import discover
+    from hotplug.core.platform.select import select
+
+    return select(device, discover())
+
+
+def device_line(selection: Selection) -> str:
+    """`cpu:0  Intel Xeon (avx512), 2 cores: the only platform with a device`."""
+    device = selection.device
+    cores = f", {device.cores} cores" if device.cores else ""
+    return f"{selection.platform.name}:{device.index}  {device.name} ({device.arch}){cores}: {selection.reason}"
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,149 @@
+"""From a configuration to a bound model: device chosen, options settled, plan made; no weight read yet.
+
+`hotplug explain` stops here, with the model on torch's meta device; an engine goes on to load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hotplug.core.config import EngineConfig
+from hotplug.core.errors import ConfigError
+from hotplug.core.layers.context import BuildContext
+from hotplug.core.models.decoder import Decoder
+from hotplug.core.models.loader import build_model
+from hotplug.core.ops.builtin import builtin_registry
+from hotplug.core.ops.plan import Plan
+from hotplug.core.platform.base import Limits
+from hotplug.core.platform.discovery import discover
+from hotplug.core.platform.features import Resolved, resolve
+from hotplug.core.platform.select import Selection, select
+from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.kv_memory import KVShape, torch_device
+from hotplug.core.sample.sampler import Sampler
+from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
+from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.source import resolve as resolve_source
+from hotplug.plugins.extension import gather
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A model with its kernels chosen, and everything that was decided on the way."""
+
+    config: EngineConfig
+    selection: Selection
+    limits: Limits
+    resolved: Resolved
+    checkpoint: Checkpoint
+    max_model_len: int
+    plan: Plan
+    model: Decoder
+    batch: Batch
+    sampler: Sampler
+    kv_shape: KVShape
+
+    def report(self) -> dict[str, Any]:
+        """The plan and its surroundings as plain data (`hotplug explain --json`, `GET /debug/plan`)."""
+        selection = self.selection
+        return {
+            "schema": 1,
+            "model": self.config.model_name,
+            "architecture": self.checkpoint.config.architecture,
+            "platform": selection.platform.name,
+            "device": {"name": selection.device.name, "arch": selection.device.arch, "index": selection.device.index},
+            "selected_because": selection.reason,
+            "torch": str(torch.__version__),
+            "dtype": self.resolved.dtype,
+            "exec": str(self.resolved.exec_mode),
+            "kv": {
+                "dtype": self.resolved.kv_dtype,
+                "layout": str(self.resolved.kv_layout),
+                "block_size": self.resolved.block_size,
+                "block_bytes": self.kv_shape.block_bytes,
+            },
+            "max_model_len": self.max_model_len,
+            "plan_hash": self.plan.hash,
+            "reference_sites": len(self.plan.reference_sites),
+            "sites": self.plan.report(),
+        }
+
+
+def bind(config: EngineConfig, *, meta: bool = False) -> Bound:
+    """Choose the device, check the configuration against it, and bind every call site of the model.
+
+    With `meta` no memory is taken. Raises ConfigError, PlatformError, FeatureError, SourceError, ModelError
+    or PlanError.
+    """
+    selection = select(config.device, discover())
+    limits = selection.platform.limits(selection.device)
+    extension = gather()
+    path = resolve_source(config.model)
+    checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models)
+    model_config = checkpoint.config
+    resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype)
+    max_model_len = _max_model_len(config, model_config)
+
+    registry = builtin_registry()
+    for op in extension.ops:
+        registry.define(op)
+    selection.platform.register(registry)
+    plan = Plan(
+        registry,
+        arch=selection.device.arch,
+        force=config.force,
+        accelerator=not limits.shared_host_memory,
+    )
+    device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
+    context = BuildContext(
+        plan=plan,
+        dtype=TORCH_DTYPES[resolved.dtype],
+        device=device,
+        block_size=resolved.block_size,
+        kv_layout=str(resolved.kv_layout),
+        kv_dtype=resolved.kv_dtype,
+        max_position=max_model_len,
+    )
+    model = build_model(model_config, context, extension.models)
+    batch = Batch(
+        plan,
+        max_rows=config.max_num_seqs,
+        max_len=max_model_len,
+        block_size=resolved.block_size,
+        index_dtype=TORCH_DTYPES[limits.index_dtype],
+        device=device,
+    )
+    sampler = Sampler(plan, config.max_num_seqs, model_config.vocab_size, device)
+    plan.finish()
+    kv_shape = KVShape(
+        model_config.num_layers,
+        model_config.num_kv_heads,
+        model_config.head_dim,
+        resolved.block_size,
+        resolved.kv_layout,
+        TORCH_DTYPES[resolved.kv_dtype],
+    )
+    return Bound(config, selection, limits, resolved, checkpoint, max_model_len, plan, model, batch, sampler, kv_shape)
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position
+    if config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is above the model's own {model.max_position} positions",
+            hint="Lower --max-model-len or leave it out.",
+        )
+    return config.max_model_len

@@ -1,0 +1,26 @@
+"""What a front end reports of its requests as they go; metrics implement it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hotplug.core.request import EngineStats
+
+
+class EngineObserver(Protocol):
+    """Called on the front end's event loop; must return at once. Times in seconds."""
+
+    def first_token(self, seconds: float) -> None:
+        """Time from arrival to the first token."""
+
+    def inter_token(self, seconds: float, tokens: int) -> None:
+        """Time since the sequence's last tokens, when `tokens` more arrive."""
+
+    def queued(self, seconds: float) -> None:
+        """Time from arrival to first being scheduled."""
+
+    def finished(self, reason: str, prompt_tokens: int, output_tokens: int, seconds: float) -> None:
+        """A sequence ended: its finish reason, sizes and time from arrival."""
+
+    def stats(self, stats: EngineStats) -> None:
+        """The engine's own counts, after a step."""

@@ -1,0 +1,111 @@
+"""From token deltas to text: what a front end keeps of each completion, and what it hands to its user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hotplug.core.request import FinishReason, SamplingParams, TokenDelta, TokenLogprobs
+from hotplug.core.text.detokenizer import Detokenizer
+from hotplug.core.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class CompletionChunk:
+    """What one step added to one completion, as text."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it; None for the model's own end of sequence."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """A whole completion."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All completions of one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    def add(self, chunk: CompletionChunk) -> None:
+        """Append a chunk to its completion."""
+        output = self.outputs[chunk.index]
+        output.text += chunk.text
+        output.token_ids += chunk.token_ids
+        if chunk.logprobs is not None:
+            output.logprobs = (output.logprobs or []) + chunk.logprobs
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs = chunk.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
+        output.finish_reason = chunk.finish_reason
+        output.stop_reason = chunk.stop_reason
+
+
+class Completion:
+    """The text side of one sequence in the engine: detokenizes, and finds stop strings."""
+
+    def __init__(
+        self,
+        index: int,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        eos_token_ids: tuple[int, ...],
+        prompt_token_ids: Sequence[int],
+    ) -> None:
+        self.index = index
+        self._params = params
+        self._eos = () if params.ignore_eos else eos_token_ids
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            prompt_ids=prompt_token_ids,
+        )
+        self.finished = False
+        self.num_tokens = 0
+
+    def push(self, delta: TokenDelta) -> CompletionChunk:
+        """The chunk of a delta. When a stop string ended it though the engine goes on, `finish_reason` says so."""
+        self.num_tokens += len(delta.token_ids)
+        shown = delta.token_ids
+        if delta.stop_token is not None and not self._params.include_stop_str_in_output:
+            shown = shown[:-1]  # the token that ended the sequence is not text
+        text = self._detokenizer.push(shown)
+        reason = delta.finish_reason
+        stop_reason: str | int | None = self._stop_reason(delta)
+        if self._detokenizer.stopped is not None:
+            reason, stop_reason = "stop", self._detokenizer.stopped
+        elif reason is not None:
+            text += self._detokenizer.finish()
+            if self._detokenizer.stopped is not None:
+                reason, stop_reason = "stop", self._detokenizer.stopped
+        self.finished = reason is not None
+        return CompletionChunk(
+            self.index, text, delta.token_ids, delta.logprobs, reason, stop_reason,
+            delta.prompt_logprobs, delta.num_cached_tokens,
+        )  # fmt: skip
+
+    def _stop_reason(self, delta: TokenDelta) -> int | None:
+        return None if delta.stop_token in self._eos else delta.stop_token

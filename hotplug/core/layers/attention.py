@@ -1,0 +1,54 @@
+"""Self-attention over the paged KV cache, with grouped key/value heads."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hotplug.core.layers.context import BuildContext
+from hotplug.core.layers.dense import Linear
+from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.ops.registry import Fact
+from hotplug.core.weights.config import ModelConfig
+
+KVBlocks = tuple[Tensor, Tensor]
+"""One layer's key and value caches."""
+
+
+class Attention(nn.Module):
+    """Projections, rotary embedding, cache write and paged attention of one layer."""
+
+    def __init__(self, ctx: BuildContext, site: str, config: ModelConfig, layer: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
+        self.sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+        self.scale = dim**-0.5
+        self.window = config.sliding_window if layer in config.sliding_layers else None
+        self.layout = ctx.kv_layout
+        self.eps = config.rms_norm_eps
+
+        self.qkv = Linear(ctx, f"{site}.qkv", config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.out = Linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
+        self.q_norm = ctx.weight(dim) if qk_norm else None
+        self.k_norm = ctx.weight(dim) if qk_norm else None
+        rotary: dict[str, Fact] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rotary_dim": dim}
+        self.rope = ctx.bind("qk_norm_rope" if qk_norm else "rope", f"{site}.rope", **rotary)
+        cache: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": ctx.block_size,
+                 "layout": ctx.kv_layout, "kv_dtype": ctx.kv_dtype}  # fmt: skip
+        self.kv_write = ctx.bind("kv_write", f"{site}.kv_write", **cache)
+        self.attention = ctx.bind("attention", site, num_heads=heads, window=self.window, **cache)
+
+    def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> Tensor:
+        """x [num_tokens, hidden] -> [num_tokens, hidden]; writes the tokens' keys and values to `kv`."""
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        q = q.unflatten(-1, (self.heads, self.head_dim))
+        k = k.unflatten(-1, (self.kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.q_norm is None:
+            q, k = self.rope(q, k, step.positions, cos_sin)
+        else:
+            q, k = self.rope(q, k, self.q_norm, self.k_norm, self.eps, step.positions, cos_sin)
+        k_cache, v_cache = kv
+        self.kv_write(k, v, k_cache, v_cache, step.slots, self.layout)
+        mixed = self.attention(q, k_cache, v_cache, step.attention, self.scale, self.window, self.layout)
+        return self.out(mixed.flatten(1))

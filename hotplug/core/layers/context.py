@@ -1,0 +1,39 @@
+"""What every layer is built with: the plan to bind ops from, and how tensors are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hotplug.core.ops.plan import Plan
+from hotplug.core.ops.registry import Fact, Fn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildContext:
+    """Shared by all layers of one model."""
+
+    plan: Plan
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int
+    """Tokens in a KV block."""
+    kv_layout: str
+    kv_dtype: str
+    max_position: int
+    """Positions the rotary table must cover."""
+
+    def bind(self, op: str, site: str, **facts: Fact) -> Fn:
+        """The planned callable of `op` at `site` for this model's compute dtype."""
+        return self.plan.bind(op, site, dtype_name(self.dtype), **facts)
+
+    def weight(self, *shape: int) -> nn.Parameter:
+        """An uninitialized parameter; loading must fill all of it."""
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> "float32"."""
+    return str(dtype).removeprefix("torch.")

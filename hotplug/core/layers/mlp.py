@@ -1,0 +1,23 @@
+"""The gated feed-forward layer (SwiGLU)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hotplug.core.layers.context import BuildContext
+from hotplug.core.layers.dense import Linear
+from hotplug.core.weights.config import ModelConfig
+
+
+class GatedMLP(nn.Module):
+    """x [num_tokens, hidden] -> [num_tokens, hidden], through `intermediate_size`."""
+
+    def __init__(self, ctx: BuildContext, site: str, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.gate_up = Linear(ctx, f"{site}.gate_up", hidden, 2 * width, bias=config.mlp_bias)
+        self.down = Linear(ctx, f"{site}.down", width, hidden, bias=config.mlp_bias)
+        self.gate = ctx.bind("silu_mul", f"{site}.act", width=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(self.gate_up(x)))

@@ -1,0 +1,1 @@
+"""Models: one clear decoder, what each architecture varies in it, and how a checkpoint fills it."""

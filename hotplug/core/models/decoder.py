@@ -1,0 +1,122 @@
+"""The decoder-only transformer that Llama, Mistral, Qwen2 and Qwen3 share; they differ in `ModelConfig` only.
+
+Qwen2's biases and Mistral's window are config fields; Qwen3 also normalizes each query and key head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hotplug.core.layers.attention import Attention, KVBlocks
+from hotplug.core.layers.context import BuildContext
+from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, RMSNorm
+from hotplug.core.layers.mlp import GatedMLP
+from hotplug.core.layers.rope import rotary_table
+from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.weights.config import ModelConfig
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm; the residual runs beside."""
+
+    def __init__(self, ctx: BuildContext, config: ModelConfig, layer: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        site, hidden, eps = f"layers.{layer}", config.hidden_size, config.rms_norm_eps
+        norm = RMSNorm if layer == 0 else AddRMSNorm
+        self.attn_norm = norm(ctx, f"{site}.attn_norm", hidden, eps)
+        self.attn = Attention(ctx, f"{site}.attn", config, layer, qk_norm=qk_norm)
+        self.mlp_norm = AddRMSNorm(ctx, f"{site}.mlp_norm", hidden, eps)
+        self.mlp = GatedMLP(ctx, f"{site}.mlp", config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, step: StepInputs, cos_sin: Tensor, kv: KVBlocks
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            residual, x = x, self.attn_norm(x)
+        else:
+            x, residual = self.attn_norm(x, residual)
+        x = self.attn(x, step, cos_sin, kv)
+        x, residual = self.mlp_norm(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states, and hidden states to vocabulary scores."""
+
+    qk_norm = False
+
+    def __init__(self, ctx: BuildContext, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(ctx, "embed", config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(ctx, config, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
+        )
+        self.norm = AddRMSNorm(ctx, "norm", config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.head = self.embed.weight if tied else ctx.weight(config.vocab_size, config.hidden_size)
+        self.logits_op = ctx.bind(
+            "logits", "logits", hidden=config.hidden_size, vocab=config.vocab_size, bias=False, scheme="none"
+        )
+        self.cos_sin = rotary_table(config.rope, config.head_dim, ctx.max_position, ctx.device)
+
+    def forward(self, step: StepInputs, kv: Sequence[KVBlocks]) -> Tensor:
+        """Hidden states [num_tokens, hidden] of the step's tokens, after the last norm."""
+        x, residual = self.embed(step.token_ids), None
+        for layer, blocks in zip(self.layers, kv, strict=True):
+            x, residual = layer(x, residual, step, self.cos_sin, blocks)
+        return self.norm(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 [num_rows, vocab] of hidden states [num_rows, hidden]."""
+        return self.logits_op(hidden, self.head, None)
+
+    def destinations(self) -> Iterator[tuple[str, Tensor]]:
+        """Where each checkpoint tensor goes: its Hugging Face name and the parameter, or slice of one, it fills."""
+        yield "model.embed_tokens.weight", self.embed.weight
+        yield "model.norm.weight", self.norm.weight
+        if not self.config.tie_word_embeddings:
+            yield "lm_head.weight", self.head
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from _layer_destinations(f"model.layers.{i}", layer)
+
+
+def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+    attn, mlp = layer.attn, layer.mlp
+    yield f"{prefix}.input_layernorm.weight", layer.attn_norm.weight
+    yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm.weight
+    yield from _stacked(f"{prefix}.self_attn", ("q_proj", "k_proj", "v_proj"), attn.qkv, attn.sizes)
+    yield from _stacked(f"{prefix}.self_attn", ("o_proj",), attn.out, [attn.out.weight.shape[0]])
+    if attn.q_norm is not None and attn.k_norm is not None:
+        yield f"{prefix}.self_attn.q_norm.weight", attn.q_norm
+        yield f"{prefix}.self_attn.k_norm.weight", attn.k_norm
+    half = mlp.gate_up.weight.shape[0] // 2
+    yield from _stacked(f"{prefix}.mlp", ("gate_proj", "up_proj"), mlp.gate_up, [half, half])
+    yield from _stacked(f"{prefix}.mlp", ("down_proj",), mlp.down, [mlp.down.weight.shape[0]])
+
+
+def _stacked(prefix: str, names: Sequence[str], linear: Linear, sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The slices of a linear layer that stacks several checkpoint matrices along its outputs."""
+    for name, weight in zip(names, torch.split(linear.weight, sizes), strict=True):
+        yield f"{prefix}.{name}.weight", weight
+    if linear.bias is not None:
+        for name, bias in zip(names, torch.split(linear.bias, sizes), strict=True):
+            yield f"{prefix}.{name}.bias", bias
+
+
+class Qwen3Decoder(Decoder):
+    """Normalizes every query and key head before rotation."""
+
+    qk_norm = True
+
+
+MODELS: dict[str, type[Decoder]] = {
+    "LlamaForCausalLM": Decoder,
+    "MistralForCausalLM": Decoder,
+    "Qwen2ForCausalLM": Decoder,
+    "Qwen3ForCausalLM": Qwen3Decoder,
+}

@@ -1,0 +1,64 @@
+"""Filling a model from a checkpoint: every parameter exactly once, every mismatch named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from hotplug.core.errors import UnsupportedModelError, WeightsError
+from hotplug.core.layers.context import BuildContext
+from hotplug.core.models.decoder import MODELS, Decoder
+from hotplug.core.weights.checkpoint import Checkpoint
+from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.dummy import DummyCheckpoint
+
+DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""Tensors that old checkpoints carry though they follow from the config."""
+
+
+def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, type[Decoder]] = MODELS) -> Decoder:
+    """The model of a config, weights uninitialized. Raises UnsupportedModelError, PlanError."""
+    cls = models.get(config.architecture)
+    if cls is None:
+        raise UnsupportedModelError(
+            f"the architecture {config.architecture} is not built", hint=f"Supported: {', '.join(sorted(models))}."
+        )
+    return cls(ctx, config)
+
+
+@torch.no_grad()
+def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
+    """Copy every tensor of the checkpoint to its place. Raises WeightsError."""
+    if isinstance(checkpoint, DummyCheckpoint):
+        for name, target in model.destinations():
+            checkpoint.fill(name, target)
+        return
+    missing = dict(model.destinations())
+    unknown: list[str] = []
+    tied = model.config.tie_word_embeddings
+    for name, tensor in checkpoint.tensors():
+        target: torch.Tensor | None = missing.pop(name, None)
+        if target is None:
+            derived = name.endswith(DERIVED_SUFFIXES) or (tied and name == "lm_head.weight")
+            if not derived:
+                unknown.append(name)
+        elif target.shape != tensor.shape:
+            raise WeightsError(
+                f"the shape is {list(tensor.shape)}, the config makes it {list(target.shape)}", where=name
+            )
+        else:
+            target.copy_(tensor)
+    problems = [f"missing: {_some(list(missing))}"] if missing else []
+    problems += [f"not part of {model.config.architecture}: {_some(unknown)}"] if unknown else []
+    if problems:
+        raise WeightsError("the checkpoint does not match its config", where=_files(checkpoint), why=problems)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _files(checkpoint: Checkpoint) -> str:
+    return ", ".join(f.name for f in checkpoint.files[:2]) or "checkpoint"

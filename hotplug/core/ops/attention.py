@@ -1,0 +1,126 @@
+"""Paged attention: writing keys and values into blocks, and attending over a block table.
+
+Keys and values live in `k_cache` and `v_cache`, each [num_blocks, block_size, kv_heads, head_dim] in layout
+NHD or [num_blocks, kv_heads, block_size, head_dim] in layout HND. Block 0 is the null block: padding and
+entries behind a sliding window point there. All keys and values of a step are written before any query of
+the same step reads (`kv_write` precedes `attention` in every layer).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotplug.core.ops.registry import Bucket, Op
+
+
+@dataclass(slots=True)
+class AttentionInputs:
+    """Where the queries of a step sit and what each may see. R requests, decodes (one query) first."""
+
+    block_table: Tensor
+    """[R, max_blocks] block ids in order of position."""
+    query_start: Tensor
+    """[R + 1] index of each request's first query among the step's tokens."""
+    seq_lens: Tensor
+    """[R] tokens in the cache once this step is written; the last query sits at position seq_len - 1."""
+    query_lens_host: list[int]
+    """`query_start` as differences, on the host, for kernels that loop."""
+    seq_lens_host: list[int]
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+    prepared: Any = None
+    """Per-step state of the attention kernel, made once for all layers."""
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str) -> None:
+    """Store `k`, `v` [num_tokens, kv_heads, head_dim] at `slots` [num_tokens] (block * block_size + offset).
+
+    In place on the caches, which are in `layout` and may have another dtype; what a narrower one cannot hold
+    becomes its largest value, since one infinity or NaN in a block would reach every request that reuses it.
+    """
+    k, v = _narrow(k, k_cache.dtype), _narrow(v, v_cache.dtype)
+    block_size = k_cache.shape[1] if layout == "NHD" else k_cache.shape[2]
+    block, offset = slots // block_size, slots % block_size
+    if layout == "NHD":
+        k_cache[block, offset] = k
+        v_cache[block, offset] = v
+    else:
+        k_cache[block, :, offset] = k
+        v_cache[block, :, offset] = v
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, saturated where `dtype` reaches less far."""
+    largest = torch.finfo(dtype).max
+    if largest < torch.finfo(x.dtype).max:
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    step: AttentionInputs,
+    scale: float,
+    window: int | None,
+    layout: str,
+) -> Tensor:
+    """Causal attention of `q` [num_tokens, heads, head_dim] over each request's blocks; same shape and dtype.
+
+    `window` w lets a query at position p see p-w+1 .. p. Softmax in float32. Heads share key/value heads in
+    consecutive groups (grouped-query attention, Ainslie et al., 2023).
+    """
+    out = torch.empty_like(q)
+    begin = 0
+    for i, (query_len, seq_len) in enumerate(zip(step.query_lens_host, step.seq_lens_host, strict=True)):
+        end = begin + query_len
+        k, v = gather_kv(k_cache, v_cache, step.block_table[i], seq_len, layout)
+        out[begin:end] = _attend(q[begin:end], k, v, scale, window)
+        begin = end
+    return out
+
+
+def gather_kv(
+    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_len: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one request in order of position, each [seq_len, kv_heads, head_dim]."""
+    block_size = k_cache.shape[1] if layout == "NHD" else k_cache.shape[2]
+    blocks = block_table[: -(-seq_len // block_size)]
+    k, v = k_cache[blocks], v_cache[blocks]
+    if layout == "HND":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    return k.flatten(0, 1)[:seq_len], v.flatten(0, 1)[:seq_len]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of the last len(q) positions of one sequence over all of it."""
+    query_len, heads, head_dim = q.shape
+    seq_len, kv_heads, _ = k.shape
+    grouped = q.reshape(query_len, kv_heads, heads // kv_heads, head_dim).to(torch.float32)
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, k.to(torch.float32)) * scale
+    key = torch.arange(seq_len, device=q.device)
+    query = torch.arange(seq_len - query_len, seq_len, device=q.device).unsqueeze(1)
+    visible = key <= query
+    if window is not None:
+        visible &= key > query - window
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    mixed = torch.einsum("hgqk,khd->qhgd", weights, v.to(torch.float32))
+    return mixed.reshape(query_len, heads, head_dim).to(q.dtype)
+
+
+def _bucket(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, *_: Any) -> Bucket:
+    return Bucket(q.shape[0], step.max_query_len)
+
+
+_CACHE_FACTS = ("num_kv_heads", "head_dim", "block_size", "layout", "kv_dtype")
+
+OPS = (
+    Op("kv_write", kv_write, facts=_CACHE_FACTS),
+    Op("attention", attention, facts=("num_heads", "window", *_CACHE_FACTS), bucket=_bucket),
+)

@@ -1,0 +1,55 @@
+"""Input preparation on the device: from a step's few host arrays to tokens, positions and cache slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotplug.core.ops.attention import AttentionInputs
+from hotplug.core.ops.registry import Op
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """Everything a model's forward pass reads, on the device. T tokens of R requests."""
+
+    token_ids: Tensor
+    """[T]"""
+    positions: Tensor
+    """[T]"""
+    slots: Tensor
+    """[T] where each token's key and value go: block * block_size + offset."""
+    attention: AttentionInputs
+    logit_indices: Tensor
+    """[S] which of the T tokens need vocabulary scores."""
+
+
+def prepare_inputs(
+    token_ids: Tensor,
+    rows: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Complete a step's inputs from the persistent batch.
+
+    token_ids: [T] from the host; -1 takes the row's last sampled token, which only the device knows.
+    rows: [R] batch rows; query_start: [R + 1]; start: [R] first position of each.
+    last_tokens: [max_rows]; block_tables: [max_rows, max_blocks].
+    Returns token_ids [T], positions [T], slots [T] and seq_lens [R], in the index dtype of `start`.
+    """
+    index = torch.arange(token_ids.shape[0], device=token_ids.device, dtype=query_start.dtype)
+    request = torch.searchsorted(query_start[1:], index, right=True)
+    row = rows[request]
+    positions = start[request] + index - query_start[request]
+    block = block_tables[row, positions // block_size]
+    slots = block * block_size + positions % block_size
+    tokens = torch.where(token_ids < 0, last_tokens[row], token_ids)
+    return tokens, positions, slots, start + query_start.diff()
+
+
+OPS = (Op("prepare_inputs", prepare_inputs, facts=("block_size",)),)

@@ -1,0 +1,224 @@
+"""The plan: which kernel serves each call site, chosen once while the model is built, with reasons.
+
+A layer calls `plan.bind(...)` in its constructor and keeps the callable it gets; a step makes no lookup.
+What a plan cannot bind is collected and raised together by `finish`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hotplug.core.errors import PlanError, nearest
+from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Impl, Op, OpRegistry, SiteSpec, Verdict
+
+COMPOSED = "composed"
+"""Provider shown for a fused op that was lowered to its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    provider: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One bound call site."""
+
+    spec: SiteSpec
+    provider: str
+    reason: str
+    """Why this one, e.g. "rank 10", "forced", "no kernel claims it"."""
+    rejected: tuple[Rejected, ...]
+    part_of: str = ""
+    """The fused site that this one was lowered from."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Force:
+    pattern: str
+    provider: str
+
+    def covers(self, spec: SiteSpec) -> bool:
+        return self.pattern == spec.op or fnmatch.fnmatchcase(spec.site, self.pattern)
+
+
+class Plan:
+    """Binds call sites to kernels.
+
+    `force` entries are `op=provider` or `site-pattern=provider` (shell wildcards). `accelerator` says
+    whether a reference op is worth a warning: on the host it is often the best there is.
+    """
+
+    def __init__(
+        self, registry: OpRegistry, *, arch: str, force: Sequence[str] = (), accelerator: bool = False
+    ) -> None:
+        registry.freeze()
+        self._registry = registry
+        self._arch = arch
+        self._force = [_Force(*entry.split("=")) for entry in force]
+        self._unused_force = set(self._force)
+        self._errors: list[str] = []
+        self._sites: set[str] = set()
+        self.accelerator = accelerator
+        self.choices: list[Choice] = []
+
+    def bind(self, op: str, site: str, dtype: str, **facts: Fact) -> Fn:
+        """The callable that serves `op` at `site`. Facts must be exactly those that the op declares."""
+        return self._bind(op, site, dtype, facts, part_of="")
+
+    def _bind(self, name: str, site: str, dtype: str, facts: dict[str, Fact], part_of: str) -> Fn:
+        op = self._registry.op(name)
+        if set(facts) != set(op.facts):
+            raise PlanError(f"the op {name!r} takes the facts {sorted(op.facts)}, got {sorted(facts)}", where=site)
+        if site in self._sites:
+            raise PlanError("two call sites have the same name", where=site)
+        self._sites.add(site)
+        spec = SiteSpec(name, site, dtype, self._arch, facts)
+        forced = self._forced(spec)
+        if forced is not None:
+            return self._bind_forced(op, spec, forced, part_of)
+        return self._bind_best(op, spec, part_of)
+
+    def _forced(self, spec: SiteSpec) -> str | None:
+        matching = [f for f in self._force if f.covers(spec)]
+        self._unused_force.difference_update(matching)
+        providers = {f.provider for f in matching}
+        if len(providers) > 1:
+            self._errors.append(f"{spec.site} is forced to several providers: {', '.join(sorted(providers))}")
+        return matching[0].provider if matching else None
+
+    def _bind_forced(self, op: Op, spec: SiteSpec, provider: str, part_of: str) -> Fn:
+        if provider == REFERENCE:
+            self.choices.append(Choice(spec, REFERENCE, "forced", (), part_of))
+            return op.reference
+        impl = next((i for i in self._registry.impls(op.name) if i.provider == provider), None)
+        if impl is None:
+            known = {i.provider for i in self._registry.impls(op.name)} | {REFERENCE}
+            self._errors.append(f"{spec.site}: forced provider {provider!r} has no kernel for {op.name}; "
+                                f"{nearest(provider, known)}")  # fmt: skip
+            return op.reference
+        verdict = self._ask(impl, spec)
+        if not verdict.ok:
+            self._errors.append(f"{spec.site}: forced provider {provider!r} cannot serve it: {verdict.reason}")
+            return op.reference
+        if impl.accepts is None:
+            self.choices.append(Choice(spec, provider, "forced", (), part_of))
+            return impl.fn
+        both = f"{provider}+{REFERENCE}"
+        self.choices.append(Choice(spec, both, "forced, other shapes to the reference", (), part_of))
+        return _by_shape(op, impl, op.reference)
+
+    def _ask(self, impl: Impl, spec: SiteSpec) -> Verdict:
+        """The kernel's verdict; one that cannot be had is an error of the plan."""
+        try:
+            ok, reason = impl.check(spec)
+        except Exception as e:
+            reason = f"its check failed: {type(e).__name__}: {e}"
+            self._errors.append(f"{spec.site}: kernel {impl.provider}: {reason}")
+            return Verdict(False, reason)
+        if not ok and not reason:
+            self._errors.append(f"{spec.site}: kernel {impl.provider} refused without a reason")
+        return Verdict(ok, reason)
+
+    def _bind_best(self, op: Op, spec: SiteSpec, part_of: str) -> Fn:
+        able: list[Impl] = []
+        rejected: list[Rejected] = []
+        for impl in self._registry.impls(op.name):
+            verdict = self._ask(impl, spec)
+            if verdict.ok:
+                able.append(impl)
+            else:
+                rejected.append(Rejected(impl.provider, verdict.reason))
+        chain: list[Impl] = []  # candidates that may be called: all up to the first that takes every shape
+        for impl in able:
+            chain.append(impl)
+            if impl.accepts is None:
+                break
+        for first, second in itertools.pairwise(able[: len(chain) + 1]):
+            if first.rank == second.rank:
+                self._errors.append(
+                    f"{spec.site}: kernels {first.provider} and {second.provider} of {op.name} "
+                    f"tie at rank {first.rank}; one must yield, or use --force"
+                )
+        rejected += [Rejected(i.provider, f"outranked by {chain[-1].provider}") for i in able[len(chain) :]]
+        whole = bool(chain) and chain[-1].accepts is None
+        if not chain and op.lower is not None:
+            self.choices.append(Choice(spec, COMPOSED, "no kernel claims the fused op", tuple(rejected), part_of))
+            return self._lowered(op, spec)
+        if not chain:
+            self.choices.append(Choice(spec, REFERENCE, "no kernel claims it", tuple(rejected), part_of))
+            return op.reference
+        provider = "+".join([i.provider for i in chain] + ([] if whole else [REFERENCE]))
+        reason = f"rank {chain[0].rank}" if whole else f"rank {chain[0].rank}, other shapes to the reference"
+        self.choices.append(Choice(spec, provider, reason, tuple(rejected), part_of))
+        fn = chain[-1].fn if whole else op.reference
+        for impl in reversed(chain[:-1] if whole else chain):
+            fn = _by_shape(op, impl, fn)
+        return fn
+
+    def _lowered(self, op: Op, spec: SiteSpec) -> Fn:
+        assert op.lower is not None
+
+        def bind_part(name: str, part: str, **facts: Fact) -> Fn:
+            return self._bind(name, f"{spec.site}.{part}", spec.dtype, facts, part_of=spec.site)
+
+        return op.lower(bind_part, spec)
+
+    def finish(self) -> None:
+        """Raise PlanError with everything that could not be bound."""
+        for force in sorted(self._unused_force, key=str):
+            known = set(self._registry.names) | self._sites
+            self._errors.append(f"--force {force.pattern}={force.provider} matches no call site; "
+                                f"{nearest(force.pattern, known)}")  # fmt: skip
+        if self._errors:
+            raise PlanError("the kernel plan cannot be made", why=self._errors,
+                            hint="`hotplug explain MODEL` shows the candidates of every site.")  # fmt: skip
+
+    @property
+    def reference_sites(self) -> list[Choice]:
+        """Sites that run a plain-PyTorch reference."""
+        return [c for c in self.choices if REFERENCE in c.provider.split("+")]
+
+    @property
+    def hash(self) -> str:
+        """Identifies the bound plan: part of compile-cache keys and of benchmark output."""
+        lines = sorted(f"{c.spec.site}:{c.spec.op}:{c.spec.dtype}:{c.provider}" for c in self.choices)
+        return hashlib.sha256("\n".join([self._arch, *lines]).encode()).hexdigest()[:16]
+
+    def report(self) -> list[dict[str, Any]]:
+        """The plan as plain data, one entry a site, in the order of the model."""
+        return [
+            {
+                "site": c.spec.site,
+                "op": c.spec.op,
+                "dtype": c.spec.dtype,
+                "facts": dict(c.spec.facts),
+                "provider": c.provider,
+                "reason": c.reason,
+                "part_of": c.part_of,
+                "rejected": [{"provider": r.provider, "reason": r.reason} for r in c.rejected],
+            }
+            for c in self.choices
+        ]
+
+
+def _by_shape(op: Op, impl: Impl, otherwise: Fn) -> Fn:
+    """A callable that takes `impl` for the step shapes it accepts. In a captured step it runs once."""
+    accepts, fn = impl.accepts, impl.fn
+    assert accepts is not None
+    bucket = op.bucket or _rows
+
+    def choose(*args: Any) -> Any:
+        return fn(*args) if accepts(bucket(*args)) else otherwise(*args)
+
+    return choose
+
+
+def _rows(x: Any, *_: Any) -> Bucket:
+    return Bucket(x.shape[0], x.shape[0])

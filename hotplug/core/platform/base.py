@@ -1,0 +1,133 @@
+"""The platform interface: six required members, and the facts the core plans with.
+
+Everything here is importable without torch, so probing and listing devices stays instant; dtypes are
+therefore written by name ("float32", "bfloat16", ...). A platform answers facts; it never sees a request.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from hotplug.core.errors import PlatformError, nearest
+
+if TYPE_CHECKING:
+    from hotplug.core.ops.registry import OpRegistry
+
+API_VERSION = "1.0"
+"""Version of this interface. Additions raise the minor number; the core serves majors N and N-1."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = (*DTYPES, "fp8_e4m3")
+INDEX_DTYPES = ("int32", "int64")
+"""The dtype names that `Limits` may hold."""
+
+
+class ExecMode(enum.StrEnum):
+    """How a step can run: op by op, as a recorded graph, or compiled as a whole."""
+
+    EAGER = "eager"
+    CAPTURE = "capture"
+    COMPILE = "compile"
+
+
+class KVLayout(enum.StrEnum):
+    """Order of a KV block's axes, after the block id: N tokens in the block, H heads, D head dim."""
+
+    NHD = "NHD"
+    HND = "HND"
+
+
+class Feature(enum.StrEnum):
+    """What a platform must declare before a configuration may ask for it."""
+
+    FP8_KV = "fp8_kv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """One device a probe found."""
+
+    index: int
+    name: str
+    """What the vendor calls it."""
+    arch: str
+    """Architecture key that kernels check, e.g. an ISA or compute capability."""
+    cores: int = 0
+    details: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Bytes of memory on a device, now."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the core plans with on one device. The first entry of each tuple is the preferred one."""
+
+    dtypes: tuple[str, ...]
+    """Compute dtypes."""
+    auto_dtype: str | None = None
+    """Dtype that `dtype=auto` takes instead of the checkpoint's, where the latter is correct but slow."""
+    kv_dtypes: tuple[str, ...] = ()
+    """Storage dtypes of the KV cache; empty means the compute dtypes."""
+    quantization: tuple[str, ...] = ("none",)
+    """Weight schemes that `linear` serves; "none" is plain floating point."""
+    block_sizes: tuple[int, ...] = (16,)
+    """Tokens in a KV block."""
+    kv_layouts: tuple[KVLayout, ...] = (KVLayout.NHD,)
+    index_dtype: str = "int64"
+    """Dtype of positions, slots and block tables on the device: int32 or int64."""
+    alignment: int = 1
+    """Elements that a row of a weight or of the KV cache is padded to a multiple of."""
+    exec_modes: tuple[ExecMode, ...] = (ExecMode.EAGER,)
+    max_graph_shapes: int = 0
+    """Most step shapes that may be captured or compiled; 0 = no such limit."""
+    mixed_steps: bool = True
+    """Whether one step may hold prompt chunks and decodes together."""
+    shared_host_memory: bool = False
+    """Whether the device's memory is the host's, so that the KV cache competes with everything else."""
+    features: frozenset[Feature] = frozenset()
+
+    def __post_init__(self) -> None:
+        for field, known in (("dtypes", DTYPES), ("kv_dtypes", KV_DTYPES)):
+            for name in getattr(self, field):
+                _check(name in known, field, f"{name!r} is no dtype", nearest(str(name), known))
+        _check(self.auto_dtype in (None, *self.dtypes), "auto_dtype", f"{self.auto_dtype!r} is not in dtypes")
+        _check(self.index_dtype in INDEX_DTYPES, "index_dtype", f"{self.index_dtype!r} is neither int32 nor int64")
+        _check(all(size > 0 for size in self.block_sizes), "block_sizes", "a block holds at least one token")
+        for field in ("dtypes", "block_sizes", "kv_layouts", "exec_modes"):
+            _check(bool(getattr(self, field)), field, "at least one is needed")
+
+
+def _check(ok: bool, field: str, what: str, hint: str = "") -> None:
+    if not ok:
+        raise PlatformError(what, where=f"Limits.{field}", hint=hint)
+
+
+@runtime_checkable
+class Platform(Protocol):
+    """A kind of device. Subclassing is not needed: an object with these six members is a platform."""
+
+    name: str
+    """Unique; also the provider name of its kernels."""
+    torch_device: str
+    """Torch's device type for its tensors; "meta" if it only compiles."""
+
+    def probe(self) -> Sequence[DeviceInfo]:
+        """The devices present. No context, no heavy import, safe before fork; [] means absent."""
+
+    def limits(self, device: DeviceInfo) -> Limits:
+        """Facts of a device. May import torch, must not allocate."""
+
+    def memory(self, device: DeviceInfo) -> MemoryInfo:
+        """Free and total bytes, now."""
+
+    def register(self, ops: OpRegistry) -> None:
+        """Add kernels with `ops.add(Impl(...))`; may do nothing."""

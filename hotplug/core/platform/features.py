@@ -1,0 +1,53 @@
+"""What a configuration asks of a platform, checked against its `Limits` before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hotplug.core.config import EngineConfig
+from hotplug.core.errors import FeatureError
+from hotplug.core.platform.base import ExecMode, Feature, KVLayout, Limits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """The choices that "auto" left open, settled for one platform and checkpoint. Dtypes by name."""
+
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    kv_layout: KVLayout
+    exec_mode: ExecMode
+
+
+def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_dtype: str) -> Resolved:
+    """Settle dtypes, block size and execution mode. Raises FeatureError with every reason at once."""
+    reasons: list[str] = []
+    dtype = _compute_dtype(config, limits, checkpoint_dtype)
+    if dtype not in limits.dtypes:
+        reasons.append(f"dtype {dtype} is not among {', '.join(limits.dtypes)}")
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    kv_dtypes = limits.kv_dtypes or limits.dtypes
+    if kv_dtype not in kv_dtypes:
+        reasons.append(f"kv_cache_dtype {kv_dtype} is not among {', '.join(kv_dtypes)}")
+    if kv_dtype.startswith("fp8") and Feature.FP8_KV not in limits.features:
+        reasons.append(f"kv_cache_dtype {kv_dtype} needs the feature {Feature.FP8_KV}, which is not declared")
+    block_size = config.block_size or limits.block_sizes[0]
+    if block_size not in limits.block_sizes:
+        reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
+    mode = ExecMode.EAGER  # the one executable maker this core has
+    if mode not in limits.exec_modes:
+        reasons.append(f"exec {mode} is not among {', '.join(limits.exec_modes)}")
+    if reasons:
+        raise FeatureError("the platform does not serve this configuration", where=f"platform {platform}",
+                           why=reasons, hint="Change these options or choose another --device.")  # fmt: skip
+    return Resolved(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size,
+                    kv_layout=limits.kv_layouts[0], exec_mode=mode)  # fmt: skip
+
+
+def _compute_dtype(config: EngineConfig, limits: Limits, checkpoint_dtype: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    if limits.auto_dtype is not None:
+        return limits.auto_dtype
+    return checkpoint_dtype if checkpoint_dtype in limits.dtypes else limits.dtypes[0]

@@ -1,0 +1,104 @@
+"""Optional platform protocols. The core looks for them with `isinstance`; absent means its own default.
+
+Each is a small promise of its own: implement the ones that the hardware has something better for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from hotplug.core.platform.base import DeviceInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from hotplug.core.ops.registry import SiteSpec
+
+
+class NotHandledType:
+    """The type of `NotHandled`, the answer "let the default take this size"."""
+
+    def __repr__(self) -> str:
+        return "NotHandled"
+
+
+NotHandled = NotHandledType()
+
+
+@runtime_checkable
+class HasDiagnosis(Protocol):
+    """Say what is wrong with this machine, for `hotplug devices` and `hotplug doctor`."""
+
+    def diagnose(self) -> Sequence[str]:
+        """Findings, one sentence each: what is missing or mismatched and what to do; [] if all is well."""
+
+
+@runtime_checkable
+class HasRuntime(Protocol):
+    """Streams, events and pinned memory. Default: no stream, copies wait."""
+
+    def set_device(self, device: DeviceInfo) -> None:
+        """Make `device` current for this thread."""
+
+    def stream(self) -> Any:
+        """A new stream, usable as a context manager."""
+
+    def event(self) -> Any:
+        """A new event with `record()`, `synchronize()` and `query()`."""
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A host tensor that the device can copy from and to asynchronously."""
+
+
+@runtime_checkable
+class HasCapture(Protocol):
+    """Record one step as a graph that replays without Python."""
+
+    def capture(self, step: Callable[[], Any], device: DeviceInfo) -> Callable[[], Any]:
+        """Run `step` once while recording; the answer replays it on the same tensors."""
+
+
+@runtime_checkable
+class HasCompile(Protocol):
+    """Compile a whole step for a few fixed shapes."""
+
+    def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
+        """(tokens, requests) shapes worth compiling, smallest first."""
+
+    def compile(self, program: Any, cache: Path) -> Callable[..., Any]:
+        """An executable of a `torch.export` program; artifacts may be kept in the folder `cache`."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever an artifact compiled earlier may no longer be used."""
+
+
+@runtime_checkable
+class HasComm(Protocol):
+    """Collectives of a group. Default: torch.distributed. A method may answer `NotHandled`."""
+
+    def all_reduce(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor | NotHandledType:
+        """The sum of `tensor` over the ranks of `group`."""
+
+    def all_gather(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor | NotHandledType:
+        """The tensors of all ranks, concatenated along the last dimension."""
+
+
+@runtime_checkable
+class HasKV(Protocol):
+    """KV memory of its own kind. Default: `torch.zeros` on the torch device, `Tensor.copy_`."""
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: DeviceInfo) -> torch.Tensor:
+        """A zeroed tensor for KV blocks. Zeroed matters: masked positions are multiplied by zero."""
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy blocks between device and host, either way."""
+
+
+@runtime_checkable
+class HasWeights(Protocol):
+    """Rearrange a weight once, at load, into the layout its kernel wants."""
+
+    def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
+        """The weight as the chosen kernel of this site reads it."""

@@ -1,0 +1,99 @@
+"""KV cache memory: how large it may be, and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hotplug.core.config import EngineConfig, parse_bytes
+from hotplug.core.errors import OutOfMemoryError
+from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.platform.base import DeviceInfo, KVLayout, Limits, MemoryInfo, Platform
+from hotplug.core.platform.optional import HasKV
+
+SHARED_DEFAULT = 4 << 30
+SHARED_FRACTION = 0.4
+"""Where KV shares the host's memory and nobody set a size: at most this many bytes, and this share of what
+is free, since a server must not starve its own machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """The shape of the cache, but for the number of blocks."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    layout: KVLayout
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        elements = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
+        return elements * self.dtype.itemsize
+
+    def tensor_shape(self, num_blocks: int) -> list[int]:
+        """[layers, 2, blocks, ...] in the layout's order."""
+        inner = [self.block_size, self.num_kv_heads, self.head_dim]
+        if self.layout is KVLayout.HND:
+            inner = [self.num_kv_heads, self.block_size, self.head_dim]
+        return [self.num_layers, 2, num_blocks, *inner]
+
+
+def budget(config: EngineConfig, limits: Limits, memory: MemoryInfo) -> int:
+    """Bytes for the KV cache. `memory` is taken once weights and workspaces are in place.
+
+    Raises OutOfMemoryError when what was asked for is not there.
+    """
+    if config.kv_cache_memory is not None:
+        asked = parse_bytes(config.kv_cache_memory)
+        if asked > memory.free:
+            raise OutOfMemoryError(
+                f"the KV cache was to take {_gib(asked)}, {_gib(memory.free)} of {_gib(memory.total)} are free",
+                hint="Lower --kv-cache-memory.",
+            )
+        return asked
+    if limits.shared_host_memory:
+        return min(SHARED_DEFAULT, int(memory.free * SHARED_FRACTION))
+    return int(memory.total * config.memory_utilization) - (memory.total - memory.free)
+
+
+def num_blocks(shape: KVShape, size: int, max_model_len: int, *, capped: bool) -> int:
+    """Blocks that fit `size` bytes, the null block among them. Raises OutOfMemoryError if too few.
+
+    `capped` says that the user set the size, so a pool smaller than one full sequence is his choice.
+    """
+    blocks = size // shape.block_bytes
+    least = 2 if capped else 1 + -(-max_model_len // shape.block_size)
+    if blocks < least:
+        raise OutOfMemoryError(
+            f"{_gib(max(size, 0))} hold {max(blocks, 0)} KV blocks, {least} are needed",
+            why=f"a block of {shape.block_size} tokens takes {shape.block_bytes / 2**20:.2f} MiB over all layers",
+            hint="Raise --kv-cache-memory or --memory-utilization, or lower --max-model-len.",
+        )
+    return blocks
+
+
+def allocate(shape: KVShape, blocks: int, platform: Platform, device: DeviceInfo) -> list[KVBlocks]:
+    """One (keys, values) pair a layer, zeroed."""
+    sizes: Sequence[int] = shape.tensor_shape(blocks)
+    if isinstance(platform, HasKV):
+        cache = platform.allocate(sizes, shape.dtype, device)
+    else:
+        cache = torch.zeros(sizes, dtype=shape.dtype, device=torch_device(platform, device))
+    return [(layer[0], layer[1]) for layer in cache]
+
+
+def torch_device(platform: Platform, device: DeviceInfo) -> torch.device:
+    """The torch device of a probed device; types that have but one take no index."""
+    if platform.torch_device in ("cpu", "meta"):
+        return torch.device(platform.torch_device)
+    return torch.device(platform.torch_device, device.index)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

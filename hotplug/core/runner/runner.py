@@ -1,0 +1,116 @@
+"""The one runner: applies a step plan to the persistent batch, runs the step, samples, hands back tokens.
+
+It knows no platform: kernels come bound in the model, memory from the KV cache, order from the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.models.decoder import Decoder
+from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.request import TokenLogprobs
+from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.executable import EagerStep, StepOutputs
+from hotplug.core.sample.sampler import Logprobs, Sampled, Sampler
+from hotplug.core.scheduler.plan import StepPlan, StepResult
+
+PROMPT_LOGPROB_ROWS = 256
+"""Prompt positions scored at once: bounds the [rows, vocab] logits of a request that asks for them."""
+
+
+@dataclass(slots=True)
+class _PromptScores:
+    """Log-probabilities of one row's prompt chunk, on the device, in parts."""
+
+    row: int
+    num_top: int
+    parts: list[Logprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepHandle:
+    """A step in flight. `result` waits for the device and copies its tokens to the host."""
+
+    plan: StepPlan
+    sampled: Sampled | None
+    prompt_scores: list[_PromptScores]
+
+    def result(self) -> StepResult:
+        token_ids = np.zeros(len(self.plan.rows), np.int32)
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self.sampled is not None:
+            token_ids[self.plan.samples] = self.sampled.tokens.to("cpu").numpy()
+            if self.sampled.logprobs is not None:
+                entries = self.sampled.logprobs.to_host(self.sampled.logprob_counts)
+                logprobs = dict(zip(self.sampled.logprob_rows, entries, strict=True))
+        prompt = {
+            scores.row: [entry for part in scores.parts for entry in part.to_host([scores.num_top] * len(part.rank))]
+            for scores in self.prompt_scores
+        }
+        return StepResult(token_ids, logprobs, prompt)
+
+
+class Runner:
+    """Runs steps of one model on one device."""
+
+    def __init__(self, model: Decoder, batch: Batch, sampler: Sampler, kv: Sequence[KVBlocks]) -> None:
+        self._model = model
+        self._batch = batch
+        self._sampler = sampler
+        self._executable = EagerStep(model, kv)
+        self._prompt_logprobs: dict[int, int] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Launch a step; returns at once where the device runs asynchronously."""
+        self._apply(plan)
+        inputs = self._batch.inputs(plan)
+        outputs = self._executable(inputs)
+        sampled = None
+        if plan.samples.any():
+            rows = plan.rows[plan.samples]
+            sampled = self._sampler.sample(outputs.logits, rows)
+            self._batch.last_tokens[self._batch.upload(rows)] = sampled.tokens.to(self._batch.last_tokens.dtype)
+        return StepHandle(plan, sampled, self._score_prompts(plan, inputs, outputs))
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Bring the persistent batch up to date."""
+        if len(plan.released):
+            self._sampler.release(plan.released)
+            for row in plan.released.tolist():
+                self._prompt_logprobs.pop(row, None)
+        for a in plan.admitted:
+            self._batch.admit(a)
+            self._sampler.admit(a.row, a.sampling, a.seed, a.token_ids, a.num_prompt_tokens, a.eos_token_ids)
+            if a.sampling.prompt_logprobs is not None:
+                self._prompt_logprobs[a.row] = a.sampling.prompt_logprobs
+        self._batch.update_tables(plan)
+
+    def _score_prompts(self, plan: StepPlan, inputs: StepInputs, outputs: StepOutputs) -> list[_PromptScores]:
+        """Log-probabilities of the prompt tokens that follow each position of this step's chunks."""
+        if not self._prompt_logprobs:
+            return []
+        found = []
+        ends = np.cumsum(plan.num_tokens)
+        for i in range(plan.num_decodes, len(plan.rows)):
+            row, start, count = int(plan.rows[i]), int(plan.start[i]), int(plan.num_tokens[i])
+            if row not in self._prompt_logprobs:
+                continue
+            scores = _PromptScores(row, self._prompt_logprobs[row])
+            begin = int(ends[i]) - count
+            prompt_end = int(self._batch.num_prompt_tokens[row])
+            following = self._batch.tokens[row, start + 1 : min(start + count + 1, prompt_end)]
+            targets = self._batch.upload(following).to(torch.int64)
+            for at in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+                part = targets[at : at + PROMPT_LOGPROB_ROWS]
+                hidden: Tensor = outputs.hidden[begin + at : begin + at + len(part)]
+                scores.parts.append(self._sampler.logprobs(self._model.logits(hidden), part, scores.num_top))
+            found.append(scores)
+        return found

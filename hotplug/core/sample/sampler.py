@@ -1,0 +1,179 @@
+"""The sampler: the sampling state of every batch row, and the way from a step's logits to its tokens.
+
+Parameters live on the device, indexed by row. The host keeps just enough (who is greedy, who has
+penalties) to leave out what no row of the step needs. Order of effects: penalties and biases, then
+temperature, top-k, top-p, min-p, then the draw. Log-probabilities are of the logits before all that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hotplug.core.ops.plan import Plan
+from hotplug.core.request import SamplingParams, TokenLogprobs
+from hotplug.core.sample.history import TokenHistory
+
+Rows = npt.NDArray[np.int32]
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_NEUTRAL = SamplingParams(temperature=0.0)
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities on the device, copied to the host when asked for."""
+
+    chosen_ids: Tensor
+    chosen: Tensor
+    rank: Tensor
+    top_ids: Tensor
+    top: Tensor
+
+    def to_host(self, counts: list[int]) -> list[TokenLogprobs]:
+        """One entry a position; `counts` says how many alternatives each wants."""
+        chosen_ids, chosen, rank = self.chosen_ids.tolist(), self.chosen.tolist(), self.rank.tolist()
+        top_ids, top = self.top_ids.tolist(), self.top.tolist()
+        return [
+            TokenLogprobs([chosen_ids[i], *top_ids[i][:n]], [chosen[i], *top[i][:n]], rank[i])
+            for i, n in enumerate(counts)
+        ]
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A step's tokens, still on the device."""
+
+    tokens: Tensor
+    """int64 [S]"""
+    logprobs: Logprobs | None
+    logprob_rows: list[int]
+    logprob_counts: list[int]
+
+
+class Sampler:
+    """Owns the sampling state of `max_rows` rows over a vocabulary."""
+
+    def __init__(self, plan: Plan, max_rows: int, vocab: int, device: torch.device) -> None:
+        self._vocab = vocab
+        self._device = device
+        self._sample = plan.bind("sample", "sample", "float32", vocab=vocab)
+        self._logprobs = plan.bind("logprobs", "logprobs", "float32", vocab=vocab)
+        self._history = TokenHistory(plan, max_rows, vocab, device)
+
+        self._host = {name: np.full(max_rows, getattr(_NEUTRAL, name), np.float32) for name in _FLOATS}
+        self._floats = {name: torch.from_numpy(a.copy()).to(device) for name, a in self._host.items()}
+        self._host_top_k = np.zeros(max_rows, np.int64)
+        self._top_k = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._seeds = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._num_outputs = np.zeros(max_rows, np.int64)
+        self._num_logprobs = np.full(max_rows, -1, np.int32)
+        self._min_tokens = np.zeros(max_rows, np.int64)
+        self._has_bias = np.zeros(max_rows, bool)
+        self._bias: dict[int, tuple[Tensor, Tensor]] = {}
+        self._held_back: dict[int, Tensor] = {}
+
+    def admit(
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        token_ids: npt.NDArray[np.int32],
+        num_prompt_tokens: int,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        """Set up a row. `token_ids` holds the prompt and what was generated before a preemption."""
+        for name in _FLOATS:
+            value = getattr(params, name)
+            self._host[name][row] = value
+            self._floats[name][row] = value
+        self._host_top_k[row] = params.top_k
+        self._top_k[row] = params.top_k
+        self._seeds[row] = seed
+        self._num_outputs[row] = len(token_ids) - num_prompt_tokens
+        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._min_tokens[row] = params.min_tokens
+        self._has_bias[row] = bool(params.logit_bias)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device)
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device)
+            self._bias[row] = (ids, values)
+        if params.min_tokens:
+            held = sorted({*eos_token_ids, *params.stop_token_ids})
+            self._held_back[row] = torch.tensor(held, dtype=torch.int64, device=self._device)
+        if _penalized(params):
+            self._history.admit(row, token_ids, num_prompt_tokens)
+
+    def release(self, rows: Rows) -> None:
+        """Forget what rows hold beyond their fixed-size parameters."""
+        for row in rows.tolist():
+            self._bias.pop(row, None)
+            self._held_back.pop(row, None)
+            self._history.release(row)
+
+    def sample(self, logits: Tensor, rows: Rows) -> Sampled:
+        """Tokens for float32 `logits` [S, vocab] of batch `rows` [S]."""
+        raw = logits
+        logits = self._adjust(logits, rows)
+        tokens = logits.argmax(-1)
+        random = np.flatnonzero(self._host["temperature"][rows] > 0)
+        if len(random):
+            tokens[self._index(random)] = self._draw(logits, rows, random)
+        if self._history.active:
+            self._history.append(rows, tokens)
+        wanted = np.flatnonzero(self._num_logprobs[rows] >= 0)
+        counts = self._num_logprobs[rows[wanted]]
+        logprobs = None
+        if len(wanted):
+            index = self._index(wanted)
+            logprobs = self.logprobs(raw[index], tokens[index], int(counts.max()))
+        self._num_outputs[rows] += 1
+        return Sampled(tokens, logprobs, rows[wanted].tolist(), counts.tolist())
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+        """Log-probabilities of `tokens` [S] and the `num_top` best under `logits` [S, vocab]."""
+        return Logprobs(tokens, *self._logprobs(logits, tokens, num_top))
+
+    def _adjust(self, logits: Tensor, rows: Rows) -> Tensor:
+        """Penalties, biases and held-back stop tokens; a new tensor if anything changes."""
+        adjusted = self._history.penalize(logits, rows, self._floats) if self._history.active else logits
+        biased = np.flatnonzero(self._has_bias[rows])
+        short = np.flatnonzero(self._num_outputs[rows] < self._min_tokens[rows])
+        if adjusted is logits and (len(biased) or len(short)):
+            adjusted = logits.clone()
+        for i in biased.tolist():
+            ids, values = self._bias[int(rows[i])]
+            adjusted[i].index_add_(0, ids, values)
+        for i in short.tolist():
+            adjusted[i, self._held_back[int(rows[i])]] = float("-inf")
+        return adjusted
+
+    def _draw(self, logits: Tensor, rows: Rows, which: npt.NDArray[np.int64]) -> Tensor:
+        """Random tokens for the entries `which` of the step."""
+        subset = rows[which]
+        if len(which) < len(rows):
+            logits = logits[self._index(which)]
+        row = self._index(subset)
+        filter_k = bool((self._host_top_k[subset] > 0).any())
+        filter_p = bool((self._host["top_p"][subset] < 1).any())
+        filter_min = bool((self._host["min_p"][subset] > 0).any())
+        return self._sample(
+            logits,
+            self._floats["temperature"][row],
+            self._top_k[row] if filter_k else None,
+            self._floats["top_p"][row] if filter_p else None,
+            self._floats["min_p"][row] if filter_min else None,
+            self._seeds[row],
+            self._index(self._num_outputs[subset]),
+        )
+
+    def _index(self, values: npt.NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._device)
+
+
+def _penalized(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0

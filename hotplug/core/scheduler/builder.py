@@ -1,0 +1,58 @@
+"""A step plan under construction: decodes as arrays, prefills one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hotplug.core.scheduler.plan import Admission, IntArray, StepPlan
+
+
+class StepBuilder:
+    """Gathers what a step computes; `build` makes the plan."""
+
+    def __init__(self, decode_rows: IntArray, decode_start: IntArray) -> None:
+        """[n] int32 rows whose one input token is their last sampled one, and its position."""
+        self._decode_rows = decode_rows
+        self._decode_start = decode_start
+        self._rows: list[int] = []
+        self._start: list[int] = []
+        self._num_tokens: list[int] = []
+        self._samples: list[bool] = []
+        self.num_tokens = len(decode_rows)
+        """Tokens of the budget used so far."""
+        self.admitted: list[Admission] = []
+
+    @property
+    def has_prefill(self) -> bool:
+        return bool(self._rows)
+
+    def add_chunk(self, row: int, start: int, end: int, *, last: bool) -> None:
+        """Positions [start, end) of a row's prefill; the `last` chunk samples a token."""
+        self._rows.append(row)
+        self._start.append(start)
+        self._num_tokens.append(end - start)
+        self._samples.append(last)
+        self.num_tokens += end - start
+
+    def build(self, released: list[int], changes: tuple[IntArray, IntArray, IntArray]) -> StepPlan:
+        """The plan, with the rows freed before it and the changed block-table cells (rows, columns, ids)."""
+        n = len(self._decode_rows)
+        rows, start = self._decode_rows, self._decode_start
+        num_tokens, samples = np.ones(n, np.int32), np.ones(n, np.bool_)
+        if self._rows:
+            rows = np.concatenate((rows, np.array(self._rows, np.int32)))
+            start = np.concatenate((start, np.array(self._start, np.int32)))
+            num_tokens = np.concatenate((num_tokens, np.array(self._num_tokens, np.int32)))
+            samples = np.concatenate((samples, np.array(self._samples, np.bool_)))
+        return StepPlan(
+            rows=rows,
+            start=start,
+            num_tokens=num_tokens,
+            samples=samples,
+            num_decodes=n,
+            released=np.array(released, np.int32),
+            admitted=self.admitted,
+            block_rows=changes[0],
+            block_cols=changes[1],
+            block_ids=changes[2],
+        )

@@ -1,0 +1,78 @@
+"""The contract between the scheduler and the runner: what one step computes.
+
+A *row* is a request's place in the persistent batch, given by the scheduler at admission and kept until the
+request ends or is preempted. Both sides keep their state in arrays indexed by row, so a steady decode step
+is described by a few small arrays and nothing per request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from hotplug.core.request import SamplingParams, TokenLogprobs
+
+IntArray = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request that enters the batch in this step (new, or back after preemption)."""
+
+    row: int
+    token_ids: IntArray
+    """Prompt and, after preemption, the tokens generated so far."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    """64-bit seed of the request's random numbers; with the index of the output token it fixes the draw."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that `min_tokens` holds back, with `sampling.stop_token_ids`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Arrays of length R run over the scheduled requests, decodes first.
+
+    The runner applies it in this order: `released`, `admitted`, new blocks, then the forward pass over
+    positions [start, start + num_tokens) of each row. Key and value of every token in the step are written
+    before any query of the step reads them (layer by layer), so a request may share blocks that another one
+    fills in the same step.
+    """
+
+    rows: IntArray
+    """[R] batch rows."""
+    start: IntArray
+    """[R] position of the first token each row computes, i.e. tokens whose KV is already there."""
+    num_tokens: IntArray
+    """[R] tokens each row computes."""
+    samples: BoolArray
+    """[R] whether the row's last token yields a new token (false for a prompt chunk that is not the last)."""
+    num_decodes: int
+    """Leading entries whose one input token is the row's last sampled token."""
+    released: IntArray
+    """Rows that were freed since the last plan."""
+    admitted: list[Admission]
+    block_rows: IntArray
+    """[B] with `block_cols` and `block_ids`: entries of the block tables that change in this step."""
+    block_cols: IntArray
+    block_ids: IntArray
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.num_tokens.sum())
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step returned to the host, in the plan's order."""
+
+    token_ids: IntArray
+    """[R] sampled token of each row; undefined where `plan.samples` is false."""
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By row: log-probabilities of the sampled token, for rows that asked."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """By row: log-probabilities of prompt tokens start+1 .. of this chunk, for rows that asked."""

@@ -1,0 +1,409 @@
+"""The step scheduler: continuous batching with chunked prefill, prefix sharing and preemption by recompute.
+
+`schedule` plans a step and may be called again before the results of the step before are known; `update`
+takes a step's results in the order of the plans. It decides what runs and owns the requests; it touches no
+device and knows no text. Steps execute on the device in the order planned, so KV of a planned step counts
+as written for every later plan, and for what is admitted in the same one (see `StepPlan`).
+
+Hot path: a steady decode step costs a fixed number of NumPy calls; only rows that start, end, fill or need
+a block are looped over. `ci/bench/scheduler.py` measures it: schedule and update of 256 decoding rows within
+0.25 ms on one core, without making the deltas.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
+from hotplug.core.kv.manager import KVManager
+from hotplug.core.kv.prefix import BlockHashes
+from hotplug.core.request import EngineStats, Request, TokenDelta
+from hotplug.core.scheduler.batch import Batch
+from hotplug.core.scheduler.builder import StepBuilder
+from hotplug.core.scheduler.plan import IntArray, StepPlan, StepResult
+from hotplug.core.scheduler.sequence import Sequence
+from hotplug.core.scheduler.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What bounds a step. Raises ConfigError for combinations that could not make progress."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    chunked_prefill: bool = True
+    mixed_steps: bool = True
+    """Whether a step may hold prefills and decodes; False for devices that cannot mix them."""
+    max_queue: int = 4096
+    """Requests that may wait beyond those that a free row awaits."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        budget = self.max_num_batched_tokens
+        if budget < self.max_num_seqs:
+            raise ConfigError(f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs})",
+                              why="every running request needs one token of the budget a step",
+                              hint="Raise max_num_batched_tokens or lower max_num_seqs.")  # fmt: skip
+        if not self.chunked_prefill and budget < self.max_model_len:
+            raise ConfigError(
+                f"max_num_batched_tokens ({budget}) is below max_model_len ({self.max_model_len}) while "
+                "chunked prefill is off",
+                hint="Raise max_num_batched_tokens, lower max_model_len or turn chunked prefill on.",
+            )
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A plan whose results are outstanding."""
+
+    plan: StepPlan
+    generations: npt.NDArray[np.int64]
+    """[R] generation of each row when planned."""
+    preempted: dict[int, Sequence] = field(default_factory=dict)
+    """By index in the plan: requests that lost their row since."""
+
+
+class Scheduler:
+    """Plans steps over the requests it was given; see the module's docstring for the protocol."""
+
+    def __init__(self, config: SchedulerConfig, kv: KVManager) -> None:
+        self.config = config
+        self.kv = kv
+        # The last token of a sequence needs no KV. A sequence that has the pool to itself always fits: this is
+        # what rules out a deadlock.
+        self.max_model_len = min(config.max_model_len, kv.max_tokens_alone(config.max_num_batched_tokens) + 1)
+        """Longest sequence that can be served: the configured one, or less where the KV pool is smaller."""
+        self._batch = Batch(config.max_num_seqs, self.max_model_len)
+        self._waiting = WaitingQueue()
+        self._requests: dict[str, Sequence] = {}
+        self._prefilling: list[int] = []
+        self._released: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._last_was_prefill = False
+        self._arrivals = 0
+        self._random = np.random.default_rng(config.seed)
+        self._stats = EngineStats(kv_blocks_total=kv.pool.num_usable)
+
+    # --- requests come and go ---
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended. Results may be outstanding even when none is left."""
+        return bool(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError, PromptTooLongError or QueueFullError."""
+        prompt = self._checked_prompt(request)
+        if len(self._waiting) >= self.config.max_queue + self._batch.num_free:
+            batches = len(self._waiting) // self.config.max_num_seqs
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting", retry_after=1 + batches)
+        seed = request.sampling.seed
+        self._arrivals += 1
+        seq = Sequence(
+            request,
+            prompt,
+            key=(request.priority if self.config.policy == "priority" else 0, self._arrivals),
+            seed=int(self._random.integers(2**63)) if seed is None else seed,
+            arrival=request.arrival or time.monotonic(),
+            max_model_len=self.max_model_len,
+            hashes=BlockHashes(self.kv.block_size, request.cache_salt),
+        )
+        self._requests[request.id] = seq
+        self._waiting.push(seq)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it is; its blocks are free at once. False when it is not known (any more)."""
+        seq = self._requests.get(request_id)
+        if seq is None:
+            return False
+        self._end(seq)
+        return True
+
+    def stats(self) -> EngineStats:
+        """A snapshot; `reference_ops` is the engine's to fill."""
+        self._stats.running = self._batch.num_running
+        self._stats.waiting = len(self._waiting)
+        self._stats.kv_blocks_used = self.kv.pool.num_used
+        return msgspec.structs.replace(self._stats)
+
+    def _checked_prompt(self, request: Request) -> IntArray:
+        if request.id in self._requests:
+            raise RequestError(f"a request with id {request.id!r} is running already", param="id")
+        n = len(request.prompt_token_ids)
+        if n == 0:
+            raise RequestError("the prompt is empty", param="prompt", hint="Send at least one token.")
+        if n + 1 > self.max_model_len:
+            capped = self.max_model_len < self.config.max_model_len
+            reason = "the KV cache holds" if capped else "the context holds"
+            raise PromptTooLongError(
+                f"the prompt has {n} tokens; {reason} {self.max_model_len}, prompt and output together",
+                param="prompt",
+                hint="Shorten the prompt" + (" or raise kv_cache_memory." if capped else "."),
+            )
+        try:
+            return np.array(request.prompt_token_ids, np.int32)
+        except OverflowError:
+            raise RequestError("a token id of the prompt is not a 32-bit integer", param="prompt") from None
+
+    # --- planning ---
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when nothing can run before a request is added or a step in flight is updated."""
+        if self.kv.group.window is not None:
+            rows = self._batch.rows()
+            self.kv.trim(rows, self._batch.computed[rows])
+        self._preempt_for_priority()
+        if self.config.mixed_steps:
+            return self._plan(decode=True, prefill=True)
+        # Prefills and decodes take turns, so neither a stream of new requests nor a long answer starves the other.
+        decode = self._last_was_prefill
+        return self._plan(decode=decode, prefill=not decode) or self._plan(decode=not decode, prefill=decode)
+
+    def _plan(self, *, decode: bool, prefill: bool) -> StepPlan | None:
+        rows, ends, n, preempted = self._running_work(decode, prefill)
+        start = self._batch.computed[rows]
+        self.kv.extend(rows, ends)
+        self._batch.computed[rows] = ends
+        builder = StepBuilder(rows[:n], start[:n])
+        for row, low, high in zip(rows[n:].tolist(), start[n:].tolist(), ends[n:].tolist(), strict=True):
+            self._add_chunk(builder, row, low, high)
+        # A request that just lost its blocks must not come back for them in the same step.
+        if prefill and not preempted:
+            self._admit(builder)
+        if not builder.num_tokens:
+            return None
+        plan = builder.build(self._released, self.kv.take_changes())
+        self._released = []
+        self._in_flight.append(_InFlight(plan, self._batch.generation[plan.rows]))
+        self._last_was_prefill = builder.has_prefill
+        self._stats.steps += 1
+        return plan
+
+    def _running_work(self, decode: bool, prefill: bool) -> tuple[IntArray, IntArray, int, bool]:
+        """What running rows do in this step, decodes first; preempts until their blocks fit.
+
+        Returns (rows [n], tokens each has computed after the step [n], number of decodes, whether any row was
+        preempted).
+        """
+        batch, preempted = self._batch, False
+        while True:
+            rows = batch.decoding() if decode else np.empty(0, np.int32)
+            num_decodes = len(rows)
+            ends = batch.computed[rows] + np.int32(1)
+            if prefill and self._prefilling:
+                budget = self.config.max_num_batched_tokens - num_decodes
+                chunks = []
+                for row in self._prefilling:
+                    n = min(budget, int(batch.prefill[row] - batch.computed[row]))
+                    if n > 0:
+                        budget -= n
+                        chunks.append((row, int(batch.computed[row]) + n))
+                chunk_rows, chunk_ends = np.array(chunks, np.int32).reshape(-1, 2).T
+                rows, ends = np.concatenate((rows, chunk_rows)), np.concatenate((ends, chunk_ends))
+            if not self.kv.missing(rows, ends):
+                return rows, ends, num_decodes, preempted
+            self._preempt(max(batch.running(), key=lambda seq: seq.key))
+            preempted = True
+
+    def _admit(self, builder: StepBuilder) -> None:
+        """Start waiting requests, best first, while rows, budget and blocks last."""
+        chunk = self.config.max_num_batched_tokens
+        while (budget := chunk - builder.num_tokens) > 0 and self._batch.num_free:
+            seq = self._waiting.peek()
+            if seq is None or seq.in_flight:
+                return
+            total = len(seq.token_ids)
+            matched = self._cached_prefix(seq)
+            cached = len(matched) * self.kv.block_size
+            if not self.config.chunked_prefill and total - cached > budget:
+                return
+            if self.kv.cost(matched, total, chunk) + self._reserved_blocks() > self.kv.pool.num_free:
+                return
+            self._waiting.pop()
+            row = self._batch.place(seq)
+            end = min(total, cached + budget)
+            self.kv.admit(row, matched)
+            self.kv.extend(np.array([row], np.int32), np.array([end], np.int32))
+            self._batch.computed[row] = end
+            self._prefilling.append(row)
+            builder.admitted.append(seq.admission(row))
+            self._add_chunk(builder, row, cached, end)
+            if not seq.preempted:
+                self._count_admission(seq, cached)
+
+    def _add_chunk(self, builder: StepBuilder, row: int, start: int, end: int) -> None:
+        """Plan a prefill chunk; its full blocks can be shared from now on, in this very step too."""
+        last = end == int(self._batch.prefill[row])
+        builder.add_chunk(row, start, end, last=last)
+        if last:
+            self._prefilling.remove(row)
+        self._register(row, end)
+
+    # --- the prefix cache ---
+
+    def _cached_prefix(self, seq: Sequence) -> list[int]:
+        """Block-table entries of the cached prefix of a waiting request: whole blocks, one token at least left."""
+        if not self.kv.enable_prefix_cache or not seq.may_use_cache:
+            return []
+        full = (len(seq.token_ids) - 1) // self.kv.block_size
+        return self.kv.match(seq.hashes.extend(seq.token_ids, full)[:full])
+
+    def _register(self, row: int, num_tokens: int) -> None:
+        """Offer the full blocks among a row's first `num_tokens` tokens, whose values are known, to the cache."""
+        if self.kv.enable_prefix_cache:
+            full = num_tokens // self.kv.block_size
+            hashes = self._batch.owner(row).hashes
+            self.kv.register(row, hashes.extend(self._batch.history[row], full), full)
+
+    def _count_admission(self, seq: Sequence, cached: int) -> None:
+        seq.num_cached = cached
+        seq.queued = max(0.0, time.monotonic() - seq.arrival)
+        if self.kv.enable_prefix_cache and seq.may_use_cache:
+            self._stats.prefix_queries += seq.num_prompt
+            self._stats.prefix_hits += cached
+
+    # --- preemption ---
+
+    def _reserved_blocks(self) -> int:
+        """Free blocks that admissions leave to running rows: what partial prefills still take, and room to decode.
+
+        A quarter block a row keeps a full pool from admitting a request only to preempt it a few steps later.
+        """
+        batch, chunk = self._batch, self.config.max_num_batched_tokens
+        prefills = sum(self.kv.outstanding(row, int(batch.prefill[row]), chunk) for row in self._prefilling)
+        return prefills + (batch.num_running + 3) // 4
+
+    def _preempt_for_priority(self) -> None:
+        """Let a waiting request of better priority take the place of running ones of worse priority.
+
+        This happens before anything of the step is planned, so no block of the step is lost by it.
+        """
+        if self.config.policy != "priority" or not self._batch.num_running:
+            return
+        seq = self._waiting.peek()
+        if seq is None or seq.in_flight:
+            return
+        by_key = sorted(self._batch.running(), key=lambda other: other.key)
+        while by_key and by_key[-1].key[0] > seq.key[0] and not self._has_room(seq):
+            self._preempt(by_key.pop())
+
+    def _has_room(self, seq: Sequence) -> bool:
+        cost = self.kv.cost(self._cached_prefix(seq), len(seq.token_ids), self.config.max_num_batched_tokens)
+        return self._batch.num_free > 0 and cost + self._reserved_blocks() <= self.kv.pool.num_free
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a row from its request, which goes back to waiting and later recomputes what is not cached.
+
+        Tokens of it that are in flight still count; it is not admitted again before they have arrived.
+        """
+        generation = self._batch.generation[seq.row]
+        for step in self._in_flight:
+            for i in np.flatnonzero((step.plan.rows == seq.row) & (step.generations == generation)).tolist():
+                step.preempted[i] = seq
+                seq.in_flight += int(step.plan.samples[i])
+        self._free_row(seq)
+        seq.preempted = True
+        self._waiting.push(seq)
+        self._stats.preemptions += 1
+
+    def _free_row(self, seq: Sequence) -> None:
+        row = seq.row
+        if row in self._prefilling:
+            self._prefilling.remove(row)
+        self.kv.free(row)
+        self._batch.remove(seq)
+        self._released.append(row)
+
+    def _end(self, seq: Sequence) -> None:
+        if seq.row >= 0:
+            self._free_row(seq)
+        else:
+            self._waiting.remove(seq)
+        seq.done = True
+        del self._requests[seq.request.id]
+
+    # --- results ---
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Take the results of the oldest plan in flight; ends requests and returns what each request gained.
+
+        Tokens of requests that ended while the step was in flight are dropped. Raises ValueError when `plan` is
+        not the oldest in flight.
+        """
+        if not self._in_flight or self._in_flight[0].plan is not plan:
+            raise ValueError("update takes the plans in the order schedule made them")
+        step, batch = self._in_flight.popleft(), self._batch
+        own = step.generations == batch.generation[plan.rows]
+        if result.prompt_logprobs:
+            for i in np.flatnonzero(own).tolist():
+                self._keep_prompt_logprobs(batch.owner(plan.rows[i]), plan, i, result)
+        rows, tokens = plan.rows, result.token_ids
+        live = own & plan.samples
+        if not live.all():
+            rows, tokens = rows[live], tokens[live]
+        stopped, full = batch.append(rows, tokens)
+        row_list, ids = rows.tolist(), batch.ids
+        deltas = [TokenDelta(ids[row], [t]) for row, t in zip(row_list, tokens.tolist(), strict=True)]
+        if result.logprobs:
+            for row, delta in zip(row_list, deltas, strict=True):
+                if row in result.logprobs:
+                    delta.logprobs = [result.logprobs[row]]
+        # From here on only exceptional rows are looked at.
+        for i in np.flatnonzero(batch.first[rows]).tolist():
+            self._start(batch.owner(row_list[i]), deltas[i])
+        written = np.minimum(batch.known[rows], batch.computed[rows])
+        for i in self.kv.unregistered(rows, written).tolist():
+            self._register(row_list[i], int(written[i]))
+        for i in np.flatnonzero(stopped | full).tolist():
+            self._finish(batch.owner(row_list[i]), deltas[i], stopped=bool(stopped[i]))
+        for i, seq in step.preempted.items():
+            if not seq.done:
+                deltas += self._late(seq, plan, i, result)
+        self._stats.generated_tokens += len(deltas)
+        return deltas
+
+    def _late(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> list[TokenDelta]:
+        """What entry `i` of a step brings to a request that was preempted while the step was in flight."""
+        self._keep_prompt_logprobs(seq, plan, i, result)
+        if not plan.samples[i]:
+            return []
+        seq.in_flight -= 1
+        token = int(result.token_ids[i])
+        seq.append(token)
+        delta = TokenDelta(seq.request.id, [token])
+        if (entry := result.logprobs.get(int(plan.rows[i]))) is not None:
+            delta.logprobs = [entry]
+        if not seq.started:
+            self._start(seq, delta)
+        stopped = token in seq.stop_tokens
+        if stopped or len(seq.token_ids) >= seq.limit:
+            self._finish(seq, delta, stopped=stopped)
+        return [delta]
+
+    def _start(self, seq: Sequence, delta: TokenDelta) -> None:
+        """Fill in what only the first delta of a request carries."""
+        seq.started = True
+        if seq.row >= 0:
+            self._batch.first[seq.row] = False
+        delta.num_cached_tokens, delta.queued = seq.num_cached, seq.queued
+        delta.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        self._stats.prompt_tokens += seq.num_prompt
+
+    def _finish(self, seq: Sequence, delta: TokenDelta, *, stopped: bool) -> None:
+        delta.finish_reason = "stop" if stopped else "length"
+        delta.stop_token = delta.token_ids[-1] if stopped else None
+        self._end(seq)
+
+    def _keep_prompt_logprobs(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> None:
+        entries = result.prompt_logprobs.get(int(plan.rows[i]))
+        if entries is not None:
+            seq.add_prompt_logprobs(int(plan.start[i]), entries)

@@ -1,0 +1,106 @@
+"""A request inside the scheduler: what must survive preemption, whichever row it has or has not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hotplug.core.kv.prefix import BlockHashes
+from hotplug.core.request import Request, TokenLogprobs
+from hotplug.core.scheduler.plan import Admission, IntArray
+
+Key = tuple[int, int]
+"""Sorts requests best first: (priority, order of arrival)."""
+
+
+class Sequence:
+    """One request from `Scheduler.add` to its end.
+
+    While it has a row, the batch holds its tokens and `token_ids` is stale; without one, `token_ids` ([n]
+    int32) is prompt and output so far.
+    """
+
+    __slots__ = (
+        "arrival",
+        "done",
+        "hashes",
+        "in_flight",
+        "key",
+        "limit",
+        "num_cached",
+        "num_prompt",
+        "preempted",
+        "prompt_logprobs",
+        "queued",
+        "request",
+        "row",
+        "seed",
+        "started",
+        "stop_tokens",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        token_ids: IntArray,
+        *,
+        key: Key,
+        seed: int,
+        arrival: float,
+        max_model_len: int,
+        hashes: BlockHashes,
+    ) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.token_ids = token_ids
+        self.key = key
+        self.seed = seed
+        self.arrival = arrival
+        self.hashes = hashes
+        self.num_prompt = len(token_ids)
+        room = max_model_len - self.num_prompt
+        self.limit = self.num_prompt + (room if sampling.max_tokens is None else min(sampling.max_tokens, room))
+        """Tokens, prompt and output, at which the request ends for its length."""
+        self.stop_tokens = frozenset(self.eos_token_ids) | frozenset(sampling.stop_token_ids)
+        self.row = -1
+        self.in_flight = 0
+        """Tokens sampled before a preemption that the host has not seen yet."""
+        self.preempted = False
+        self.started = False
+        """Whether the first delta is out."""
+        self.done = False
+        self.num_cached = 0
+        self.queued = 0.0
+        wanted = sampling.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] * self.num_prompt if wanted else None
+        """Collected over the prompt's chunks; None when not asked for or already sent."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return () if self.request.sampling.ignore_eos else self.request.eos_token_ids
+
+    @property
+    def may_use_cache(self) -> bool:
+        """A prompt whose log-probabilities are still owed must be computed in full."""
+        return self.prompt_logprobs is None
+
+    def admission(self, row: int) -> Admission:
+        return Admission(
+            row=row,
+            token_ids=self.token_ids,
+            num_prompt_tokens=self.num_prompt,
+            sampling=self.request.sampling,
+            seed=self.seed,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def append(self, token: int) -> None:
+        """Add a sampled token that arrives while the sequence has no row."""
+        self.token_ids = np.append(self.token_ids, np.int32(token))
+
+    def add_prompt_logprobs(self, start: int, entries: list[TokenLogprobs]) -> None:
+        """Keep the log-probabilities of prompt tokens start + 1 .., unless they are already sent."""
+        if self.prompt_logprobs is not None:
+            first = start + 1
+            end = min(first + len(entries), self.num_prompt)
+            self.prompt_logprobs[first:end] = entries[: end - first]

@@ -1,0 +1,81 @@
+"""Chat templates: rendering a checkpoint's Jinja template in a sandbox. Knows nothing of tokens.
+
+The environment offers what Hugging Face's offers (the templates are written for it): `raise_exception`,
+`strftime_now`, `tojson` without HTML escaping, loop controls, and the `generation` tag, which marks the
+assistant's words for training and renders its body here.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from hotplug.core.errors import RequestError
+
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+             RecursionError, MemoryError)  # fmt: skip
+"""What a template that meets messages it was not written for ends in."""
+
+
+class _Generation(jinja2.ext.Extension):
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own contract)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def render(template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    """The prompt of a conversation. Raises RequestError (`messages`, or `chat_template` if it is no template)."""
+    compiled = compile_template(template)
+    try:
+        return compiled.render(messages=messages, **variables)
+    except _FAILURES as e:
+        raise RequestError(f"the chat template cannot render these messages: {e}", param="messages") from e
+
+
+@lru_cache(maxsize=32)
+def compile_template(template: str) -> jinja2.Template:
+    """A compiled template. Raises RequestError(param="chat_template") for a syntax error."""
+    try:
+        return _environment().from_string(template)
+    except (jinja2.TemplateError, RecursionError) as e:
+        line = f" in line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
+        raise RequestError(f"the chat template is not valid Jinja{line}: {e}", param="chat_template") from e
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,109 @@
+"""Opening a checkpoint: one interface over safetensors folders, GGUF files and random weights.
+
+What a checkpoint is found by is its content. Where it comes from is `source`'s business; what becomes of the
+tensors is the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hotplug.core.errors import ConfigError, WeightsError, nearest
+from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES, read_hf_config
+
+if TYPE_CHECKING:
+    import torch
+
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+
+
+class Checkpoint(Protocol):
+    """Weights under Hugging Face names and shapes, and the config that they belong to."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and CPU tensor of each weight, one in memory at a time. Raises WeightsError."""
+        ...
+
+
+def open_checkpoint(
+    path: Path,
+    load_format: str = "auto",
+    seed: int = 0,
+    architectures: Collection[str] = SUPPORTED_ARCHITECTURES,
+) -> Checkpoint:
+    """The checkpoint at `path`: a folder with config.json and *.safetensors, or a GGUF file (or its folder).
+
+    `load_format` "auto" goes by content; "dummy" needs only config.json or a GGUF's metadata and draws the
+    weights from `seed`. Headers are checked here, values are read by `tensors()`. Raises ConfigError,
+    WeightsError, UnsupportedModelError (an architecture not in `architectures`).
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(f"unknown load format {load_format!r}", hint=nearest(load_format, LOAD_FORMATS))
+    if not path.exists():
+        raise WeightsError("no such file or folder", where=str(path))
+    if load_format == "dummy":
+        return _open_dummy(path, seed, architectures)
+    gguf_file = find_gguf(path) if load_format in ("auto", "gguf") else None
+    if load_format == "gguf" or (gguf_file and not _has_safetensors(path)):
+        if gguf_file is None:
+            raise WeightsError("the folder holds no *.gguf file", where=str(path))
+        from hotplug.core.weights.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(gguf_file)
+    if path.is_file():
+        raise WeightsError(
+            "a single file is read only as GGUF",
+            where=str(path),
+            hint="For safetensors, give the folder that also holds config.json.",
+        )
+    from hotplug.core.weights.safetensors import SafetensorsCheckpoint
+
+    return SafetensorsCheckpoint(path, read_hf_config(path, architectures))
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is or, for a folder, holds; None without one. Raises WeightsError for several."""
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                is_gguf = path.suffix == ".gguf" or file.read(4) == b"GGUF"
+        except OSError as e:
+            raise WeightsError("cannot read the file", where=str(path), why=e.strerror or str(e)) from e
+        return path if is_gguf else None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise WeightsError(
+            f"the folder holds {len(found)} GGUF files",
+            where=str(path),
+            why=", ".join(file.name for file in found),
+            hint="Name one of them.",
+        )
+    return found[0] if found else None
+
+
+def _open_dummy(path: Path, seed: int, architectures: Collection[str]) -> Checkpoint:
+    from hotplug.core.weights.dummy import DummyCheckpoint
+
+    config_file = path if path.is_file() else path / "config.json"
+    if config_file.suffix == ".json" and config_file.exists():
+        return DummyCheckpoint(read_hf_config(config_file.parent, architectures), (config_file,), seed)
+    gguf_file = find_gguf(path)
+    if gguf_file is None:
+        raise WeightsError("neither config.json nor a GGUF file to take the shapes from", where=str(path))
+    from hotplug.core.weights.gguf_config import gguf_config
+    from hotplug.core.weights.gguf_file import GgufFile
+
+    return DummyCheckpoint(gguf_config(GgufFile(gguf_file)), (gguf_file,), seed)
+
+
+def _has_safetensors(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.safetensors"))

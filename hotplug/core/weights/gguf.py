@@ -1,0 +1,156 @@
+"""A GGUF file as a checkpoint: its metadata as a ModelConfig, its tensors under Hugging Face names.
+
+Weights are dequantized here, at load; quantized execution is not this module's business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from hotplug.core.errors import UnsupportedModelError, WeightsError
+from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.dummy import parameter_shapes
+from hotplug.core.weights.gguf_config import gguf_config
+from hotplug.core.weights.gguf_file import GgufFile, GgufTensor
+
+_CHUNK = 4096
+"""Quantization blocks dequantized at once: the temporaries stay in cache and the threads keep busy."""
+
+_GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NOT_WEIGHTS = {"rope_freqs.weight"}
+"""Read into the config; no parameter of the model."""
+
+
+class GgufCheckpoint:
+    """A GGUF file opened and checked: every tensor the config promises is there, in full and in its shape."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = GgufFile(path)
+        self.files = (path,)
+        self.config: ModelConfig = gguf_config(self._file)
+        self._names = {
+            hf_name(name, path): tensor for name, tensor in self._file.tensors.items() if name not in _NOT_WEIGHTS
+        }
+        self._check()
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names with CPU tensors: F16 and BF16 as stored, every other type as float32."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, tensor in self._names.items():
+                yield name, self._read(name, tensor, pool)
+
+    def _check(self) -> None:
+        path, expected = str(self.files[0]), parameter_shapes(self.config)
+        for kind in {tensor.kind for tensor in self._names.values()}:
+            if not _dequantizable(kind):
+                raise UnsupportedModelError(f"the quantization type {kind.name} is not read", where=path)
+        if missing := sorted(expected.keys() - self._names.keys()):
+            raise WeightsError(f"{len(missing)} tensors are missing", where=path, why=_some(missing))
+        if extra := sorted(self._names.keys() - expected.keys()):
+            raise WeightsError(f"{len(extra)} tensors have no place in the model", where=path, why=_some(extra))
+        for name, tensor in self._names.items():
+            if tensor.shape != expected[name]:
+                raise WeightsError(
+                    f"tensor {tensor.name!r} has the shape {list(tensor.shape)}",
+                    where=path,
+                    why=f"the metadata asks for {list(expected[name])}",
+                )
+
+    def _read(self, name: str, tensor: GgufTensor, pool: ThreadPoolExecutor) -> torch.Tensor:
+        data = self._file.raw(tensor)
+        if self._file.metadata["general.architecture"] == "llama":
+            if ".q_proj." in name:
+                data = _unpermute(data, self.config.num_heads, tensor)
+            elif ".k_proj." in name:
+                data = _unpermute(data, self.config.num_kv_heads, tensor)
+        return dequantize(data, tensor.kind, pool).reshape(tensor.shape)
+
+
+def hf_name(name: str, path: Path) -> str:
+    """The Hugging Face name of a GGUF tensor. Raises WeightsError for a name no served architecture has."""
+    if name in _GLOBAL_NAMES:
+        return _GLOBAL_NAMES[name]
+    prefix, _, rest = name.partition(".")
+    layer, _, rest = rest.partition(".")
+    part, _, kind = rest.rpartition(".")
+    if prefix == "blk" and layer.isdecimal() and part in _LAYER_NAMES and kind in ("weight", "bias"):
+        return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}.{kind}"
+    raise WeightsError(f"tensor {name!r} has no place in the model", where=str(path))
+
+
+def dequantize(data: npt.NDArray[np.uint8], kind: GGMLQuantizationType, pool: ThreadPoolExecutor) -> torch.Tensor:
+    """A flat tensor from raw bytes: float16 and bfloat16 keep their type, the rest becomes float32."""
+    flat = data.reshape(-1)
+    if kind in _PLAIN:
+        return torch.from_numpy(flat.copy()).view(_PLAIN[kind])
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = flat.reshape(-1, block_bytes)
+    out = np.empty((len(blocks), block), np.float32)
+
+    def chunk(start: int) -> None:
+        part = blocks[start : start + _CHUNK]
+        # One row, because the package walks over rows in groups too small to be quick.
+        out[start : start + _CHUNK] = gguf.quants.dequantize(part.reshape(1, -1), kind).reshape(-1, block)
+
+    for _ in pool.map(chunk, range(0, len(blocks), _CHUNK)):
+        pass
+    return torch.from_numpy(out.reshape(-1))
+
+
+_PLAIN: dict[Any, torch.dtype] = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+def _unpermute(data: npt.NDArray[np.uint8], heads: int, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+    """Undo the llama converter's reordering of query and key rows.
+
+    The converter interleaves the two halves of each head (rotation of neighbouring pairs); Hugging Face
+    models rotate the halves. Rows are whole quantization blocks, so raw bytes can be moved.
+    """
+    per_row = tensor.nbytes // tensor.shape[0]
+    half = tensor.shape[0] // heads // 2
+    return np.ascontiguousarray(data.reshape(heads, half, 2, per_row).swapaxes(1, 2))
+
+
+def _dequantizable(kind: GGMLQuantizationType) -> bool:
+    if kind in _PLAIN:
+        return True
+    try:
+        gguf.quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,113 @@
+"""The CPU platform: runs anywhere, with nothing but `pip install`."""
+
+from __future__ import annotations
+
+import os
+import platform as host
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hotplug.vendor import DeviceInfo, Feature, KVLayout, Limits, MemoryInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from hotplug.vendor import OpRegistry
+
+
+class CpuPlatform:
+    """The host's processor as a device."""
+
+    name = "cpu"
+    torch_device = "cpu"
+    api_version = "1.0"
+
+    def probe(self) -> Sequence[DeviceInfo]:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        model, flags = _cpuinfo()
+        isa = next((name for flag, name in _ISAS if flag in flags), host.machine())
+        return [DeviceInfo(index=0, name=model, arch=isa, cores=cores, details=f"{cores} cores, {isa}")]
+
+    def limits(self, device: DeviceInfo) -> Limits:
+        # Below AVX-512 a bfloat16 matrix product is emulated and several times slower than float32.
+        narrow_is_slow = device.arch not in ("amx", "avx512_bf16")
+        return Limits(
+            dtypes=("float32", "bfloat16", "float16"),
+            auto_dtype="float32" if narrow_is_slow else None,
+            kv_dtypes=("float32", "bfloat16", "float16", "fp8_e4m3"),
+            block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
+            kv_layouts=(KVLayout.NHD, KVLayout.HND),
+            shared_host_memory=True,
+            features=frozenset({Feature.FP8_KV}),
+        )
+
+    def memory(self, device: DeviceInfo) -> MemoryInfo:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        limit = _cgroup_limit()
+        if limit is None or limit >= memory.total:
+            return MemoryInfo(free=memory.available, total=memory.total)
+        used = memory.total - memory.available
+        return MemoryInfo(free=max(0, min(memory.available, limit - used)), total=limit)
+
+    def register(self, ops: OpRegistry) -> None:
+        from hotplug.platforms.cpu.kernels import KERNELS
+
+        for kernel in KERNELS:
+            ops.add(kernel)
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: DeviceInfo) -> torch.Tensor:
+        """Zeroed memory that the kernel maps page by page as blocks are first written."""
+        import math
+
+        import numpy as np
+        import torch
+
+        size = torch.empty((), dtype=dtype).element_size()
+        # numpy's zeros come from calloc, so untouched blocks cost nothing; torch's would touch every page
+        pages = np.zeros(math.prod(shape) * size, dtype=np.uint8)
+        return torch.from_numpy(pages).view(dtype).view(*shape)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source)
+
+
+_ISAS = (
+    ("amx_bf16", "amx"),
+    ("avx512_bf16", "avx512_bf16"),
+    ("avx512f", "avx512"),
+    ("avx2", "avx2"),
+    ("asimd", "neon"),
+)
+"""Kernel flag and our name for it, best first."""
+
+
+def _cpuinfo() -> tuple[str, frozenset[str]]:
+    """Model name and feature flags of the first processor; a plain name where the system does not say."""
+    name, flags = host.processor() or host.machine(), frozenset[str]()
+    try:
+        with Path("/proc/cpuinfo").open() as f:
+            for line in f:
+                key, _, value = line.partition(":")
+                match key.strip():
+                    case "model name":
+                        name = value.strip()
+                    case "flags" | "Features":
+                        flags = frozenset(value.split())
+                        break
+    except OSError:
+        pass  # not Linux: the machine name is all there is
+    return name, flags
+
+
+def _cgroup_limit() -> int | None:
+    """Bytes this process may use by its control group, None without a limit."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() else None
+    return None

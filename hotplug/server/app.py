@@ -1,0 +1,75 @@
+"""The OpenAI-compatible HTTP application over one engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import Depends, FastAPI
+
+import hotplug
+from hotplug.core.errors import EngineDeadError
+from hotplug.server import chat, completions, errors, routes
+from hotplug.server.config import ServerConfig
+from hotplug.server.gate import Gate, valid_unicode
+from hotplug.server.metrics import EngineMetrics
+from hotplug.server.service import Service
+
+if TYPE_CHECKING:
+    from hotplug.core.engine.async_llm import AsyncLLM
+
+_DEATH_CHECK = 1.0
+"""Seconds between looks at the engine's health."""
+
+
+def create_app(
+    llm: AsyncLLM,
+    config: ServerConfig,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_failure: Callable[[Exception], None] = lambda _: None,
+) -> FastAPI:
+    """The application; it starts `llm` with its lifespan and closes it at the end.
+
+    `on_ready` is called when the engine first answers, `on_failure` once when it cannot start or has died.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await llm.start()
+        except Exception as error:
+            on_failure(error)
+            raise
+        watch = asyncio.create_task(_watch(llm, on_ready, on_failure))
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            await llm.close()
+
+    app = FastAPI(
+        title="hotplug", version=hotplug.__version__, lifespan=lifespan, dependencies=[Depends(valid_unicode)]
+    )
+    app.state.service = Service(llm)
+    app.state.metrics = llm.observer = EngineMetrics()
+    for module in (chat, completions, routes):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(Gate, llm=llm, config=config)
+    return app
+
+
+async def _watch(llm: AsyncLLM, on_ready: Callable[[], None], on_failure: Callable[[Exception], None]) -> None:
+    try:
+        await llm.wait_ready()
+    except Exception as error:
+        on_failure(error)
+        return
+    on_ready()
+    while llm.failure is None:
+        await asyncio.sleep(_DEATH_CHECK)
+    on_failure(EngineDeadError(llm.failure))

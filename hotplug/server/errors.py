@@ -1,0 +1,149 @@
+"""Exceptions to answers: the one place that knows which error gets which HTTP status.
+
+Every answer that is not a success has the OpenAI shape
+`{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from hotplug.core.errors import (
+    EngineDeadError,
+    HotplugError,
+    NotReadyError,
+    PromptTooLongError,
+    QueueFullError,
+    RequestError,
+    UnknownModelError,
+)
+from hotplug.server.body import json_response
+
+logger = logging.getLogger("hotplug.server")
+
+NOT_READY_RETRY = 5
+"""Seconds a client is told to wait while the engine starts."""
+
+
+class AuthenticationError(HotplugError):
+    """The API key is missing or wrong."""
+
+
+class _Kind(NamedTuple):
+    status: int
+    type: str
+    code: str | None
+
+
+_KINDS: tuple[tuple[type[Exception], _Kind], ...] = (  # the first match counts: subclasses first
+    (PromptTooLongError, _Kind(413, "invalid_request_error", "context_length_exceeded")),
+    (UnknownModelError, _Kind(404, "invalid_request_error", "model_not_found")),
+    (RequestError, _Kind(400, "invalid_request_error", None)),
+    (AuthenticationError, _Kind(401, "authentication_error", "invalid_api_key")),
+    (QueueFullError, _Kind(429, "rate_limit_error", "rate_limit_exceeded")),
+    (NotReadyError, _Kind(503, "service_unavailable_error", "not_ready")),
+    (EngineDeadError, _Kind(500, "server_error", "engine_dead")),
+    (HotplugError, _Kind(500, "server_error", "engine_error")),
+)
+_HTTP_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+def error_body(message: str, type_: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and extra headers that answer `error`.
+
+    The reasons of a server-side failure (tracebacks, paths) go to the log and not to the client.
+    """
+    kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
+    if kind is None:
+        return 500, error_body("internal error", "server_error", None, "internal_error"), {}
+    assert isinstance(error, HotplugError)
+    message = first_line(error.what) if kind.status >= 500 else str(error)
+    headers: dict[str, str] = {}
+    if isinstance(error, QueueFullError):
+        headers["retry-after"] = str(error.retry_after)
+    elif isinstance(error, NotReadyError):
+        headers["retry-after"] = str(NOT_READY_RETRY)
+    elif isinstance(error, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
+    return kind.status, error_body(message, kind.type, getattr(error, "param", None), kind.code), headers
+
+
+def first_line(failure: str) -> str:
+    """A failure without the traceback that may follow it."""
+    return failure.partition("\n")[0]
+
+
+def log_failure(error: Exception) -> None:
+    """Log what the client is not told: the traceback and reasons of a failure on our side."""
+    if describe(error)[0] == 500:
+        logger.error("request failed: %s", error, exc_info=error)
+
+
+def error_response(error: Exception) -> Response:
+    status, body, headers = describe(error)
+    return json_response(body, status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Give `app` the handlers that turn every exception into an OpenAI error body."""
+
+    async def deliberate(_: Request, error: Exception) -> Response:
+        log_failure(error)
+        return error_response(error)
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return error_response(error)  # Starlette raises it again, so that the web server logs it
+
+    async def validation(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        param, message = _first_problem(error.errors())
+        return json_response(error_body(message, "invalid_request_error", param, None), 400)
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = {404: f"no route {request.url.path}", 405: f"{request.method} is not allowed here"}.get(
+            error.status_code, error.detail
+        )
+        type_ = _HTTP_TYPES.get(error.status_code, "invalid_request_error")
+        code = "unknown_route" if error.status_code == 404 else None
+        return json_response(error_body(message, type_, None, code), error.status_code, dict(error.headers or {}))
+
+    app.add_exception_handler(HotplugError, deliberate)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _first_problem(problems: Sequence[Any]) -> tuple[str | None, str]:
+    """Parameter and message of the first field that pydantic refused.
+
+    A union reports one problem for each of its members, with the member's name in the location: what the
+    locations share names the field.
+    """
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return None, f"the body is not valid JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"
+    location = first["loc"][1:]
+    if not location:
+        return None, "the body must be a JSON object, sent with Content-Type: application/json"
+    same = [p for p in problems if p["loc"][1:2] == location[:1]]
+    for other in same:
+        theirs = other["loc"][1:]
+        shared = 0
+        while shared < min(len(location), len(theirs)) and location[shared] == theirs[shared]:
+            shared += 1
+        location = location[:shared]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    reasons = list(dict.fromkeys(p["msg"] for p in same))
+    return param, f"{param}: {'; or '.join(reasons)}"

@@ -1,0 +1,106 @@
+"""The engine's figures for Prometheus: an `EngineObserver` that a scrape reads.
+
+Hot path: `inter_token` is called once a delta, 20,000 times a second and more, so histograms here are plain
+lists that become Prometheus families only when someone scrapes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hotplug.core.request import EngineStats
+
+_TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+_QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_DURATION = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class Histogram:
+    """Counts of values below each bound, and their sum."""
+
+    def __init__(self, name: str, doc: str, bounds: Sequence[float]) -> None:
+        self.name = name
+        self.doc = doc
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def family(self) -> HistogramMetricFamily:
+        total = 0
+        buckets = []
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        return HistogramMetricFamily(self.name, self.doc, buckets=buckets, sum_value=self._sum)
+
+
+class EngineMetrics(Collector):
+    """Implements `hotplug.core.engine.observer.EngineObserver`; `registry` holds it for /metrics."""
+
+    def __init__(self) -> None:
+        self._ttft = Histogram(
+            "hotplug_time_to_first_token_seconds", "From a request's arrival to its first token", _TTFT
+        )
+        self._itl = Histogram("hotplug_inter_token_latency_seconds", "Between the tokens of one request", _INTER_TOKEN)
+        self._queue = Histogram("hotplug_queue_time_seconds", "From a request's arrival to its first step", _QUEUE)
+        self._duration = Histogram("hotplug_request_duration_seconds", "From a request's arrival to its end", _DURATION)
+        self._finished: dict[str, int] = {}
+        self._stats = EngineStats()
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def inter_token(self, seconds: float, tokens: int) -> None:
+        """`tokens` arrived together, `seconds` after the one before them."""
+        if tokens > 0:
+            self._itl.observe(seconds / tokens, tokens)
+
+    def queued(self, seconds: float) -> None:
+        self._queue.observe(seconds)
+
+    def finished(self, reason: str, prompt_tokens: int, output_tokens: int, seconds: float) -> None:
+        self._finished[reason] = self._finished.get(reason, 0) + 1
+        self._duration.observe(seconds)
+
+    def stats(self, stats: EngineStats) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        for histogram in (self._ttft, self._itl, self._queue, self._duration):
+            yield histogram.family()
+        stats = self._stats
+        usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+        for name, doc, value in (
+            ("requests_running", "Requests in the batch", stats.running),
+            ("requests_waiting", "Requests in the queue", stats.waiting),
+            ("kv_cache_usage_ratio", "Share of KV cache blocks in use", usage),
+            ("reference_ops", "Call sites that run a reference op on an accelerator", stats.reference_ops),
+        ):
+            yield GaugeMetricFamily(f"hotplug_{name}", doc, value)
+        for name, doc, total in (
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hits),
+            ("preemptions", "Requests put back into the queue for want of KV blocks", stats.preemptions),
+            ("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated", stats.generated_tokens),
+        ):
+            yield CounterMetricFamily(f"hotplug_{name}", doc, total)
+        finished = CounterMetricFamily("hotplug_requests_finished", "Requests that ended", labels=["reason"])
+        for reason, total in self._finished.items():
+            finished.add_metric([reason], total)
+        yield finished

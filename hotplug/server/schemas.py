@@ -1,0 +1,296 @@
+"""What requests may say: the bodies of the OpenAI API plus our extensions, checked strictly.
+
+An unknown field is refused with the nearest valid name, a field of the OpenAI API that is not built is
+refused by its name unless it holds the value that means "off", and a few fields that cannot change an
+answer are taken and left alone. Responses are built as plain dictionaries where they are sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hotplug.core.errors import RequestError, nearest
+from hotplug.core.request import MAX_LOGPROBS, SamplingParams
+
+MAX_STOP = 16
+MAX_PROMPTS = 2048
+
+Refusals = dict[str, tuple[tuple[Any, ...], str]]
+"""Field -> the values (besides null) at which it asks for nothing, and why others are refused."""
+
+_IGNORED = {
+    "user": "identifies the caller for abuse tracking",
+    "safety_identifier": "the same under its newer name",
+    "metadata": "labels for stored completions, and nothing is stored",
+    "parallel_tool_calls": "qualifies `tools`, which is refused when it asks for any",
+    "prompt_cache_key": "a routing hint; the prefix cache finds equal prefixes by itself",
+    "prompt_cache_retention": "a caching hint; it never changes an answer",
+}
+_REFUSED: Refusals = {
+    "store": ((False,), "completions are not stored"),
+    "service_tier": (("auto", "default"), "there is one tier; use priority"),
+    "suffix": (("",), "insertion is not supported"),
+    "tools": (([],), "tool calls are not supported"),
+    "tool_choice": (("none", "auto"), "tool calls are not supported"),
+    "functions": (([],), "function calls are not supported"),
+    "function_call": (("none", "auto"), "function calls are not supported"),
+    "response_format": (({"type": "text"},), "only free text is supported"),
+    "modalities": ((["text"],), "only text is supported"),
+    "audio": ((), "only text is supported"),
+    "prediction": ((), "predicted outputs are not supported"),
+    "reasoning_effort": ((), "pass what the chat template knows in chat_template_kwargs"),
+    "verbosity": (("medium",), "it is not supported"),
+    "web_search_options": ((), "web search is not supported"),
+    "moderation": ((), "moderation is not supported"),
+    "prompt_cache_options": ((), "it is not supported; see cache_salt"),
+}
+
+
+class Body(BaseModel):
+    """A JSON object with strict types and no unknown fields. Raises RequestError naming the field."""
+
+    model_config = ConfigDict(strict=True)
+
+    prefix: ClassVar[str] = ""
+    """What stands before a field's name when an error names it."""
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Refusals] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
+            return data
+        for name in data:
+            if name in cls.model_fields or name in cls.ignored:
+                continue
+            if name in cls.refused:
+                neutral, why = cls.refused[name]
+                if data[name] is not None and data[name] not in neutral:
+                    raise RequestError(f"{cls.prefix}{name} is refused: {why}", param=cls.prefix + name)
+            else:
+                raise RequestError(
+                    f"unknown field {cls.prefix}{name}",
+                    param=cls.prefix + name,
+                    hint=nearest(name, cls.model_fields),
+                )
+        return {name: value for name, value in data.items() if name in cls.model_fields}
+
+
+class StreamOptions(Body):
+    prefix = "stream_options."
+    refused: ClassVar[Refusals] = {
+        "continuous_usage_stats": ((False,), "usage comes once, in the last event"),
+        "include_obfuscation": ((False,), "it is not supported"),
+    }
+
+    include_usage: bool = False
+
+
+class GenerationBody(Body):
+    """The fields that completions and chat completions share; null means the default."""
+
+    ignored = frozenset(_IGNORED)
+    refused = _REFUSED
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    top_k: int | None = Field(None, description="Extension: sample from the k most likely tokens")
+    min_p: float | None = Field(None, description="Extension: least probability relative to the best token")
+    repetition_penalty: float | None = Field(None, description="Extension: divides logits of seen tokens")
+    min_tokens: int | None = Field(None, description="Extension: no end before this many tokens")
+    stop_token_ids: list[int] | None = Field(None, description="Extension: token ids that end the output")
+    ignore_eos: bool | None = Field(None, description="Extension: run past the end-of-sequence token")
+    skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out of text")
+    include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop string")
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first")
+    cache_salt: str = Field("", description="Extension: separates tenants in the prefix cache")
+
+    @property
+    def count(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(
+        self,
+        vocab_size: int,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
+        """The engine's form of these fields. Raises RequestError naming the field at fault."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream to be true", param="stream_options")
+        given = {name: value for name in _DIRECT if (value := getattr(self, name)) is not None}
+        return SamplingParams(
+            **given,
+            max_tokens=max_tokens,
+            stop=self._stop_strings(),
+            stop_token_ids=tuple(check_token_ids(self.stop_token_ids or (), vocab_size, "stop_token_ids")),
+            logit_bias=self._token_biases(vocab_size),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if len(stop) > MAX_STOP:
+            raise RequestError(f"stop takes at most {MAX_STOP} strings, got {len(stop)}", param="stop")
+        return stop
+
+    def _token_biases(self, vocab_size: int) -> dict[int, float] | None:
+        biases: dict[int, float] = {}
+        for key, bias in (self.logit_bias or {}).items():
+            if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
+                raise RequestError(
+                    f"logit_bias must be keyed by token ids from 0 to {vocab_size - 1}, got {key!r}",
+                    param="logit_bias",
+                )
+            biases[int(key)] = bias
+        return biases or None
+
+
+_DIRECT = ("n", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
+           "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens",
+           "include_stop_str_in_output")  # fmt: skip
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = None
+    add_special_tokens: bool = Field(True, description="Extension: add the tokenizer's special tokens")
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != self.count:
+            raise RequestError(
+                f"best_of is refused unless it equals n ({self.count}), got {self.best_of}", param="best_of"
+            )
+        return self
+
+
+class TextPart(Body):
+    prefix = "messages.content."
+
+    type: str
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(kind := data.get("type"), str) and kind != "text":
+            raise RequestError(f"content of type {kind!r} is refused: only text is supported", param="messages")
+        return data
+
+
+class Message(Body):
+    """One turn; also takes back the assistant messages that this API answers with."""
+
+    prefix = "messages."
+    ignored = frozenset({"annotations", "refusal"})
+    refused: ClassVar[Refusals] = {
+        "tool_calls": (([],), "tool calls are not supported"),
+        "function_call": ((), "function calls are not supported"),
+        "audio": ((), "only text is supported"),
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise RequestError(f"a message of role {self.role} needs content", param="messages")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as a chat template reads it.
+
+        Templates know no developer role (the newer name of system), and most want text and not parts.
+        """
+        content = self.content or ""
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        for field in ("name", "tool_call_id"):
+            if (value := getattr(self, field)) is not None:
+                message[field] = value
+        return message
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = Field(True, description="Extension: open the assistant's turn")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: template variables")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise RequestError("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
+        return self
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a prompt, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_input(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool = False
+
+
+def check_token_ids(ids: Any, vocab_size: int, param: str) -> Any:
+    """`ids` itself when every id is in the vocabulary. Raises RequestError."""
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise RequestError(f"{param} must hold token ids from 0 to {vocab_size - 1}, got {wrong}", param=param)
+    return ids

@@ -1,0 +1,120 @@
+"""Runs the server in this process: takes the port, starts the engine, serves until a signal, cleans up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from hotplug.core.config import EngineConfig
+from hotplug.core.errors import ConfigError
+from hotplug.server.app import create_app
+from hotplug.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from hotplug.core.engine.async_llm import AsyncLLM
+
+_KEEP_ALIVE = 75
+"""Seconds an idle connection stays open: longer than the clients' own limits, so that they close first."""
+_BACKLOG = 2048
+
+
+def run(
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    *,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    `on_ready` gets the server's URL once the engine answers. A signal stops new connections; running
+    requests get `shutdown_grace` seconds to finish, then the engine is closed. Raises ConfigError when the
+    port is taken, before anything is loaded, and the engine's own error when it cannot start or dies.
+    """
+    with listen(server_config) as sock, _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
+        from hotplug.core.engine.async_llm import AsyncLLM  # heavy, and the port may be taken
+
+        serve(AsyncLLM(engine_config), server_config, sock, on_ready)
+
+
+def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
+    """Serve `llm` on a listening socket. Raises what ended the engine, if anything did."""
+    failures: list[Exception] = []
+
+    def fail(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(llm, config, on_ready=lambda: on_ready(url_of(config, sock)), on_failure=fail)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="on",
+            log_level="warning" if not config.access_log else "info",
+            access_log=config.access_log,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=config.shutdown_grace,
+            backlog=_BACKLOG,
+        )
+    )
+
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        try:
+            runner.run(server.serve(sockets=[sock]))
+        except SystemExit:  # uvicorn's way to say that the lifespan could not start
+            if not failures:
+                raise
+        finally:
+            runner.run(llm.close())  # after a second signal uvicorn skips the lifespan's end
+    if failures:
+        raise failures[0]
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A listening socket on the configured address. Raises ConfigError naming the port and its option."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as e:
+        raise ConfigError(f"cannot resolve host {config.host!r}", why=str(e.strerror), hint="Set --host.") from e
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)  # now, not later: two sockets may be bound to one port, but not both listen
+    except OSError as e:
+        sock.close()
+        if e.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {config.port} on {config.host} is in use",
+                hint="Stop what listens there, or choose another with --port.",
+            ) from e
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}",
+            why=str(e.strerror),
+            hint="Set --host and --port.",
+        ) from e
+    return sock
+
+
+def url_of(config: ServerConfig, sock: socket.socket) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{sock.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the process as SIGINT does, by KeyboardInterrupt: while loading, and when uvicorn raises
+    the signal again after its graceful shutdown."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,122 @@
+"""What every endpoint needs of the engine: the served name, tokens within the context, a request's labels.
+
+One `Service` belongs to one app (`app.state.service`). It keeps no state of single requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+
+from hotplug.core.errors import PromptTooLongError, RequestError, UnknownModelError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from hotplug.core.engine.async_llm import AsyncLLM
+    from hotplug.core.engine.outputs import CompletionChunk
+    from hotplug.core.request import SamplingParams
+    from hotplug.core.text.tokenizer import Tokenizer
+    from hotplug.server.schemas import GenerationBody, Message
+
+_LONG_TEXT = 20_000
+"""Characters from which tokenizing (over 1 ms) is done beside the event loop."""
+_TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "template", "add_generation_prompt"})
+
+
+class Service:
+    """The engine as the endpoints see it."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.llm = llm
+        self.created = int(time.time())
+        self._fingerprint: str | None = None
+
+    @property
+    def model_name(self) -> str:
+        return self.llm.config.model_name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.llm.tokenizer
+
+    def check_model(self, name: str) -> None:
+        """Raises UnknownModelError unless `name` is the served model."""
+        if name != self.model_name:
+            raise UnknownModelError(
+                f"the model {name!r} is not served here", param="model", hint=f"Served: {self.model_name!r}."
+            )
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
+        return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
+
+    async def encode_chat(
+        self, messages: list[Message], *, add_generation_prompt: bool, variables: dict[str, Any] | None
+    ) -> list[int]:
+        """Token ids of a conversation through the chat template. Raises RequestError."""
+        for name in variables or ():
+            if name in _TEMPLATE_ARGUMENTS:
+                raise RequestError(f"chat_template_kwargs may not set {name}", param="chat_template_kwargs")
+        plain = [message.for_template() for message in messages]
+
+        def encode() -> list[int]:
+            return self.tokenizer.encode_chat(plain, add_generation_prompt=add_generation_prompt, **(variables or {}))
+
+        if sum(len(message["content"]) for message in plain) < _LONG_TEXT:
+            return encode()
+        return await asyncio.to_thread(encode)
+
+    def check_length(self, prompt: list[int], param: str) -> None:
+        """Raises RequestError for an empty prompt and PromptTooLongError for one that leaves no room."""
+        if not prompt:
+            raise RequestError(f"{param} has no tokens", param=param)
+        if len(prompt) >= self.llm.max_model_len:
+            raise PromptTooLongError(
+                f"{param} has {len(prompt)} tokens and the model's context, output included, is "
+                f"{self.llm.max_model_len}",
+                param=param,
+                hint="Shorten it.",
+            )
+
+    def check_budget(self, prompt: list[int], max_tokens: int | None, param: str) -> None:
+        """Raises RequestError when prompt and output together pass the context."""
+        room = self.llm.max_model_len - len(prompt)
+        if max_tokens is not None and max_tokens > room:
+            raise RequestError(
+                f"{param} is {max_tokens}, but the prompt has {len(prompt)} tokens and the model's context "
+                f"is {self.llm.max_model_len}",
+                param=param,
+                hint=f"Ask for at most {room}.",
+            )
+
+    def stream(
+        self, prompt: list[int], params: SamplingParams, body: GenerationBody
+    ) -> AsyncGenerator[CompletionChunk, None]:
+        return self.llm.stream(prompt, params, priority=body.priority, cache_salt=body.cache_salt)
+
+    async def labels(self, prefix: str, kind: str) -> dict[str, Any]:
+        """The fields that open every object of one answer."""
+        return {
+            "id": prefix + uuid.uuid4().hex,
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model_name,
+            "system_fingerprint": await self._plan_hash(),
+        }
+
+    async def _plan_hash(self) -> str:
+        if self._fingerprint is None:
+            plan = await self.llm.explain()
+            self._fingerprint = str(plan["plan_hash"])[:12]
+        return self._fingerprint
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,231 @@
+"""A device that only remembers which token of which history lies in which KV slot, and an engine loop around it.
+
+What a slot holds is a digest of everything up to its position, so a block that is stale, shared wrongly, or
+written one position off is noticed by the first query that reads it. Sampled tokens depend on the history
+alone: the output of a request must be the same whatever else ran.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from hotplug.core.kv.groups import KVGroup
+from hotplug.core.kv.manager import KVManager
+from hotplug.core.request import Request, SamplingParams, TokenDelta
+from hotplug.core.scheduler.plan import StepPlan, StepResult
+from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+
+VOCAB = 40
+EOS = 7
+
+
+def fold(digest: int, token: int) -> int:
+    return hash((digest, token))
+
+
+def next_token(digest: int) -> int:
+    return digest % VOCAB
+
+
+def generate_alone(request: Request, max_len: int) -> tuple[list[int], str]:
+    """Output tokens and finish reason of a request without any engine."""
+    digest = hash_of_salt(request.cache_salt)
+    for token in request.prompt_token_ids:
+        digest = fold(digest, token)
+    most = request.sampling.max_tokens or max_len
+    stops = set(request.sampling.stop_token_ids)
+    if not request.sampling.ignore_eos:
+        stops |= set(request.eos_token_ids)
+    output: list[int] = []
+    while True:
+        output.append(next_token(digest))
+        if output[-1] in stops:
+            return output, "stop"
+        if len(output) >= most or len(request.prompt_token_ids) + len(output) >= max_len:
+            return output, "length"
+        digest = fold(digest, output[-1])
+
+
+def hash_of_salt(salt: str) -> int:
+    return sum((i + 1) * ord(c) for i, c in enumerate(salt)) + 1
+
+
+class FakeDevice:
+    """Executes plans at once, in order, as a device stream would. `salts` maps a request's seed to its salt."""
+
+    def __init__(self, kv: KVManager, salts: dict[int, str]) -> None:
+        self.block_size, self.window = kv.block_size, kv.group.window
+        self.tables = np.full_like(kv.tables, -1)
+        self.slots: dict[int, int] = {}
+        self.salts = salts
+        self.rows: dict[int, list[int]] = {}
+        self.chains: dict[int, list[int]] = {}
+        self.admitted_len: dict[int, int] = {}
+        self.computed_tokens = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._apply(plan)
+        entries = list(
+            zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True)
+        )
+        for row, start, n in entries:
+            for position in range(start, start + n):
+                self.slots[self._slot(row, position)] = self.chains[row][position]
+        tokens = []
+        for i, (row, start, n) in enumerate(entries):
+            self._read(row, start, start + n)
+            self.computed_tokens += n
+            history = self.rows[row]
+            if i < plan.num_decodes:
+                assert n == 1 and plan.samples[i] and start == len(history) - 1 >= self.admitted_len[row]
+            assert bool(plan.samples[i]) == (start + n == len(history))
+            tokens.append(next_token(self.chains[row][-1]) if plan.samples[i] else -7)
+            if plan.samples[i]:
+                self._append(row, tokens[-1])
+        return StepResult(token_ids=np.array(tokens, np.int32))
+
+    def _apply(self, plan: StepPlan) -> None:
+        for row in plan.released.tolist():
+            del self.rows[row]
+        for admission in plan.admitted:
+            assert admission.row not in self.rows, "admitted into a row in use"
+            self.rows[admission.row] = []
+            self.chains[admission.row] = []
+            for token in admission.token_ids.tolist():
+                self._append(admission.row, token, hash_of_salt(self.salts[admission.seed]))
+            self.admitted_len[admission.row] = len(admission.token_ids)
+        cells = list(zip(plan.block_rows.tolist(), plan.block_cols.tolist(), strict=True))
+        assert len(set(cells)) == len(cells), "a block-table cell changes twice in a step"
+        self.tables[plan.block_rows, plan.block_cols] = plan.block_ids
+
+    def _append(self, row: int, token: int, root: int = 0) -> None:
+        chain = self.chains[row]
+        self.rows[row].append(token)
+        chain.append(fold(chain[-1] if chain else root, token))
+
+    def _slot(self, row: int, position: int) -> int:
+        block = int(self.tables[row, position // self.block_size])
+        assert block > 0, f"row {row} has no block for position {position}"
+        return block * self.block_size + position % self.block_size
+
+    def _read(self, row: int, start: int, end: int) -> None:
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        for position in range(first, end):
+            assert self.slots.get(self._slot(row, position)) == self.chains[row][position], (
+                f"row {row} reads a wrong KV at position {position}"
+            )
+
+
+class FakeEngine:
+    """Scheduler, KV and device with `depth` steps in flight while the next is planned; checks every step."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 65,
+        block_size: int = 4,
+        window: int | None = None,
+        depth: int = 0,
+        prefix_cache: bool = True,
+        **config: object,
+    ) -> None:
+        defaults: dict[str, object] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64}
+        self.config = SchedulerConfig(**{**defaults, **config})  # type: ignore[arg-type]
+        self.kv = KVManager(
+            KVGroup(block_size=block_size, window=window),
+            num_blocks=num_blocks,
+            max_num_seqs=self.config.max_num_seqs,
+            max_model_len=self.config.max_model_len,
+            enable_prefix_cache=prefix_cache,
+        )
+        self.scheduler = Scheduler(self.config, self.kv)
+        self.salts: dict[int, str] = {}
+        self.device = FakeDevice(self.kv, self.salts)
+        self.depth = depth
+        self.pending: deque[tuple[StepPlan, StepResult]] = deque()
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        self.deltas: list[TokenDelta] = []
+
+    def add(
+        self, prompt: list[int], *, name: str | None = None, salt: str = "", priority: int = 0,
+        eos: tuple[int, ...] = (), **sampling: object,
+    ) -> str:  # fmt: skip
+        seed = len(self.requests)
+        name = name or f"r{seed}"
+        request = Request(
+            id=name,
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(seed=seed, **sampling),  # type: ignore[arg-type]
+            eos_token_ids=eos,
+            priority=priority,
+            cache_salt=salt,
+        )
+        self.scheduler.add(request)
+        self.salts[seed] = salt
+        self.requests[name] = request
+        self.outputs[name] = []
+        return name
+
+    def abort(self, name: str) -> bool:
+        known = self.scheduler.abort(name)
+        if known:
+            self.reasons[name] = "abort"
+        return known
+
+    def step(self) -> StepPlan | None:
+        """Plan and launch one step; take the oldest result when more than `depth` steps are in flight."""
+        plan = self.scheduler.schedule()
+        self.kv.check()
+        if plan is not None:
+            self._check_plan(plan)
+            self.pending.append((plan, self.device.execute(plan)))
+        if self.pending and (plan is None or len(self.pending) > self.depth):
+            self.update()
+        return plan
+
+    def update(self) -> list[TokenDelta]:
+        deltas = self.scheduler.update(*self.pending.popleft())
+        self.kv.check()
+        for delta in deltas:
+            assert delta.request_id not in self.reasons, "a token after the end"
+            self.outputs[delta.request_id] += delta.token_ids
+            if delta.finish_reason:
+                self.reasons[delta.request_id] = delta.finish_reason
+        self.deltas += deltas
+        return deltas
+
+    def run(self, limit: int = 5000) -> None:
+        """Step until every request has ended and nothing is in flight; then everything must be free."""
+        for _ in range(limit):
+            if not self.scheduler.has_work and not self.pending:
+                break
+            outstanding = bool(self.pending)
+            assert self.step() is not None or outstanding, "no progress"
+        assert not self.scheduler.has_work, "a request never ends"
+        assert self.reasons.keys() == self.requests.keys()
+        assert self.kv.pool.num_used == 0
+        stats = self.scheduler.stats()
+        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+    def check_outputs(self) -> None:
+        """Every request that was not aborted gave the tokens it gives alone; an aborted one, a part of them."""
+        for name, request in self.requests.items():
+            tokens, reason = generate_alone(request, self.scheduler.max_model_len)
+            if self.reasons[name] == "abort":
+                assert self.outputs[name] == tokens[: len(self.outputs[name])]
+            else:
+                assert (self.outputs[name], self.reasons[name]) == (tokens, reason)
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        config = self.config
+        assert 0 < plan.total_tokens <= config.max_num_batched_tokens
+        assert len(set(plan.rows.tolist())) == len(plan.rows), "a row twice in a step"
+        assert (plan.num_tokens >= 1).all()
+        if not config.mixed_steps:
+            assert plan.num_decodes in (0, len(plan.rows)), "a mixed step"
+        if not config.chunked_prefill:
+            assert plan.samples.all(), "a chunk of a prompt"

@@ -1,0 +1,118 @@
+"""Random lives of the scheduler: whatever comes, goes and is preempted, KV is right and outputs do not change."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scheduler_fakes import EOS, VOCAB, FakeEngine
+
+from hotplug.core.errors import QueueFullError, RequestError
+
+CHECKS = settings(
+    deadline=None, max_examples=500, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+"""The same examples on every run; the slow test draws fresh ones."""
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> FakeEngine:
+    max_num_seqs = draw(st.integers(2, 8))
+    max_model_len = draw(st.sampled_from([64, 33, 12]))
+    block_size = draw(st.sampled_from([1, 2, 4, 8]))
+    chunked = draw(st.booleans())
+    least = max_num_seqs if chunked else max(max_num_seqs, max_model_len)
+    # Pools from hopeless to just enough for one long sequence and a half.
+    tokens = draw(st.integers(1, max_model_len + max_model_len // 2))
+    return FakeEngine(
+        num_blocks=2 + tokens // block_size,
+        block_size=block_size,
+        window=draw(st.sampled_from([None, None, 1, 3, 5, 16])),
+        depth=draw(st.sampled_from([0, 1, 1, 2])),
+        prefix_cache=draw(st.sampled_from([True, True, True, False])),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=least + draw(st.integers(0, 24)),
+        max_model_len=max_model_len,
+        policy=draw(st.sampled_from(["fcfs", "priority"])),
+        chunked_prefill=chunked,
+        mixed_steps=draw(st.booleans()),
+        max_queue=draw(st.sampled_from([100, 3, 0])),
+    )
+
+
+ACTIONS = ["add"] * 3 + ["step"] * 6 + ["abort", "update"]
+
+
+def scripts(least: int, most: int) -> st.SearchStrategy[list[tuple[str, int]]]:
+    """Sequences of (action, seed of its details)."""
+    return st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2**16)), min_size=least, max_size=most)
+
+
+def random_prompt(rng: random.Random, longest: int) -> list[int]:
+    """Often one of a few shared prefixes, then a tail from a small vocabulary."""
+    stem = random.Random(rng.randrange(3))
+    shared = [stem.randrange(VOCAB) for _ in range(rng.choice([0, 4, 8, 16, 30]))]
+    return (shared + [rng.randrange(4) for _ in range(rng.randint(1, 8))])[: max(1, longest)]
+
+
+def act(engine: FakeEngine, action: str, seed: int) -> None:
+    rng = random.Random(seed)
+    if action == "step":
+        engine.step()
+    elif action == "update":
+        if engine.pending:
+            engine.update()
+    elif action == "abort":
+        alive = sorted(engine.requests.keys() - engine.reasons.keys())
+        if alive:
+            assert engine.abort(rng.choice(alive))
+    else:
+        try:
+            engine.add(
+                random_prompt(rng, engine.scheduler.max_model_len - rng.randint(0, 2)),
+                salt=rng.choice(["", "", "tenant"]),
+                priority=rng.randrange(3),
+                eos=(EOS,) if rng.random() < 0.5 else (),
+                stop_token_ids=rng.choice([(), (), (3,), tuple(range(20, 32))]),
+                max_tokens=rng.choice([None, 1, 5, 20]),
+                prompt_logprobs=rng.choice([None, None, None, 0]),
+            )
+        except (QueueFullError, RequestError):
+            pass  # refused, as the tests of the scheduler pin down
+
+
+def live(engine: FakeEngine, script: list[tuple[str, int]]) -> None:
+    for action, seed in script:
+        act(engine, action, seed)
+    engine.run()
+    engine.check_outputs()
+
+
+@CHECKS
+@given(engines(), scripts(40, 80))
+def test_random_lives_keep_every_invariant_and_every_output(
+    engine: FakeEngine, script: list[tuple[str, int]]
+) -> None:
+    live(engine, script)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_pool_that_is_always_too_small_loses_no_request(depth: int, window: int | None) -> None:
+    engine = FakeEngine(num_blocks=17, block_size=2, window=window, depth=depth, max_num_seqs=8)
+    rng = random.Random(depth)
+    for i in range(40):
+        engine.add(random_prompt(rng, 20), priority=i % 3, max_tokens=rng.randint(4, 20))
+    engine.run()
+    engine.check_outputs()
+    assert window or engine.scheduler.stats().preemptions > 0
+
+
+@pytest.mark.slow
+@settings(CHECKS, max_examples=6000, derandomize=False)
+@given(engines(), scripts(40, 150))
+def test_many_random_lives(engine: FakeEngine, script: list[tuple[str, int]]) -> None:
+    live(engine, script)

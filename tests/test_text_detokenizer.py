@@ -1,0 +1,142 @@
+"""Streaming text: whole characters only, stop strings however the tokens are cut, the same text in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
+
+from hotplug.core.text.detokenizer import Detokenizer
+from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_level(smollm2_path: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_path)
+
+
+def sentencepiece_like() -> Tokenizer:
+    """Llama 2's decoder over a toy vocabulary: words, byte tokens, two special and one added token."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "▁a", "b", "▁▁", "é", "▁日", "<0xZZ>"]
+    backend = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    backend.add_tokens(["<tool>"])
+    return Tokenizer(backend, special_tokens={"eos_token": "</s>"})
+
+
+SENTENCEPIECE = sentencepiece_like()
+CHUNKS = st.lists(st.integers(0, 5), min_size=1, max_size=40)
+
+
+def stream(detokenizer: Detokenizer, ids: list[int], sizes: list[int]) -> str:
+    """Text of `ids` pushed in chunks of `sizes`, the rest token by token."""
+    text, at = "", 0
+    for size in sizes:
+        text += detokenizer.push(ids[at : at + size])
+        at += size
+    for token in ids[at:]:
+        text += detokenizer.push([token])
+    return text + detokenizer.finish()
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), sizes=CHUNKS, skip=st.booleans())
+def test_byte_level_stream_equals_decoding_all_at_once(
+    byte_level: Tokenizer, data: st.DataObject, sizes: list[int], skip: bool
+) -> None:
+    token = st.one_of(st.integers(0, 300), st.integers(0, byte_level.vocab_size + 10))
+    ids = data.draw(st.lists(token, max_size=60))
+    text = stream(Detokenizer(byte_level, skip_special_tokens=skip), ids, sizes)
+    assert text == byte_level.decode(ids, skip_special_tokens=skip)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    ids=st.lists(
+        st.one_of(st.integers(0, SENTENCEPIECE.vocab_size + 2), st.integers(259, 270), st.just(2),
+                  st.sampled_from([3 + 0xC3, 3 + 0xA9])),
+        max_size=40,
+    ),
+    sizes=CHUNKS,
+    skip=st.booleans(),
+)  # fmt: skip
+def test_sentencepiece_stream_equals_decoding_all_at_once(ids: list[int], sizes: list[int], skip: bool) -> None:
+    text = stream(Detokenizer(SENTENCEPIECE, skip_special_tokens=skip), ids, sizes)
+    assert text == SENTENCEPIECE.decode(ids, skip_special_tokens=skip)
+
+
+def test_half_a_character_is_held_back(byte_level: Tokenizer) -> None:
+    ids = byte_level.encode("🎉")
+    detokenizer = Detokenizer(byte_level)
+    assert [detokenizer.push([t]) for t in ids] == [""] * (len(ids) - 1) + ["🎉"]
+
+
+def test_character_cut_off_at_the_end_is_replaced(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_level)
+    assert detokenizer.push(byte_level.encode("🎉")[:1]) == ""
+    assert detokenizer.finish() == "\ufffd"
+
+
+def test_text_is_sent_as_soon_as_it_is_safe(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_level, stop=["###"])
+    assert [detokenizer.push([t]) for t in byte_level.encode("one two")] == ["one", " two"]
+
+
+def test_sentencepiece_keeps_the_space_after_a_prompt() -> None:
+    a, b = (SENTENCEPIECE.backend.token_to_id(t) for t in ("▁a", "b"))
+    assert Detokenizer(SENTENCEPIECE).push([a]) == "a"
+    assert Detokenizer(SENTENCEPIECE, prompt_ids=[b, b]).push([a]) == " a"
+
+
+# --- stop strings ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(alphabet="ab#", max_size=30), stops=st.lists(st.text("ab#", min_size=1, max_size=4), max_size=3),
+    sizes=CHUNKS, include=st.booleans(),
+)  # fmt: skip
+def test_stop_cuts_where_a_reader_of_single_characters_would(
+    byte_level: Tokenizer, text: str, stops: list[str], sizes: list[int], include: bool
+) -> None:
+    expected = text
+    for end in range(len(text) + 1):
+        hits = [s for s in stops if text[:end].endswith(s)]
+        if hits:
+            expected = text[: end if include else end - max(map(len, hits))]
+            break
+    ids = [byte_level.backend.token_to_id(c) for c in text]
+    detokenizer = Detokenizer(byte_level, stop=stops, include_stop=include)
+    assert stream(detokenizer, ids, sizes) == expected
+    assert (detokenizer.stopped is not None) == any(s in text for s in stops)
+
+
+def test_stop_string_that_spans_tokens_is_never_half_sent(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_level, stop=["STOP"])
+    pieces = [detokenizer.push([byte_level.backend.token_to_id(c)]) for c in "goSTOP"]
+    assert (pieces, detokenizer.stopped) == (["g", "o", "", "", "", ""], "STOP")
+
+
+def test_nothing_comes_after_a_stop(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_level, stop=["two"])
+    assert detokenizer.push(byte_level.encode("one two three")) == "one "
+    assert (detokenizer.push(byte_level.encode(" four")), detokenizer.finish()) == ("", "")
+
+
+def test_false_alarm_is_released_at_the_end(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_level, stop=["STOP"])
+    assert detokenizer.push(byte_level.encode("goST")) + detokenizer.finish() == "goST"
+    assert detokenizer.stopped is None
+
+
+def test_stop_string_in_the_last_replacement_is_found(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(byte_level, stop=["\ufffd"])
+    assert detokenizer.push(byte_level.encode("🎉")[:1]) + detokenizer.finish() == ""
+    assert detokenizer.stopped == "\ufffd"
