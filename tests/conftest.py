@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from reference_model import write_hf_folder
 
 
 @pytest.fixture(scope="session")
@@ -22,44 +23,45 @@ def smollm2_hf_dir(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory)
 
     Load with `AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)`.
     """
-    from safetensors.torch import save_file
-
-    from hotplug.core.text.tokenizer import load_tokenizer
-    from hotplug.core.weights.checkpoint import open_checkpoint
-
     folder = tmp_path_factory.mktemp("smollm2-hf")
-    checkpoint = open_checkpoint(smollm2_path)
-    config = checkpoint.config
-    save_file(
-        {name: tensor.float().contiguous() for name, tensor in checkpoint.tensors()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
+    write_hf_folder(smollm2_path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config of a very small Llama and a byte-level tokenizer; for `load_format="dummy"`."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": template})
     )
-    document = {
-        "architectures": [config.architecture],
+    config = {
+        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
         "hidden_act": "silu",
         "torch_dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(document))
-    tokenizer = load_tokenizer(smollm2_path)
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
-                   | special)
-    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -71,10 +71,21 @@ class FakeLLM:
         self.hanging = threading.Event()
         self.aborted = threading.Event()
         self.closed = threading.Event()
+        self._died = asyncio.Event()
 
     async def start(self) -> None: ...
 
     async def wait_ready(self) -> None: ...
+
+    async def wait_dead(self) -> str:
+        await self._died.wait()
+        assert self.failure is not None
+        return self.failure
+
+    def die(self, reason: str) -> None:
+        """End as a dead engine does."""
+        self.failure = reason
+        self._died.set()
 
     async def close(self) -> None:
         self.closed.set()

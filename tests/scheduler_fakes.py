@@ -67,9 +67,7 @@ class FakeDevice:
 
     def execute(self, plan: StepPlan) -> StepResult:
         self._apply(plan)
-        entries = list(
-            zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True)
-        )
+        entries = list(zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True))
         for row, start, n in entries:
             for position in range(start, start + n):
                 self.slots[self._slot(row, position)] = self.chains[row][position]

@@ -49,7 +49,7 @@ def test_hashes_grow_with_the_sequence() -> None:
 
 def test_the_longest_cached_prefix_is_found() -> None:
     kv = filled(list(range(12)))
-    assert len(kv.match(digests(list(range(8)) + [0, 0, 0, 0]))) == 2
+    assert len(kv.match(digests([*range(8), 0, 0, 0, 0]))) == 2
     assert kv.match(digests([9] * 8)) == []
 
 
@@ -92,13 +92,24 @@ def test_at_least_one_prompt_token_is_computed() -> None:
     assert engine.deltas[-1].num_cached_tokens == 4
 
 
-def test_generated_tokens_are_cached_too() -> None:
-    engine = FakeEngine()
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_generated_tokens_are_cached_too(depth: int) -> None:
+    engine = FakeEngine(depth=depth)
     name = engine.add([1, 2, 3], max_tokens=10)
     engine.run()
     engine.add([1, 2, 3, *engine.outputs[name], 5], max_tokens=1)
     engine.run()
     assert engine.deltas[-1].num_cached_tokens == 12
+
+
+def test_the_block_of_a_last_token_that_was_never_computed_is_not_cached() -> None:
+    engine = FakeEngine()
+    name = engine.add([1, 2, 3], max_tokens=9)
+    engine.run()
+    engine.add([1, 2, 3, *engine.outputs[name], 5], max_tokens=1)
+    engine.run()
+    engine.check_outputs()
+    assert engine.deltas[-1].num_cached_tokens == 8
 
 
 def test_another_salt_shares_nothing() -> None:
@@ -112,9 +123,7 @@ def test_another_salt_shares_nothing() -> None:
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_requests_that_arrive_together_compute_their_shared_prefix_once(depth: int) -> None:
-    engine = FakeEngine(
-        num_blocks=400, max_num_seqs=16, max_num_batched_tokens=1024, max_model_len=600, depth=depth
-    )
+    engine = FakeEngine(num_blocks=400, max_num_seqs=16, max_num_batched_tokens=1024, max_model_len=600, depth=depth)
     prefix = [i % 37 for i in range(512)]
     for i in range(16):
         engine.add([*prefix, i], max_tokens=4)

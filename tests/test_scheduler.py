@@ -275,6 +275,16 @@ def test_aborting_what_is_unknown_or_over_says_so() -> None:
     assert not engine.scheduler.abort("never seen")
 
 
+def test_those_that_wait_keep_their_order_when_many_others_are_aborted() -> None:
+    engine = FakeEngine(max_num_seqs=1, max_queue=1000)
+    names = [engine.add([1], max_tokens=1) for _ in range(300)]
+    for i, name in enumerate(names):
+        if i % 100:
+            engine.abort(name)
+    engine.run()
+    assert [d.request_id for d in engine.deltas] == names[::100]
+
+
 # --- preemption ---
 
 

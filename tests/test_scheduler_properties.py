@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -51,11 +52,17 @@ def scripts(least: int, most: int) -> st.SearchStrategy[list[tuple[str, int]]]:
     return st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 2**16)), min_size=least, max_size=most)
 
 
-def random_prompt(rng: random.Random, longest: int) -> list[int]:
-    """Often one of a few shared prefixes, then a tail from a small vocabulary."""
-    stem = random.Random(rng.randrange(3))
-    shared = [stem.randrange(VOCAB) for _ in range(rng.choice([0, 4, 8, 16, 30]))]
-    return (shared + [rng.randrange(4) for _ in range(rng.randint(1, 8))])[: max(1, longest)]
+def random_prompt(rng: random.Random, engine: FakeEngine) -> list[int]:
+    """Often a shared prefix or the conversation so far of an earlier request, then a tail from few tokens."""
+    longest = max(1, engine.scheduler.max_model_len - rng.randint(0, 2))
+    if engine.requests and rng.random() < 0.4:
+        name = rng.choice(sorted(engine.requests))
+        shared = engine.requests[name].prompt_token_ids + engine.outputs[name]
+        shared = shared[: rng.choice([len(shared), longest - 1])]
+    else:
+        stem = random.Random(rng.randrange(3))
+        shared = [stem.randrange(VOCAB) for _ in range(rng.choice([0, 4, 8, 16, 30]))]
+    return (shared + [rng.randrange(4) for _ in range(rng.randint(1, 8))])[:longest]
 
 
 def act(engine: FakeEngine, action: str, seed: int) -> None:
@@ -70,9 +77,10 @@ def act(engine: FakeEngine, action: str, seed: int) -> None:
         if alive:
             assert engine.abort(rng.choice(alive))
     else:
-        try:
+        # Refusals are pinned down in test_scheduler.
+        with contextlib.suppress(QueueFullError, RequestError):
             engine.add(
-                random_prompt(rng, engine.scheduler.max_model_len - rng.randint(0, 2)),
+                random_prompt(rng, engine),
                 salt=rng.choice(["", "", "tenant"]),
                 priority=rng.randrange(3),
                 eos=(EOS,) if rng.random() < 0.5 else (),
@@ -80,8 +88,6 @@ def act(engine: FakeEngine, action: str, seed: int) -> None:
                 max_tokens=rng.choice([None, 1, 5, 20]),
                 prompt_logprobs=rng.choice([None, None, None, 0]),
             )
-        except (QueueFullError, RequestError):
-            pass  # refused, as the tests of the scheduler pin down
 
 
 def live(engine: FakeEngine, script: list[tuple[str, int]]) -> None:
@@ -93,9 +99,7 @@ def live(engine: FakeEngine, script: list[tuple[str, int]]) -> None:
 
 @CHECKS
 @given(engines(), scripts(40, 80))
-def test_random_lives_keep_every_invariant_and_every_output(
-    engine: FakeEngine, script: list[tuple[str, int]]
-) -> None:
+def test_random_lives_keep_every_invariant_and_every_output(engine: FakeEngine, script: list[tuple[str, int]]) -> None:
     live(engine, script)
 
 
@@ -105,7 +109,7 @@ def test_a_pool_that_is_always_too_small_loses_no_request(depth: int, window: in
     engine = FakeEngine(num_blocks=17, block_size=2, window=window, depth=depth, max_num_seqs=8)
     rng = random.Random(depth)
     for i in range(40):
-        engine.add(random_prompt(rng, 20), priority=i % 3, max_tokens=rng.randint(4, 20))
+        engine.add(random_prompt(rng, engine)[:20], priority=i % 3, max_tokens=rng.randint(4, 20))
     engine.run()
     engine.check_outputs()
     assert window or engine.scheduler.stats().preemptions > 0

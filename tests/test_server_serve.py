@@ -112,7 +112,7 @@ def test_engine_that_dies_ends_the_server_with_its_failure():
 
     def die(url: str) -> None:
         urls.append(url)
-        llm.failure = "exit code 9"
+        llm.die("exit code 9")
 
     with listen(config) as sock, pytest.raises(EngineDeadError, match="exit code 9"):
         serve(llm, config, sock, die)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import typer
 
@@ -10,6 +12,8 @@ from hotplug.cli.display import device_line, fetch, selected
 from hotplug.cli.options import takes
 from hotplug.core.config import EngineConfig
 from hotplug.server.config import ServerConfig
+
+_TRY_TOKENS = 64
 
 
 @takes(engine=EngineConfig, server=ServerConfig)
@@ -32,12 +36,14 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
 def ready_text(url: str, model: str, needs_key: bool) -> str:
     """What to print when requests are served: one curl line and one Python line that work as they stand."""
     base = url.replace("://0.0.0.0", "://127.0.0.1").replace("://[::]", "://[::1]")
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    message = {"role": "user", "content": "What is the capital of France?"}
+    # bounded: a small model may otherwise write to the end of its context
+    body = json.dumps({"model": model, "messages": [message], "max_tokens": _TRY_TOKENS})
     header = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
     key = "YOUR_KEY" if needs_key else "none"
     python = (
         f"from openai import OpenAI; print(OpenAI(base_url='{base}/v1', api_key='{key}').chat.completions.create("
-        f"model='{model}', messages=[{{'role': 'user', 'content': 'Hello'}}]).choices[0].message.content)"
+        f"model='{model}', messages=[{message}], max_tokens={_TRY_TOKENS}).choices[0].message.content)"
     )
     return "\n".join(
         [
@@ -46,11 +52,17 @@ def ready_text(url: str, model: str, needs_key: bool) -> str:
             "Try it with curl:",
             f"  curl {base}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'",
             "or with the openai package:",
-            f'  python -c "{python}"',
+            f'  {_python()} -c "{python}"',
             "",
             "Ctrl-C stops the server.",
         ]
     )
+
+
+def _python() -> str:
+    """How to call the Python that has hotplug's packages, short where the working folder allows it."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _url(host: str, port: int) -> str:

@@ -20,10 +20,6 @@ from hotplug.server.service import Service
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
 
-_DEATH_CHECK = 1.0
-"""Seconds between looks at the engine's health."""
-
-
 def create_app(
     llm: AsyncLLM,
     config: ServerConfig,
@@ -70,6 +66,4 @@ async def _watch(llm: AsyncLLM, on_ready: Callable[[], None], on_failure: Callab
         on_failure(error)
         return
     on_ready()
-    while llm.failure is None:
-        await asyncio.sleep(_DEATH_CHECK)
-    on_failure(EngineDeadError(llm.failure))
+    on_failure(EngineDeadError(await llm.wait_dead()))

@@ -13,7 +13,9 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Sequence
+import traceback
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,7 @@ class AsyncLLM:
         self._plans: list[asyncio.Future[dict[str, Any]]] = []
         self._settled = asyncio.Event()  # ready, or failed
         self._last_words = asyncio.Event()
+        self._dead = asyncio.Event()
         self._folder = Path(tempfile.mkdtemp(prefix="hotplug-"))
         self._context = zmq.asyncio.Context()
         self._send = self._context.socket(zmq.PUSH)
@@ -83,13 +86,19 @@ class AsyncLLM:
             socket.set(zmq.RCVHWM, 0)
         self._send.bind(self._address("to-engine"))
         self._receive.bind(self._address("from-engine"))
-        self._tasks = [asyncio.create_task(self._boot()), asyncio.create_task(self._read())]
+        self._tasks = [asyncio.create_task(self._guard(part)) for part in (self._boot(), self._read())]
 
     async def wait_ready(self) -> None:
         """Wait until requests are served. Raises EngineDeadError with the reason if that will not be."""
         await self._settled.wait()
         if self.failure is not None:
             raise EngineDeadError(self.failure)
+
+    async def wait_dead(self) -> str:
+        """Wait until the engine has failed or died, and return why."""
+        await self._dead.wait()
+        assert self.failure is not None
+        return self.failure
 
     async def close(self) -> None:
         """Stop the engine process; requests in flight get EngineDeadError."""
@@ -99,8 +108,8 @@ class AsyncLLM:
         self._fail("the engine was closed")
         if self._process is not None:
             asyncio.get_running_loop().remove_reader(self._process.sentinel)
-            await self._send.send(messages.encode(messages.Stop()))
-            await asyncio.to_thread(_end, self._process)
+            stopping = await self._post(messages.Stop())
+            await asyncio.to_thread(_end, self._process, STOP_TIMEOUT if stopping else 0.0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -112,16 +121,22 @@ class AsyncLLM:
 
     async def _boot(self) -> None:
         """Find the model, start the engine process, and load the tokenizer while that loads weights."""
+        path = await asyncio.to_thread(resolve, self.config.model)
+        config = dataclasses.replace(self.config, model=str(path), served_model_name=self.config.model_name)
+        self._process = process.start(config, self._address("to-engine"), self._address("from-engine"))
+        asyncio.get_running_loop().add_reader(self._process.sentinel, self._on_exit)
+        template = Path(self.config.chat_template) if self.config.chat_template else None
+        self.tokenizer = await asyncio.to_thread(load_tokenizer, path, template)
+        self._settle()
+
+    async def _guard(self, part: Coroutine[Any, Any, None]) -> None:
+        """Run a part of the front end; if it breaks, nobody is left waiting."""
         try:
-            path = await asyncio.to_thread(resolve, self.config.model)
-            config = dataclasses.replace(self.config, model=str(path), served_model_name=self.config.model_name)
-            self._process = process.start(config, self._address("to-engine"), self._address("from-engine"))
-            asyncio.get_running_loop().add_reader(self._process.sentinel, self._on_exit)
-            template = Path(self.config.chat_template) if self.config.chat_template else None
-            self.tokenizer = await asyncio.to_thread(load_tokenizer, path, template)
-            self._settle()
+            await part
         except HotplugError as e:
             self._fail(str(e))
+        except Exception:
+            self._fail(f"the front end broke:\n{traceback.format_exc()}")
 
     def _settle(self) -> None:
         """Ready once both the engine and the tokenizer are."""
@@ -149,8 +164,9 @@ class AsyncLLM:
             request_id or self._new_id(), prompt_token_ids, params, self.tokenizer, self._eos,
             priority=priority, cache_salt=cache_salt,
         )  # fmt: skip
-        async for chunk in self._run(submission):
-            yield chunk
+        async with aclosing(self._run(submission)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> RequestOutput:
         """The whole output of one prompt, text or token ids. Raises as `stream` does."""
@@ -159,8 +175,9 @@ class AsyncLLM:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         submission = Submission(self._new_id(), token_ids, params or SamplingParams(), self.tokenizer, self._eos)
         output = submission.output(text)
-        async for chunk in self._run(submission):
-            output.add(chunk)
+        async with aclosing(self._run(submission)) as chunks:
+            async for chunk in chunks:
+                output.add(chunk)
         return output
 
     async def _run(self, submission: Submission) -> AsyncGenerator[CompletionChunk, None]:
@@ -176,7 +193,7 @@ class AsyncLLM:
                 yield item
         finally:
             left = [request.id for request in submission.requests if self._streams.pop(request.id, None)]
-            if left and self.failure is None:
+            if left:
                 await self._post(messages.Abort(left))
 
     def _new_id(self) -> str:
@@ -196,8 +213,18 @@ class AsyncLLM:
         if not self.ready:
             raise NotReadyError("the engine is starting")
 
-    async def _post(self, message: messages.ToEngine) -> None:
-        await self._send.send(messages.encode(message))
+    async def _post(self, message: messages.ToEngine) -> bool:
+        """Send a message; false if the engine process is not there to take it. Its exit tells the rest."""
+        try:
+            await self._send.send(messages.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process id of the engine, once started."""
+        return self._process.pid if self._process is not None else None
 
     # --- what the engine says ---
 
@@ -216,7 +243,9 @@ class AsyncLLM:
                     if stream is not None:
                         stream.queue.put_nowait(message.to_error())
                 case messages.Plan(report):
-                    self._plans.pop(0).set_result(report)
+                    waiter = self._plans.pop(0)
+                    if not waiter.done():  # its caller may have been cancelled
+                        waiter.set_result(report)
                 case messages.Ready(max_model_len, vocab_size, eos_token_ids):
                     self.max_model_len, self.vocab_size, self._eos = max_model_len, vocab_size, eos_token_ids
                     self._settle()
@@ -280,6 +309,7 @@ class AsyncLLM:
             self.failure = reason
         self.ready = False
         self._settled.set()
+        self._dead.set()
         for stream in {id(s): s for s in self._streams.values()}.values():
             stream.queue.put_nowait(EngineDeadError(self.failure))
         self._streams.clear()
@@ -296,10 +326,9 @@ def _exit(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _end(engine: BaseProcess) -> None:
-    """Wait for the process to stop; past the timeout, make it."""
-    engine.join(STOP_TIMEOUT)
-    for force in (engine.terminate, engine.kill):
-        if engine.is_alive():
-            force()
-            engine.join(STOP_TIMEOUT)
+def _end(engine: BaseProcess, patience: float) -> None:
+    """Wait for the process to stop; past `patience` seconds, make it."""
+    engine.join(patience)
+    if engine.is_alive():
+        engine.kill()
+        engine.join()

@@ -22,7 +22,9 @@ EXIT_FAILED = 1
 
 def main(config: EngineConfig, inbox: str, outbox: str) -> None:
     """Entry of the process. `inbox` and `outbox` are ZeroMQ addresses that the front end is bound to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+    # A signal to the whole process group is the front end's to handle: it lets running requests finish first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     context = zmq.Context()
     receive, send = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     receive.connect(inbox)

@@ -35,7 +35,7 @@ def load_group(group: str) -> list[Loaded]:
 
     # Stevedore lists from its cache, which forgets distributions, and lets an AssertionError of a plugin
     # through: names come from it, the rest is done here.
-    listed = NamedExtensionManager(group, names=[], warn_on_missing_entrypoint=False).list_entry_points()
+    listed = NamedExtensionManager(group, names=[]).list_entry_points()
     owners = {
         (entry.name, entry.value): f"{entry.dist.name} {entry.dist.version}"
         for entry in entry_points(group=group)

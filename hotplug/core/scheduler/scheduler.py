@@ -169,15 +169,14 @@ class Scheduler:
         return self._plan(decode=decode, prefill=not decode) or self._plan(decode=not decode, prefill=decode)
 
     def _plan(self, *, decode: bool, prefill: bool) -> StepPlan | None:
-        rows, ends, n, preempted = self._running_work(decode, prefill)
+        rows, ends, n = self._running_work(decode, prefill)
         start = self._batch.computed[rows]
         self.kv.extend(rows, ends)
         self._batch.computed[rows] = ends
         builder = StepBuilder(rows[:n], start[:n])
         for row, low, high in zip(rows[n:].tolist(), start[n:].tolist(), ends[n:].tolist(), strict=True):
             self._add_chunk(builder, row, low, high)
-        # A request that just lost its blocks must not come back for them in the same step.
-        if prefill and not preempted:
+        if prefill:
             self._admit(builder)
         if not builder.num_tokens:
             return None
@@ -188,13 +187,12 @@ class Scheduler:
         self._stats.steps += 1
         return plan
 
-    def _running_work(self, decode: bool, prefill: bool) -> tuple[IntArray, IntArray, int, bool]:
+    def _running_work(self, decode: bool, prefill: bool) -> tuple[IntArray, IntArray, int]:
         """What running rows do in this step, decodes first; preempts until their blocks fit.
 
-        Returns (rows [n], tokens each has computed after the step [n], number of decodes, whether any row was
-        preempted).
+        Returns (rows [n], tokens each has computed after the step [n], number of decodes).
         """
-        batch, preempted = self._batch, False
+        batch = self._batch
         while True:
             rows = batch.decoding() if decode else np.empty(0, np.int32)
             num_decodes = len(rows)
@@ -210,9 +208,8 @@ class Scheduler:
                 chunk_rows, chunk_ends = np.array(chunks, np.int32).reshape(-1, 2).T
                 rows, ends = np.concatenate((rows, chunk_rows)), np.concatenate((ends, chunk_ends))
             if not self.kv.missing(rows, ends):
-                return rows, ends, num_decodes, preempted
+                return rows, ends, num_decodes
             self._preempt(max(batch.running(), key=lambda seq: seq.key))
-            preempted = True
 
     def _admit(self, builder: StepBuilder) -> None:
         """Start waiting requests, best first, while rows, budget and blocks last."""

@@ -1,0 +1,74 @@
+"""A model's logits at every position of a prompt, computed through the runner's own pieces in chosen chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hotplug.core.config import EngineConfig
+from hotplug.core.engine.bind import bind
+from hotplug.core.models.loader import load_weights
+from hotplug.core.request import SamplingParams
+from hotplug.core.runner import kv_memory
+from hotplug.core.scheduler.plan import Admission, StepPlan
+
+ROW = 1  # not 0, so that a mix-up of rows and batch positions shows
+NO_INTS = np.zeros(0, np.int32)
+
+
+def int32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+class ModelRun:
+    """A loaded checkpoint with a small KV cache whose blocks are handed out in a shuffled order."""
+
+    def __init__(self, folder: Path, *, max_len: int = 64, block_size: int = 4, **options: object) -> None:
+        config = EngineConfig(
+            model=str(folder), device="cpu", max_num_seqs=4, max_model_len=max_len, block_size=block_size, **options
+        )
+        self.bound = bind(config)
+        load_weights(self.bound.model, self.bound.checkpoint)
+        blocks = -(-max_len // block_size)
+        self.kv = kv_memory.allocate(
+            self.bound.kv_shape, 1 + blocks, self.bound.selection.platform, self.bound.selection.device
+        )
+        self.block_ids = np.random.default_rng(0).permutation(np.arange(1, blocks + 1)).astype(np.int32)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+        """Float32 [len(token_ids), vocab]; `chunks` are the steps' token counts, a 1 after the first is a decode."""
+        assert sum(chunks) == len(token_ids)
+        batch, model = self.bound.batch, self.bound.model
+        start, found = 0, []
+        for count in chunks:
+            decode = count == 1 and start > 0
+            if decode:
+                batch.last_tokens[ROW] = token_ids[start]
+            plan = self._plan(token_ids, start, count, decode=decode)
+            for admission in plan.admitted:
+                batch.admit(admission)
+            batch.update_tables(plan)
+            found.append(model.logits(model(batch.inputs(plan), self.kv)))
+            start += count
+        return torch.cat(found)
+
+    def _plan(self, token_ids: Sequence[int], start: int, count: int, *, decode: bool) -> StepPlan:
+        columns = np.arange(len(self.block_ids), dtype=np.int32) if start == 0 else NO_INTS
+        admission = Admission(ROW, int32(*token_ids), len(token_ids), SamplingParams(), seed=0, eos_token_ids=())
+        return StepPlan(
+            rows=int32(ROW),
+            start=int32(start),
+            num_tokens=int32(count),
+            samples=np.array([True]),
+            num_decodes=int(decode),
+            released=NO_INTS,
+            admitted=[] if start else [admission],
+            block_rows=np.full_like(columns, ROW),
+            block_cols=columns,
+            block_ids=self.block_ids[columns],
+        )

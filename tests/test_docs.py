@@ -1,0 +1,65 @@
+"""The documentation keeps its promises: the example platform works, and the tables leave nothing out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from throwaway import run_python, write_distribution
+
+import hotplug.vendor
+from hotplug.core.ops.registry import Impl
+from hotplug.core.platform.base import Limits
+
+DOCS = Path(__file__).parent.parent / "docs"
+PLATFORMS = (DOCS / "platforms.md").read_text()
+FILES = dict(re.findall(r"^```\w+ file=(\S+)\n(.*?)^```$", PLATFORMS, re.MULTILINE | re.DOTALL))
+
+
+def test_the_example_platform_is_under_200_lines_with_its_tests() -> None:
+    assert set(FILES) == {"pyproject.toml", "hotplug_toy/__init__.py", "hotplug_toy/kernels.py", "tests/test_toy.py"}
+    assert sum(source.count("\n") for source in FILES.values()) < 200
+
+
+def test_the_example_platform_imports_the_vendor_interface_only() -> None:
+    package = "".join(source for path, source in FILES.items() if path.startswith("hotplug_toy/"))
+    assert set(re.findall(r"(?:from|import) (hotplug[\w.]*)", package)) == {"hotplug.vendor", "hotplug_toy.kernels"}
+
+
+def test_the_example_platform_is_found_and_generates_tokens(tmp_path: Path) -> None:
+    project = tomllib.loads(FILES["pyproject.toml"])["project"]
+    write_distribution(tmp_path, project["name"], version=project["version"],
+                       entry_points=project["entry-points"], modules=FILES)  # fmt: skip
+    done = run_python(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=tmp_path)
+    assert re.search(r"^4 passed", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", [f.name for f in (*dataclasses.fields(Limits), *dataclasses.fields(Impl))])
+def test_every_field_of_limits_and_impl_is_explained(name: str) -> None:
+    assert re.search(rf"^\| `{name}(\(\w+\))?` \|", PLATFORMS, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(hotplug.vendor.__all__))
+def test_every_name_of_the_vendor_interface_is_mentioned(name: str) -> None:
+    assert re.search(rf"`{name}\b", PLATFORMS) or re.search(rf"\b{name}\b", "".join(FILES.values()))
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
+def test_files_and_links_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    named = [n for n in re.findall(r"`((?:hotplug|tests|ci|docs)/[\w./-]+)`", text) if n not in FILES]
+    missing = [n for n in links if "://" not in n and not (page.parent / n).exists()]
+    missing += [n for n in named if not (DOCS.parent / n).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
+def test_anchors_of_a_page_lead_to_a_heading(page: Path) -> None:
+    text = page.read_text()
+    headings = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-")
+                for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}  # fmt: skip
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
