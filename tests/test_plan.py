@@ -231,12 +231,12 @@ def test_a_forced_provider_that_refuses_is_an_error_with_its_reason() -> None:
 
 def test_two_forces_on_one_site_are_an_error() -> None:
     (why,) = errors(make_plan(kernel("one"), kernel("two", rank=2), force=("rms_norm=one", "a=two")))
-    assert why == "a is forced to several providers: one, two"
+    assert why == "a: forced to several providers: one, two"
 
 
 def test_a_force_that_matches_nothing_is_an_error_with_the_nearest() -> None:
     (why,) = errors(make_plan(kernel(), force=("rms_nrom=acme",)))
-    assert why == "--force rms_nrom=acme matches no call site; Did you mean 'rms_norm'?"
+    assert why == "--force rms_nrom=acme: matches no call site; Did you mean 'rms_norm'?"
 
 
 def test_a_refusal_without_a_reason_is_an_error() -> None:

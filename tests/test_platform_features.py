@@ -109,7 +109,7 @@ def test_references_on_an_accelerator_are_one_warning_and_a_figure(
 
 @pytest.mark.filterwarnings("error")
 def test_references_on_the_host_are_no_warning(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, FakePlatform(facts=limits(shared_host_memory=True)))
+    install(monkeypatch, FakePlatform(facts=limits(accelerator=False)))
     assert EngineCore(config(tiny_model)).stats().reference_ops == 0
 
 
@@ -186,6 +186,6 @@ def test_a_platform_that_allocates_its_kv_memory_is_asked_to(tiny_model: Path, m
         def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
             target.copy_(source)
 
-    install(monkeypatch, Allocating(facts=limits(shared_host_memory=True)))
+    install(monkeypatch, Allocating(facts=limits(shared_host_memory=True, accelerator=False)))
     core = EngineCore(config(tiny_model))
     assert asked == [([2, 2, core.num_blocks, 16, 2, 8], torch.float32)]

@@ -114,10 +114,10 @@ def test_a_reused_row_starts_clean() -> None:
 
 def test_a_reused_penalty_slot_forgets_its_counts() -> None:
     sampler = make_sampler()
-    admit(sampler, 0, prompt=(7,), repetition_penalty=2.0)
-    run(sampler, 0, 2)
+    admit(sampler, 0, repetition_penalty=2.0)
+    assert run(sampler, 0, 2) == [7, 6]
     sampler.release(int32(0))
-    admit(sampler, 1, prompt=(0,), repetition_penalty=2.0)
+    admit(sampler, 1, repetition_penalty=2.0)
     assert step(sampler, 1) == [7]
 
 
@@ -142,7 +142,7 @@ def test_seeded_draws_repeat_whatever_else_is_in_the_batch() -> None:
     assert len(set(expected)) > 2
 
 
-@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.3}, {"frequency_penalty": 0.5, "top_p": 0.9}])
+@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 3.0}, {"frequency_penalty": 2.0, "top_p": 0.9}])
 def test_a_request_back_from_preemption_continues_its_sequence(params: dict[str, float]) -> None:
     whole, resumed = make_sampler(), make_sampler()
     admit(whole, 0, temperature=4.0, seed=9, **params)
@@ -152,6 +152,14 @@ def test_a_request_back_from_preemption_continues_its_sequence(params: dict[str,
     resumed.release(int32(1))
     admit(resumed, 3, temperature=4.0, seed=9, outputs=tuple(tokens[:4]), **params)
     assert run(resumed, 3, 6) == tokens[4:]
+
+
+def test_penalties_count_the_outputs_of_before_a_preemption() -> None:
+    sampler = make_sampler()
+    admit(sampler, 0, outputs=(7, 7, 6), frequency_penalty=0.9)
+    # the outputs so far left 7 at 5.2 and 6 at 5.1; 5 stands at 5.15 and then falls
+    logits = BASE + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.15, 0.0, 0.0])
+    assert run(sampler, 0, 3, logits=logits) == [7, 5, 6]
 
 
 def test_logprobs_are_of_the_logits_before_penalties_bias_and_temperature() -> None:

@@ -1,4 +1,4 @@
-"""The whole product: `hotplug serve` as a process, SmolLM2 behind it, the official client and plain sockets before it."""
+"""The whole product: `hotplug serve` as a process with SmolLM2, and before it the official client and plain sockets."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The measurements are in `bench_engine.py` and `bench_serve.py`.
 from __future__ import annotations
 
 import json as jsonlib
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,7 +101,8 @@ def serve(
 
     url = url.rstrip("/").removesuffix("/v1")
     model, plan = server_info(url, api_key)
-    runs, errors = [], {}
+    runs: list[dict[str, float]] = []
+    errors: Counter[str] = Counter()
     for i in range(repeat):
         prompts = random_prompts(token_ids, num_requests, input_len, prompt_seed + i)
         load = Load(url=url, api_key=api_key, model=model, prompts=prompts, output_len=output_len,

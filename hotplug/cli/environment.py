@@ -127,8 +127,7 @@ def _plugins() -> tuple[tuple[Plugin, ...], str]:
     found = []
     for c in candidates:
         # where nothing was found, the platform's own diagnosis is already the reason
-        asks = c.devices and isinstance(c.platform, HasDiagnosis)
-        findings = tuple(c.platform.diagnose()) if asks else ()  # type: ignore[attr-defined]
+        findings = tuple(c.platform.diagnose()) if c.devices and isinstance(c.platform, HasDiagnosis) else ()
         found.append(Plugin(c.name, c.distribution, len(c.devices), c.reason, c.broken, findings))
     return tuple(found), ""
 

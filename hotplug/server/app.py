@@ -20,6 +20,7 @@ from hotplug.server.service import Service
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
 
+
 def create_app(
     llm: AsyncLLM,
     config: ServerConfig,

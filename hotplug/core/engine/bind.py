@@ -104,7 +104,7 @@ def bind(config: EngineConfig, *, meta: bool = False) -> Bound:
         registry,
         arch=selection.device.arch,
         force=config.force,
-        accelerator=not limits.shared_host_memory,
+        accelerator=limits.accelerator,
     )
     device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
     context = BuildContext(

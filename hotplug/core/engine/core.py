@@ -7,12 +7,13 @@ from typing import Any
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
+from hotplug.core.errors import RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.models.loader import load_weights
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory
-from hotplug.core.runner.profile import run_largest_step
+from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 
@@ -75,7 +76,23 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError or QueueFullError; the engine goes on."""
+        self._check_token_ids(request)
         self._scheduler.add(request)
+
+    def _check_token_ids(self, request: Request) -> None:
+        """A token id outside the vocabulary would be found by an indexing kernel, in the middle of a step."""
+        sampling = request.sampling
+        for param, ids in (
+            ("prompt", request.prompt_token_ids),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", sampling.logit_bias or ()),
+        ):
+            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+                raise RequestError(f"{param} has a token id outside the vocabulary of {self.vocab_size}", param=param)
+        for param in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(sampling, param)
+            if wanted is not None and wanted > self.vocab_size:
+                raise RequestError(f"{param} is above the vocabulary of {self.vocab_size}", param=param)
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is and free its blocks. False if it is unknown, or over."""
@@ -106,7 +123,7 @@ def _num_blocks(bound: Bound) -> int:
     capped = config.kv_cache_memory is not None
     if not capped and not limits.shared_host_memory:
         scratch = kv_memory.allocate(shape, 1, selection.platform, selection.device)
-        run_largest_step(
+        run_largest_steps(
             Runner(bound.model, bound.batch, bound.sampler, scratch),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

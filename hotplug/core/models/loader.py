@@ -31,8 +31,8 @@ def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, typ
 def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
     """Copy every tensor of the checkpoint to its place. Raises WeightsError."""
     if isinstance(checkpoint, DummyCheckpoint):
-        for name, target in model.destinations():
-            checkpoint.fill(name, target)
+        for name, parameter in model.destinations():
+            checkpoint.fill(name, parameter)
         return
     missing = dict(model.destinations())
     unknown: list[str] = []

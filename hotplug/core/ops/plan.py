@@ -63,7 +63,7 @@ class Plan:
         self._arch = arch
         self._force = [_Force(*entry.split("=")) for entry in force]
         self._unused_force = set(self._force)
-        self._errors: list[str] = []
+        self._faults: dict[str, list[str]] = {}  # what is wrong -> at which sites
         self._sites: set[str] = set()
         self.accelerator = accelerator
         self.choices: list[Choice] = []
@@ -90,7 +90,7 @@ class Plan:
         self._unused_force.difference_update(matching)
         providers = {f.provider for f in matching}
         if len(providers) > 1:
-            self._errors.append(f"{spec.site} is forced to several providers: {', '.join(sorted(providers))}")
+            self._fault(f"forced to several providers: {', '.join(sorted(providers))}", spec.site)
         return matching[0].provider if matching else None
 
     def _bind_forced(self, op: Op, spec: SiteSpec, provider: str, part_of: str) -> Fn:
@@ -100,12 +100,13 @@ class Plan:
         impl = next((i for i in self._registry.impls(op.name) if i.provider == provider), None)
         if impl is None:
             known = {i.provider for i in self._registry.impls(op.name)} | {REFERENCE}
-            self._errors.append(f"{spec.site}: forced provider {provider!r} has no kernel for {op.name}; "
-                                f"{nearest(provider, known)}")  # fmt: skip
+            self._fault(
+                f"forced provider {provider!r} has no kernel for {op.name}; {nearest(provider, known)}", spec.site
+            )
             return op.reference
         verdict = self._ask(impl, spec)
         if not verdict.ok:
-            self._errors.append(f"{spec.site}: forced provider {provider!r} cannot serve it: {verdict.reason}")
+            self._fault(f"forced provider {provider!r} cannot serve it: {verdict.reason}", spec.site)
             return op.reference
         if impl.accepts is None:
             self.choices.append(Choice(spec, provider, "forced", (), part_of))
@@ -120,10 +121,10 @@ class Plan:
             ok, reason = impl.check(spec)
         except Exception as e:
             reason = f"its check failed: {type(e).__name__}: {e}"
-            self._errors.append(f"{spec.site}: kernel {impl.provider}: {reason}")
+            self._fault(f"kernel {impl.provider}: {reason}", spec.site)
             return Verdict(False, reason)
         if not ok and not reason:
-            self._errors.append(f"{spec.site}: kernel {impl.provider} refused without a reason")
+            self._fault(f"kernel {impl.provider} refused without a reason", spec.site)
         return Verdict(ok, reason)
 
     def _bind_best(self, op: Op, spec: SiteSpec, part_of: str) -> Fn:
@@ -142,9 +143,10 @@ class Plan:
                 break
         for first, second in itertools.pairwise(able[: len(chain) + 1]):
             if first.rank == second.rank:
-                self._errors.append(
-                    f"{spec.site}: kernels {first.provider} and {second.provider} of {op.name} "
-                    f"tie at rank {first.rank}; one must yield, or use --force"
+                self._fault(
+                    f"kernels {first.provider} and {second.provider} of {op.name} tie at rank {first.rank}; "
+                    "one must yield, or use --force",
+                    spec.site,
                 )
         rejected += [Rejected(i.provider, f"outranked by {chain[-1].provider}") for i in able[len(chain) :]]
         whole = bool(chain) and chain[-1].accepts is None
@@ -173,12 +175,17 @@ class Plan:
     def finish(self) -> None:
         """Raise PlanError with everything that could not be bound."""
         for force in sorted(self._unused_force, key=str):
-            known = set(self._registry.names) | self._sites
-            self._errors.append(f"--force {force.pattern}={force.provider} matches no call site; "
-                                f"{nearest(force.pattern, known)}")  # fmt: skip
-        if self._errors:
-            raise PlanError("the kernel plan cannot be made", why=self._errors,
+            known = {c.spec.op for c in self.choices} | self._sites
+            self._fault(
+                f"matches no call site; {nearest(force.pattern, known)}", f"--force {force.pattern}={force.provider}"
+            )
+        if self._faults:
+            reasons = [f"{_some(sites)}: {fault}" for fault, sites in self._faults.items()]
+            raise PlanError("the kernel plan cannot be made", why=reasons,
                             hint="`hotplug explain MODEL` shows the candidates of every site.")  # fmt: skip
+
+    def _fault(self, what: str, site: str) -> None:
+        self._faults.setdefault(what, []).append(site)
 
     @property
     def reference_sites(self) -> list[Choice]:
@@ -188,7 +195,10 @@ class Plan:
     @property
     def hash(self) -> str:
         """Identifies the bound plan: part of compile-cache keys and of benchmark output."""
-        lines = sorted(f"{c.spec.site}:{c.spec.op}:{c.spec.dtype}:{c.provider}" for c in self.choices)
+        lines = sorted(
+            f"{c.spec.site}:{c.spec.op}:{c.spec.dtype}:{sorted(c.spec.facts.items())}:{c.provider}"
+            for c in self.choices
+        )
         return hashlib.sha256("\n".join([self._arch, *lines]).encode()).hexdigest()[:16]
 
     def report(self) -> list[dict[str, Any]]:
@@ -206,6 +216,11 @@ class Plan:
             }
             for c in self.choices
         ]
+
+
+def _some(sites: Sequence[str]) -> str:
+    """The first of the sites, and how many more."""
+    return sites[0] if len(sites) == 1 else f"{sites[0]} and {len(sites) - 1} more"
 
 
 def _by_shape(op: Op, impl: Impl, otherwise: Fn) -> Fn:

@@ -93,6 +93,8 @@ class Limits:
     """Whether one step may hold prompt chunks and decodes together."""
     shared_host_memory: bool = False
     """Whether the device's memory is the host's, so that the KV cache competes with everything else."""
+    accelerator: bool = True
+    """Whether a plain-PyTorch reference op is worth a warning here; on a host processor it is the usual thing."""
     features: frozenset[Feature] = frozenset()
 
     def __post_init__(self) -> None:

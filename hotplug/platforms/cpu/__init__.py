@@ -39,6 +39,7 @@ class CpuPlatform:
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
             shared_host_memory=True,
+            accelerator=False,
             features=frozenset({Feature.FP8_KV}),
         )
 
