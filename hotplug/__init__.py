@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 # OpenMP workers that spin at a barrier while another process holds their core slow a step down tens of times;
 # the engine shares its cores with the front end. The library reads this once, when torch loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]

@@ -13,10 +13,11 @@ from torch.testing import assert_close
 
 from hotplug.core.ops import attention as attention_op
 from hotplug.core.ops import norm
+from hotplug.core.ops import rope as rope_op
 from hotplug.core.ops.builtin import builtin_registry
-from hotplug.core.ops.registry import SiteSpec
+from hotplug.core.ops.registry import SiteSpec, Verdict
 from hotplug.platforms.cpu import CpuPlatform
-from hotplug.platforms.cpu.kernels import KERNELS, attention, rms_norm
+from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, rms_norm, rope
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -32,13 +33,13 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
-    assert {k.fn for k in KERNELS} == {attention, rms_norm}
+    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm}
 
 
 def test_the_platform_registers_its_kernels() -> None:
     registry = builtin_registry()
     CpuPlatform().register(registry)
-    assert registry.providers == {"reference", "cpu.sdpa", "cpu.fused"}
+    assert registry.providers == {"reference", "cpu.sdpa", "cpu.index_copy", "cpu.joint", "cpu.fused"}
 
 
 decode = st.integers(1, 20).map(lambda seq: (1, seq))
@@ -82,6 +83,50 @@ def test_rms_norm_equals_its_reference(shape: list[int], width: int, dtype: torc
     weight = torch.randn(width, generator=rng).to(dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2e-2}
     assert_close(rms_norm(x, weight, 1e-5), norm.rms_norm(x, weight, 1e-5), **tolerance)
+
+
+@FEW
+@given(
+    tokens=st.integers(0, 9), heads=st.integers(1, 3), dim=st.integers(1, 9), block=st.integers(1, 5), dtype=DTYPES,
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_kv_write_equals_its_reference(
+    tokens: int, heads: int, dim: int, block: int, dtype: torch.dtype, seed: int
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    cache = torch.randn((2, 6, block, heads, dim), generator=rng).to(dtype)
+    expected = cache.clone()
+    qkv = torch.randn((tokens, 3 * heads, dim), generator=rng).to(dtype)
+    k, v = qkv[:, heads : 2 * heads], qkv[:, 2 * heads :]
+    slots = torch.randperm(6 * block, generator=rng)[:tokens]
+    kv_write(k[: len(slots)], v[: len(slots)], cache[0], cache[1], slots, "NHD")
+    attention_op.kv_write(k[: len(slots)], v[: len(slots)], expected[0], expected[1], slots, "NHD")
+    assert torch.equal(cache, expected)
+
+
+@FEW
+@given(tokens=st.integers(0, 5), heads=st.integers(1, 4), kv_heads=st.integers(1, 2), half=st.integers(1, 8))
+def test_rope_equals_its_reference(tokens: int, heads: int, kv_heads: int, half: int) -> None:
+    rng = torch.Generator().manual_seed(tokens)
+    table = torch.randn((11, 2 * half), generator=rng)
+    qkv = torch.randn((tokens, heads + 2 * kv_heads, 2 * half), generator=rng)
+    q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+    positions = torch.randint(0, 11, (tokens,), generator=rng)
+    for got, expected in zip(rope(q, k, positions, table), rope_op.rope(q, k, positions, table), strict=True):
+        assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_of(op: str, dtype: str = "float32", **facts: object) -> Verdict:
+    return next(k for k in KERNELS if k.op == op).check(SiteSpec(op, "s", dtype, "avx2", facts))
+
+
+def test_kernels_refuse_what_they_do_not_serve_with_the_reason() -> None:
+    assert check_of("kv_write", layout="NHD", kv_dtype="float32").ok
+    assert check_of("kv_write", layout="HND", kv_dtype="float32").reason == "layout HND is not NHD"
+    assert "fp8_e4m3" in check_of("kv_write", layout="NHD", kv_dtype="fp8_e4m3").reason
+    assert check_of("rope", rotary_dim=8, head_dim=8).ok
+    assert "8 of 16" in check_of("rope", rotary_dim=8, head_dim=16).reason
+    assert "bfloat16" in check_of("rope", "bfloat16", rotary_dim=8, head_dim=8).reason
 
 
 def test_attention_refuses_the_layout_that_it_does_not_read() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from hotplug.core.layers.context import BuildContext
@@ -20,8 +21,9 @@ class Attention(nn.Module):
     def __init__(self, ctx: BuildContext, site: str, config: ModelConfig, layer: int, *, qk_norm: bool) -> None:
         super().__init__()
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim
-        self.sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+        self.head_dim = dim
+        self.head_counts = [heads, kv_heads, kv_heads]
+        self.sizes = [count * dim for count in self.head_counts]
         self.scale = dim**-0.5
         self.window = config.sliding_window if layer in config.sliding_layers else None
         self.layout = ctx.kv_layout
@@ -40,10 +42,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]; writes the tokens' keys and values to `kv`."""
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        q = q.unflatten(-1, (self.heads, self.head_dim))
-        k = k.unflatten(-1, (self.kv_heads, self.head_dim))
-        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = torch.split_with_sizes(qkv, self.head_counts, dim=1)
         if self.q_norm is None:
             q, k = self.rope(q, k, step.positions, cos_sin)
         else:

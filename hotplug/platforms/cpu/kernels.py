@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,12 +11,24 @@ from torch import Tensor
 from hotplug.vendor import AttentionInputs, Impl, SiteSpec, Verdict, gather_kv
 
 
+@dataclass(slots=True)
+class _DecodeState:
+    """What all layers of a step share of its decodes."""
+
+    blocks: Tensor
+    """[requests * blocks] ids, padded to the longest request."""
+    visible: Tensor | None
+    """[requests, 1, 1, context] which positions each query sees; None where one request sees all of them."""
+
+
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str
 ) -> Tensor:
     """Decodes as one padded batch, prompt chunks one request at a time, through PyTorch's fused attention."""
-    out = torch.empty_like(q)
     decodes = step.num_decodes
+    if decodes == q.shape[0]:
+        return _decode(q, k_cache, v_cache, step, scale, window)
+    out = torch.empty_like(q)
     if decodes:
         out[:decodes] = _decode(q[:decodes], k_cache, v_cache, step, scale, window)
     begin = decodes
@@ -30,21 +44,40 @@ def _decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None
 ) -> Tensor:
     """q [requests, heads, head_dim], one query each."""
-    requests = q.shape[0]
-    block_size = k_cache.shape[1]
+    requests, heads, head_dim = q.shape
+    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    if step.prepared is None:
+        step.prepared = {}
+    state = step.prepared.get(window)  # layers differ in their window only
+    if state is None:
+        state = step.prepared[window] = _decode_state(step, requests, block_size, window)
+    # index_select copies whole blocks; advanced indexing would go element by element
+    k, v = (
+        cache.index_select(0, state.blocks).view(requests, -1, kv_heads, head_dim).to(q.dtype)
+        for cache in (k_cache, v_cache)
+    )
+    if state.visible is None:
+        k, v = k[:, : step.seq_lens_host[0]], v[:, : step.seq_lens_host[0]]
+    # Grouped heads become extra queries of their key/value head, so keys are read once a group.
+    grouped = q.view(requests, kv_heads, heads // kv_heads, head_dim)
+    mixed = F.scaled_dot_product_attention(
+        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=state.visible, scale=scale
+    )
+    return mixed.reshape(requests, heads, head_dim)
+
+
+def _decode_state(step: AttentionInputs, requests: int, block_size: int, window: int | None) -> _DecodeState:
     longest = max(step.seq_lens_host[:requests])
-    table = step.block_table[:requests, : -(-longest // block_size)]
-    k = k_cache[table].flatten(1, 2).transpose(1, 2).to(q.dtype)  # [requests, kv_heads, context, head_dim]
-    v = v_cache[table].flatten(1, 2).transpose(1, 2).to(q.dtype)
-    context = torch.arange(k.shape[2])
+    num_blocks = -(-longest // block_size)
+    blocks = step.block_table[:requests, :num_blocks].flatten()
+    if requests == 1 and (window is None or window >= longest):
+        return _DecodeState(blocks, None)
+    context = torch.arange(num_blocks * block_size)
     lens = step.seq_lens[:requests].unsqueeze(1)
     visible = context < lens
     if window is not None:
         visible &= context >= lens - window
-    # Grouped heads become extra queries of their key/value head, so keys are read once a group.
-    grouped = q.unflatten(1, (k.shape[1], -1))
-    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible[:, None, None, :], scale=scale)
-    return mixed.flatten(1, 2)
+    return _DecodeState(blocks, visible[:, None, None, :])
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -64,18 +97,54 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) 
     return mixed.squeeze(0).transpose(0, 1)
 
 
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str) -> None:
+    """One copy for the keys and one for the values: a token's heads lie together in this layout."""
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys rotated together, in as few passes as PyTorch allows."""
+    heads = q.shape[1]
+    half = cos_sin.shape[-1] // 2
+    table = cos_sin.index_select(0, positions).unsqueeze(1)
+    cos, sin = table[..., :half], table[..., half:]
+    both = torch.cat((q, k), dim=1)
+    first, second = both[..., :half], both[..., half:]
+    rotated = torch.cat(
+        (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1
+    )
+    return rotated[:, :heads], rotated[:, heads:]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """PyTorch's own normalization."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
 def _token_major(spec: SiteSpec) -> Verdict:
     if spec["layout"] != "NHD":
         return Verdict(False, f"layout {spec['layout']} is not NHD")
     return Verdict(True)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """PyTorch's fused normalization."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+def _same_dtype(spec: SiteSpec) -> Verdict:
+    if spec["kv_dtype"] != spec.dtype:
+        return Verdict(False, f"stores {spec.dtype} unchanged, not as {spec['kv_dtype']}")
+    return _token_major(spec)
+
+
+def _whole_float32(spec: SiteSpec) -> Verdict:
+    if spec.dtype != "float32":
+        return Verdict(False, f"rotates in float32, not {spec.dtype}")
+    if spec["rotary_dim"] != spec["head_dim"]:
+        return Verdict(False, f"rotates whole heads, not {spec['rotary_dim']} of {spec['head_dim']} dimensions")
+    return Verdict(True)
 
 
 KERNELS = (
     Impl("attention", "cpu.sdpa", attention, check=_token_major, rank=10),
+    Impl("kv_write", "cpu.index_copy", kv_write, check=_same_dtype, rank=10),
+    Impl("rope", "cpu.joint", rope, check=_whole_float32, rank=10),
     Impl("rms_norm", "cpu.fused", rms_norm, rank=10),
 )
