@@ -81,7 +81,7 @@ def extras(env: Environment) -> list[Finding]:
                 )
             )
         else:
-            findings.append(Finding(f"extra {name}", "ok", "complete"))
+            findings.append(Finding(f"extra {name}", "ok", "nothing missing"))
     return findings
 
 

@@ -13,8 +13,6 @@ from hotplug.cli.options import takes
 from hotplug.core.config import EngineConfig
 from hotplug.server.config import ServerConfig
 
-_TRY_TOKENS = 64
-
 
 @takes(engine=EngineConfig, server=ServerConfig)
 def serve(engine: EngineConfig, server: ServerConfig) -> None:
@@ -37,13 +35,13 @@ def ready_text(url: str, model: str, needs_key: bool) -> str:
     """What to print when requests are served: one curl line and one Python line that work as they stand."""
     base = url.replace("://0.0.0.0", "://127.0.0.1").replace("://[::]", "://[::1]")
     message = {"role": "user", "content": "What is the capital of France?"}
-    # bounded: a small model may otherwise write to the end of its context
-    body = json.dumps({"model": model, "messages": [message], "max_tokens": _TRY_TOKENS})
+    # greedy: a small model rambles at the API's default temperature of 1
+    body = json.dumps({"model": model, "messages": [message], "temperature": 0})
     header = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
     key = "YOUR_KEY" if needs_key else "none"
     python = (
         f"from openai import OpenAI; print(OpenAI(base_url='{base}/v1', api_key='{key}').chat.completions.create("
-        f"model='{model}', messages=[{message}], max_tokens={_TRY_TOKENS}).choices[0].message.content)"
+        f"model='{model}', messages=[{message}], temperature=0).choices[0].message.content)"
     )
     return "\n".join(
         [
