@@ -131,5 +131,12 @@ def test_kernels_refuse_what_they_do_not_serve_with_the_reason() -> None:
 
 def test_attention_refuses_the_layout_that_it_does_not_read() -> None:
     check = next(k for k in KERNELS if k.op == "attention").check
-    assert check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "NHD"})).ok
-    assert check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "HND"})).reason == "layout HND is not NHD"
+    assert check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "NHD", "static": False})).ok
+    assert (
+        check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "HND", "static": False})).reason
+        == "layout HND is not NHD"
+    )
+
+
+def test_attention_refuses_steps_of_static_shape() -> None:
+    assert "on the host" in check_of("attention", layout="NHD", static=True).reason

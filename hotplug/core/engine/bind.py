@@ -17,7 +17,7 @@ from hotplug.core.models.decoder import Decoder
 from hotplug.core.models.loader import build_model
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
-from hotplug.core.platform.base import Limits
+from hotplug.core.platform.base import ExecMode, Limits
 from hotplug.core.platform.discovery import discover
 from hotplug.core.platform.features import Resolved, resolve
 from hotplug.core.platform.select import Selection, select
@@ -114,6 +114,7 @@ def bind(config: EngineConfig, *, meta: bool = False) -> Bound:
         block_size=resolved.block_size,
         kv_layout=str(resolved.kv_layout),
         kv_dtype=resolved.kv_dtype,
+        static_steps=resolved.exec_mode is not ExecMode.EAGER,
         max_position=max_model_len,
     )
     model = build_model(model_config, context, extension.models)

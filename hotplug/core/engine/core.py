@@ -7,12 +7,16 @@ from typing import Any
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.errors import RequestError
+from hotplug.core.errors import PlatformError, RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.models.loader import load_weights
+from hotplug.core.platform.base import ExecMode
+from hotplug.core.platform.optional import HasCapture
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory
+from hotplug.core.runner.capture import CapturedSteps, decode_shapes
+from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -26,7 +30,10 @@ class EngineCore:
         load_weights(bound.model, bound.checkpoint)
         num_blocks = _num_blocks(bound)
         cache = kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
-        self._runner = Runner(bound.model, bound.batch, bound.sampler, cache)
+        eager = EagerStep(bound.model, cache)
+        captured = _captured(bound, eager)
+        self._shapes = captured.shapes if captured is not None else ()
+        self._runner = Runner(bound.model, bound.batch, bound.sampler, captured or eager)
         kv = KVManager(
             _kv_group(bound),
             num_blocks=num_blocks,
@@ -114,6 +121,7 @@ class EngineCore:
         """The bound plan as plain data, with the KV cache as allocated."""
         report = self.bound.report()
         report["kv"]["num_blocks"] = self.num_blocks
+        report["shapes"] = [list(shape) for shape in self._shapes]
         return report
 
 
@@ -124,13 +132,32 @@ def _num_blocks(bound: Bound) -> int:
     if not capped and not limits.shared_host_memory:
         scratch = kv_memory.allocate(shape, 1, selection.platform, selection.device)
         run_largest_steps(
-            Runner(bound.model, bound.batch, bound.sampler, scratch),
+            Runner(bound.model, bound.batch, bound.sampler, EagerStep(bound.model, scratch)),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=bound.max_model_len,
         )
     size = kv_memory.budget(config, limits, selection.platform.memory(selection.device))
     return kv_memory.num_blocks(shape, size, bound.max_model_len, capped=capped)
+
+
+def _captured(bound: Bound, eager: EagerStep) -> CapturedSteps | None:
+    """Recorded decode steps, where the configuration settled on capture."""
+    if bound.resolved.exec_mode is not ExecMode.CAPTURE:
+        return None
+    platform, device = bound.selection.platform, bound.selection.device
+    if not isinstance(platform, HasCapture):
+        raise PlatformError("the platform declares capture but has no `capture` method", where=platform.name)
+    tables = bound.batch.block_tables
+    return CapturedSteps(
+        eager,
+        platform,
+        device,
+        shapes=decode_shapes(bound.config.max_num_seqs, bound.limits.max_graph_shapes),
+        max_blocks=tables.shape[1],
+        index_dtype=tables.dtype,
+        torch_device=tables.device,
+    )
 
 
 def _kv_group(bound: Bound) -> KVGroup:

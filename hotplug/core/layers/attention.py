@@ -38,7 +38,9 @@ class Attention(nn.Module):
         cache: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": ctx.block_size,
                  "layout": ctx.kv_layout, "kv_dtype": ctx.kv_dtype}  # fmt: skip
         self.kv_write = ctx.bind("kv_write", f"{site}.kv_write", **cache)
-        self.attention = ctx.bind("attention", site, num_heads=heads, window=self.window, **cache)
+        self.attention = ctx.bind(
+            "attention", site, num_heads=heads, window=self.window, static=ctx.static_steps, **cache
+        )
 
     def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]; writes the tokens' keys and values to `kv`."""

@@ -22,6 +22,8 @@ class BuildContext:
     """Tokens in a KV block."""
     kv_layout: str
     kv_dtype: str
+    static_steps: bool = False
+    """Whether steps may run in static shapes, where kernels cannot read lengths on the host."""
     max_position: int
     """Positions the rotary table must cover."""
 

@@ -27,11 +27,12 @@ class AttentionInputs:
     """[R + 1] index of each request's first query among the step's tokens."""
     seq_lens: Tensor
     """[R] tokens in the cache once this step is written; the last query sits at position seq_len - 1."""
-    query_lens_host: list[int]
-    """`query_start` as differences, on the host, for kernels that loop."""
-    seq_lens_host: list[int]
+    query_lens_host: list[int] | None
+    """`query_start` as differences, on the host, for kernels that loop; None in a step of static shape."""
+    seq_lens_host: list[int] | None
     num_decodes: int
     max_query_len: int
+    """The longest run of queries; in a step of static shape 1 for decodes, else the number of tokens."""
     max_seq_len: int
     prepared: Any = None
     """Per-step state of the attention kernel, made once for all layers."""
@@ -76,6 +77,8 @@ def attention(
     `window` w lets a query at position p see p-w+1 .. p. Softmax in float32. Heads share key/value heads in
     consecutive groups (grouped-query attention, Ainslie et al., 2023).
     """
+    if step.query_lens_host is None or step.seq_lens_host is None:
+        return _attend_static(q, k_cache, v_cache, step, scale, window, layout)
     out = torch.empty_like(q)
     begin = 0
     for i, (query_len, seq_len) in enumerate(zip(step.query_lens_host, step.seq_lens_host, strict=True)):
@@ -114,6 +117,52 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -
     return mixed.reshape(query_len, heads, head_dim).to(q.dtype)
 
 
+def _attend_static(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str
+) -> Tensor:
+    """`attention` with no length read on the host: every query meets every key of its step, masked.
+
+    So it can be recorded and replayed. Tokens past the last request are padding; they see position 0 at least,
+    since a softmax over nothing is NaN and would reach the null block.
+    """
+    tokens, heads, head_dim = q.shape
+    k, v = (_all_blocks(cache, step.block_table, layout) for cache in (k_cache, v_cache))
+    requests, context, kv_heads, _ = k.shape
+    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).to(torch.float32)
+    key = torch.arange(context, device=q.device, dtype=step.seq_lens.dtype)
+    if step.max_query_len == 1:  # one query a request: no request meets another's keys
+        visible = _visible((step.seq_lens - 1).clamp(min=0), key, window)
+        scores = torch.einsum("rhgd,rshd->rhgs", grouped, k) * scale
+        weights = scores.masked_fill(~visible[:, None, None, :], float("-inf")).softmax(-1)
+        mixed = torch.einsum("rhgs,rshd->rhgd", weights, v)
+        return mixed.reshape(tokens, heads, head_dim).to(q.dtype)
+    index = torch.arange(tokens, device=q.device, dtype=step.query_start.dtype)
+    request = torch.searchsorted(step.query_start[1:], index, right=True).clamp(max=requests - 1)
+    query = step.seq_lens[request] - step.query_start[request + 1] + index
+    visible = _visible(query.clamp(min=0), key, window).unsqueeze(1)  # [tokens, 1, context]
+    own = request.unsqueeze(1) == torch.arange(requests, device=q.device)
+    visible = visible & own.unsqueeze(2)  # [tokens, requests, context]
+    scores = torch.einsum("thgd,rshd->thgrs", grouped, k) * scale
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    weights = scores.flatten(-2).softmax(-1).view_as(scores)
+    return torch.einsum("thgrs,rshd->thgd", weights, v).reshape(tokens, heads, head_dim).to(q.dtype)
+
+
+def _all_blocks(cache: Tensor, block_table: Tensor, layout: str) -> Tensor:
+    """Float32 [requests, max context, kv_heads, head_dim]: every block of the table in order."""
+    blocks = cache[block_table]
+    if layout == "HND":
+        blocks = blocks.transpose(2, 3)
+    return blocks.flatten(1, 2).to(torch.float32)
+
+
+def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Bool [queries, keys]: which key positions [keys] the query positions [queries] see."""
+    query = query.unsqueeze(1)
+    visible = key <= query
+    return visible if window is None else visible & (key > query - window)
+
+
 def _bucket(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, *_: Any) -> Bucket:
     return Bucket(q.shape[0], step.max_query_len)
 
@@ -122,5 +171,5 @@ _CACHE_FACTS = ("num_kv_heads", "head_dim", "block_size", "layout", "kv_dtype")
 
 OPS = (
     Op("kv_write", kv_write, facts=_CACHE_FACTS),
-    Op("attention", attention, facts=("num_heads", "window", *_CACHE_FACTS), bucket=_bucket),
+    Op("attention", attention, facts=("num_heads", "window", "static", *_CACHE_FACTS), bucket=_bucket),
 )

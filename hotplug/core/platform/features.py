@@ -8,6 +8,9 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.errors import FeatureError
 from hotplug.core.platform.base import ExecMode, Feature, KVLayout, Limits
 
+EXEC_MODES = (ExecMode.EAGER, ExecMode.CAPTURE)
+"""The executable makers that this core has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
@@ -35,9 +38,11 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
     block_size = config.block_size or limits.block_sizes[0]
     if block_size not in limits.block_sizes:
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
-    mode = ExecMode.EAGER  # the one executable maker this core has
-    if mode not in limits.exec_modes:
-        reasons.append(f"exec {mode} is not among {', '.join(limits.exec_modes)}")
+    built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
+    mode = ExecMode(config.exec) if config.exec != "auto" else (built or [ExecMode.EAGER])[0]
+    for needed in dict.fromkeys((mode, ExecMode.EAGER)):  # captured decodes go with eager prompt chunks
+        if needed not in limits.exec_modes:
+            reasons.append(f"exec {needed} is not among {', '.join(limits.exec_modes)}")
     if reasons:
         raise FeatureError("the platform does not serve this configuration", where=f"platform {platform}",
                            why=reasons, hint="Change these options or choose another --device.")  # fmt: skip

@@ -1,9 +1,10 @@
-"""Executables: how a step's inputs become its outputs. Eager is the one maker there is."""
+"""Executables: how a step's inputs become its outputs. The eager one is here; see `capture` for recorded steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -20,6 +21,12 @@ class StepOutputs:
     """[T, hidden] last hidden states."""
     logits: Tensor
     """float32 [S, vocab] scores of the tokens in `logit_indices`."""
+
+
+class Executable(Protocol):
+    """Runs the step that `inputs` describe; the outputs hold until the next call."""
+
+    def __call__(self, inputs: StepInputs) -> StepOutputs: ...
 
 
 class EagerStep:

@@ -5,19 +5,17 @@ It knows no platform: kernels come bound in the model, memory from the KV cache,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.request import TokenLogprobs
 from hotplug.core.runner.batch import Batch
-from hotplug.core.runner.executable import EagerStep, StepOutputs
+from hotplug.core.runner.executable import Executable, StepOutputs
 from hotplug.core.sample.sampler import Logprobs, Sampled, Sampler
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 
@@ -60,11 +58,11 @@ class StepHandle:
 class Runner:
     """Runs steps of one model on one device."""
 
-    def __init__(self, model: Decoder, batch: Batch, sampler: Sampler, kv: Sequence[KVBlocks]) -> None:
+    def __init__(self, model: Decoder, batch: Batch, sampler: Sampler, executable: Executable) -> None:
         self._model = model
         self._batch = batch
         self._sampler = sampler
-        self._executable = EagerStep(model, kv)
+        self._executable = executable
         self._prompt_logprobs: dict[int, int] = {}
 
     @torch.inference_mode()

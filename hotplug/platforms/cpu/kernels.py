@@ -128,6 +128,12 @@ def _token_major(spec: SiteSpec) -> Verdict:
     return Verdict(True)
 
 
+def _host_lengths(spec: SiteSpec) -> Verdict:
+    if spec["static"]:
+        return Verdict(False, "reads sequence lengths on the host, which a step of static shape does not have")
+    return _token_major(spec)
+
+
 def _same_dtype(spec: SiteSpec) -> Verdict:
     if spec["kv_dtype"] != spec.dtype:
         return Verdict(False, f"stores {spec.dtype} unchanged, not as {spec['kv_dtype']}")
@@ -143,7 +149,7 @@ def _whole_float32(spec: SiteSpec) -> Verdict:
 
 
 KERNELS = (
-    Impl("attention", "cpu.sdpa", attention, check=_token_major, rank=10),
+    Impl("attention", "cpu.sdpa", attention, check=_host_lengths, rank=10),
     Impl("kv_write", "cpu.index_copy", kv_write, check=_same_dtype, rank=10),
     Impl("rope", "cpu.joint", rope, check=_whole_float32, rank=10),
     Impl("rms_norm", "cpu.fused", rms_norm, rank=10),
