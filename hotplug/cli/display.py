@@ -13,7 +13,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from hotplug.core.platform.select import Selection
-    from hotplug.core.weights.source import Progress
+    from hotplug.core.weights.progress import Progress
 
 
 def out() -> Console:

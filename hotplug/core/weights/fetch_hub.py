@@ -9,7 +9,7 @@ from typing import Any
 
 from hotplug.core.errors import SourceError
 from hotplug.core.weights.manifest import storing
-from hotplug.core.weights.source import Progress
+from hotplug.core.weights.progress import Progress
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([\w./-]+\.gguf))?")
 _ALLOW = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]

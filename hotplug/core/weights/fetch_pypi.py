@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from hotplug.core.errors import SourceError
 from hotplug.core.weights.manifest import Manifest, storing
-from hotplug.core.weights.source import Progress
+from hotplug.core.weights.progress import Progress
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+_-]+))?")
 _WANTED = (".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt")

