@@ -53,7 +53,7 @@ class ModelRun:
             for admission in plan.admitted:
                 batch.admit(admission)
             batch.update_tables(plan)
-            found.append(model.logits(model(batch.inputs(plan), self.kv)))
+            found.append(model.logits(model(batch.inputs(plan), self.kv)[0]))
             start += count
         return torch.cat(found)
 

@@ -42,15 +42,14 @@ class Attention(nn.Module):
             "attention", site, num_heads=heads, window=self.window, static=ctx.static_steps, **cache
         )
 
-    def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> Tensor:
-        """x [num_tokens, hidden] -> [num_tokens, hidden]; writes the tokens' keys and values to `kv`."""
+    def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> tuple[Tensor, KVBlocks]:
+        """x [num_tokens, hidden] -> [num_tokens, hidden], and the caches with the tokens' keys and values."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.head_counts, dim=1)
         if self.q_norm is None:
             q, k = self.rope(q, k, step.positions, cos_sin)
         else:
             q, k = self.rope(q, k, self.q_norm, self.k_norm, self.eps, step.positions, cos_sin)
-        k_cache, v_cache = kv
-        self.kv_write(k, v, k_cache, v_cache, step.slots, self.layout)
+        k_cache, v_cache = self.kv_write(k, v, *kv, step.slots, self.layout)
         mixed = self.attention(q, k_cache, v_cache, step.attention, self.scale, self.window, self.layout)
-        return self.out(mixed.flatten(1))
+        return self.out(mixed.flatten(1)), (k_cache, v_cache)

@@ -33,20 +33,21 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, step: StepInputs, cos_sin: Tensor, kv: KVBlocks
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, KVBlocks]:
         if residual is None:
             residual, x = x, self.attn_norm(x)
         else:
             x, residual = self.attn_norm(x, residual)
-        x = self.attn(x, step, cos_sin, kv)
+        x, kv = self.attn(x, step, cos_sin, kv)
         x, residual = self.mlp_norm(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x), residual, kv
 
 
 class Decoder(nn.Module):
     """Token ids to hidden states, and hidden states to vocabulary scores."""
 
     qk_norm = False
+    cos_sin: Tensor
 
     def __init__(self, ctx: BuildContext, config: ModelConfig) -> None:
         super().__init__()
@@ -61,14 +62,21 @@ class Decoder(nn.Module):
         self.logits_op = ctx.bind(
             "logits", "logits", hidden=config.hidden_size, vocab=config.vocab_size, bias=False, scheme="none"
         )
-        self.cos_sin = rotary_table(config.rope, config.head_dim, ctx.max_position, ctx.device)
+        self.register_buffer(
+            "cos_sin", rotary_table(config.rope, config.head_dim, ctx.max_position, ctx.device), persistent=False
+        )
 
-    def forward(self, step: StepInputs, kv: Sequence[KVBlocks]) -> Tensor:
-        """Hidden states [num_tokens, hidden] of the step's tokens, after the last norm."""
+    def forward(self, step: StepInputs, kv: Sequence[KVBlocks]) -> tuple[Tensor, list[KVBlocks]]:
+        """Hidden states [num_tokens, hidden] of the step's tokens after the last norm, and the caches written.
+
+        The caches are the ones given unless a whole-step program is being made (`kv_write`).
+        """
         x, residual = self.embed(step.token_ids), None
+        written = []
         for layer, blocks in zip(self.layers, kv, strict=True):
-            x, residual = layer(x, residual, step, self.cos_sin, blocks)
-        return self.norm(x, residual)[0]
+            x, residual, blocks = layer(x, residual, step, self.cos_sin, blocks)
+            written.append(blocks)
+        return self.norm(x, residual)[0], written
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 [num_rows, vocab] of hidden states [num_rows, hidden]."""

@@ -38,21 +38,36 @@ class AttentionInputs:
     """Per-step state of the attention kernel, made once for all layers."""
 
 
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str) -> None:
+def kv_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str
+) -> tuple[Tensor, Tensor]:
     """Store `k`, `v` [num_tokens, kv_heads, head_dim] at `slots` [num_tokens] (block * block_size + offset).
 
     In place on the caches, which are in `layout` and may have another dtype; what a narrower one cannot hold
     becomes its largest value, since one infinity or NaN in a block would reach every request that reuses it.
+    Returns the caches that hold them, which are the ones given. Only in programs that are compiled as a whole
+    are they others (`functional_kv_write`).
     """
-    k, v = _narrow(k, k_cache.dtype), _narrow(v, v_cache.dtype)
-    block_size = k_cache.shape[1] if layout == "NHD" else k_cache.shape[2]
-    block, offset = slots // block_size, slots % block_size
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        cache[_cells(cache, slots, layout)] = _narrow(x, cache.dtype)
+    return k_cache, v_cache
+
+
+def functional_kv_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str
+) -> tuple[Tensor, Tensor]:
+    """`kv_write` that leaves the caches alone and returns new ones."""
+    k_cache = k_cache.index_put(_cells(k_cache, slots, layout), _narrow(k, k_cache.dtype))
+    return k_cache, v_cache.index_put(_cells(v_cache, slots, layout), _narrow(v, v_cache.dtype))
+
+
+def _cells(cache: Tensor, slots: Tensor, layout: str) -> tuple[Tensor, ...]:
+    """The index of `slots` in a cache, one [kv_heads, head_dim] each."""
     if layout == "NHD":
-        k_cache[block, offset] = k
-        v_cache[block, offset] = v
-    else:
-        k_cache[block, :, offset] = k
-        v_cache[block, :, offset] = v
+        return slots // cache.shape[1], slots % cache.shape[1]
+    heads = torch.arange(cache.shape[1], device=cache.device, dtype=slots.dtype)
+    slots = slots.unsqueeze(1)
+    return slots // cache.shape[2], heads, slots % cache.shape[2]
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,6 +185,6 @@ def _bucket(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, 
 _CACHE_FACTS = ("num_kv_heads", "head_dim", "block_size", "layout", "kv_dtype")
 
 OPS = (
-    Op("kv_write", kv_write, facts=_CACHE_FACTS),
+    Op("kv_write", kv_write, facts=_CACHE_FACTS, functional=functional_kv_write),
     Op("attention", attention, facts=("num_heads", "window", "static", *_CACHE_FACTS), bucket=_bucket),
 )

@@ -65,6 +65,8 @@ class Op:
     `lower(bind, spec)` builds the op from smaller planned ops; the plan uses it where no kernel claims the
     fused op, so that a platform's small kernels are used before the reference is.
     `bucket(*args)` reads the step's shape off the call's arguments, for kernels that serve only some shapes.
+    `functional` is the reference of an op that writes to its arguments, returning new tensors instead: whole-step
+    programs use it.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Op:
     facts: tuple[str, ...] = ()
     lower: Callable[[Bind, SiteSpec], Fn] | None = None
     bucket: Callable[..., Bucket] | None = None
+    functional: Fn | None = None
 
 
 @dataclass(frozen=True, slots=True)

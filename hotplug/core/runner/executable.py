@@ -37,5 +37,5 @@ class EagerStep:
         self._kv = kv
 
     def __call__(self, inputs: StepInputs) -> StepOutputs:
-        hidden = self._model(inputs, self._kv)
+        hidden, _ = self._model(inputs, self._kv)
         return StepOutputs(hidden, self._model.logits(hidden[inputs.logit_indices]))

@@ -97,10 +97,13 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) 
     return mixed.squeeze(0).transpose(0, 1)
 
 
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str) -> None:
+def kv_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str
+) -> tuple[Tensor, Tensor]:
     """One copy for the keys and one for the values: a token's heads lie together in this layout."""
     k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+    return k_cache, v_cache
 
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
