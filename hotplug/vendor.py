@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         HasWeights,
         NotHandled,
     )
+    from hotplug.core.platform.program import StepProgram
 
 _WHERE = {
     "hotplug.core.errors": ("HotplugError", "PlatformError"),
@@ -43,6 +44,7 @@ _WHERE = {
     "hotplug.core.platform.optional": (
         "HasCapture", "HasComm", "HasCompile", "HasDiagnosis", "HasKV", "HasRuntime", "HasWeights", "NotHandled",
     ),
+    "hotplug.core.platform.program": ("StepProgram",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -71,6 +73,7 @@ __all__ = [
     "Platform",
     "PlatformError",
     "SiteSpec",
+    "StepProgram",
     "Verdict",
     "gather_kv",
 ]

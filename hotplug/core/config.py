@@ -51,7 +51,7 @@ class EngineConfig:
     chat_template: str | None = option(None, "Jinja file that replaces the checkpoint's chat template")
 
     device: str = option("auto", "Platform to run on; auto takes the best one found")
-    exec: Literal["auto", "eager", "capture"] = option(
+    exec: Literal["auto", "eager", "capture", "compile"] = option(
         "auto", "How a step runs on the device; auto takes the platform's preference")  # fmt: skip
     force: tuple[str, ...] = option((), "Pin kernels: op=provider or site-pattern=provider; repeatable")
 

@@ -150,3 +150,5 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
     generated_tokens: int = 0
     reference_ops: int = 0
     """Call sites of the plan that run a plain-PyTorch reference on an accelerator."""
+    recompiles: int = 0
+    """Step shapes compiled while serving that were not planned at start."""

@@ -50,6 +50,8 @@ class Bound:
     checkpoint: Checkpoint
     max_model_len: int
     plan: Plan
+    context: BuildContext
+    """What the model was built with."""
     model: Decoder
     batch: Batch
     sampler: Sampler
@@ -136,7 +138,9 @@ def bind(config: EngineConfig, *, meta: bool = False) -> Bound:
         resolved.kv_layout,
         TORCH_DTYPES[resolved.kv_dtype],
     )
-    return Bound(config, selection, limits, resolved, checkpoint, max_model_len, plan, model, batch, sampler, kv_shape)
+    return Bound(
+        config, selection, limits, resolved, checkpoint, max_model_len, plan, context, model, batch, sampler, kv_shape
+    )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

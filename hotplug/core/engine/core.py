@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.errors import PlatformError, RequestError
+from hotplug.core.engine.executables import captured, compiled, compiled_shapes
+from hotplug.core.errors import RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
+from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.loader import load_weights
 from hotplug.core.platform.base import ExecMode
-from hotplug.core.platform.optional import HasCapture
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory
-from hotplug.core.runner.capture import CapturedSteps, decode_shapes
+from hotplug.core.runner.capture import CapturedSteps
+from hotplug.core.runner.compile import CompiledSteps
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner
+from hotplug.core.runner.static import StepShape
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 
 
@@ -27,13 +31,12 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self.bound = bound = bind(config)
+        shapes, bounds = compiled_shapes(bound) or ((), None)
         load_weights(bound.model, bound.checkpoint)
         num_blocks = _num_blocks(bound)
         cache = kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
-        eager = EagerStep(bound.model, cache)
-        captured = _captured(bound, eager)
-        self._shapes = captured.shapes if captured is not None else ()
-        self._runner = Runner(bound.model, bound.batch, bound.sampler, captured or eager)
+        self._executable = _executable(bound, cache, shapes)
+        self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable)
         kv = KVManager(
             _kv_group(bound),
             num_blocks=num_blocks,
@@ -42,10 +45,12 @@ class EngineCore:
             enable_prefix_cache=config.enable_prefix_cache,
         )
         self.num_blocks = num_blocks
+        budget = config.max_num_batched_tokens
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_batched_tokens=budget if bounds is None else min(budget, bounds.max_tokens),
+                max_prefill_requests=None if bounds is None else bounds.max_requests,
                 max_model_len=bound.max_model_len,
                 policy=config.scheduling,
                 chunked_prefill=config.enable_chunked_prefill,
@@ -112,16 +117,24 @@ class EngineCore:
             return []
         return self._scheduler.update(plan, self._runner.execute(plan).result())
 
+    def wait_until_compiled(self) -> None:
+        """Return when no step runs op by op for want of an executable. Raises PlatformError if compiling failed."""
+        if isinstance(self._executable, CompiledSteps):
+            self._executable.wait()
+
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()
         stats.reference_ops = self._reference_ops
+        stats.recompiles = self._executable.recompiles
         return stats
 
     def report(self) -> dict[str, Any]:
         """The bound plan as plain data, with the KV cache as allocated."""
         report = self.bound.report()
         report["kv"]["num_blocks"] = self.num_blocks
-        report["shapes"] = [list(shape) for shape in self._shapes]
+        report["shapes"] = [list(shape) for shape in self._executable.shapes]
+        if isinstance(self._executable, CompiledSteps):
+            report["compiled"] = self._executable.report()
         return report
 
 
@@ -129,7 +142,7 @@ def _num_blocks(bound: Bound) -> int:
     """KV blocks that fit, with the weights in place and, where the size follows from them, the workspaces."""
     config, limits, shape, selection = bound.config, bound.limits, bound.kv_shape, bound.selection
     capped = config.kv_cache_memory is not None
-    if not capped and not limits.shared_host_memory:
+    if not capped and not limits.shared_host_memory and ExecMode.EAGER in limits.exec_modes:
         scratch = kv_memory.allocate(shape, 1, selection.platform, selection.device)
         run_largest_steps(
             Runner(bound.model, bound.batch, bound.sampler, EagerStep(bound.model, scratch)),
@@ -138,26 +151,24 @@ def _num_blocks(bound: Bound) -> int:
             max_model_len=bound.max_model_len,
         )
     size = kv_memory.budget(config, limits, selection.platform.memory(selection.device))
-    return kv_memory.num_blocks(shape, size, bound.max_model_len, capped=capped)
+    found = kv_memory.num_blocks(shape, size, bound.max_model_len, capped=capped)
+    compiles = bound.resolved.exec_mode is ExecMode.COMPILE
+    # The number is a shape of compiled programs: a rounded one finds its artifacts again at the next start.
+    return kv_memory.rounded(found) if compiles and not capped else found
 
 
-def _captured(bound: Bound, eager: EagerStep) -> CapturedSteps | None:
-    """Recorded decode steps, where the configuration settled on capture."""
-    if bound.resolved.exec_mode is not ExecMode.CAPTURE:
-        return None
-    platform, device = bound.selection.platform, bound.selection.device
-    if not isinstance(platform, HasCapture):
-        raise PlatformError("the platform declares capture but has no `capture` method", where=platform.name)
-    tables = bound.batch.block_tables
-    return CapturedSteps(
-        eager,
-        platform,
-        device,
-        shapes=decode_shapes(bound.config.max_num_seqs, bound.limits.max_graph_shapes),
-        max_blocks=tables.shape[1],
-        index_dtype=tables.dtype,
-        torch_device=tables.device,
-    )
+def _executable(
+    bound: Bound, kv: list[KVBlocks], shapes: Sequence[StepShape]
+) -> EagerStep | CapturedSteps | CompiledSteps:
+    """What runs the steps. `shapes` are those to compile."""
+    eager = EagerStep(bound.model, kv)
+    match bound.resolved.exec_mode:
+        case ExecMode.EAGER:
+            return eager
+        case ExecMode.CAPTURE:
+            return captured(bound, eager)
+        case ExecMode.COMPILE:
+            return compiled(bound, shapes, kv, eager)
 
 
 def _kv_group(bound: Bound) -> KVGroup:

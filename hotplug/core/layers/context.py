@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from hotplug.core.ops.plan import Plan
 from hotplug.core.ops.registry import Fact, Fn
+
+
+class Binder(Protocol):
+    """What binds a layer's ops: the plan, or what makes nodes of them."""
+
+    def bind(self, op: str, site: str, dtype: str, **facts: Fact) -> Fn: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildContext:
     """Shared by all layers of one model."""
 
-    plan: Plan
+    plan: Binder
     dtype: torch.dtype
     device: torch.device
     block_size: int

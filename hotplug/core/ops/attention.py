@@ -9,7 +9,7 @@ the same step reads (`kv_write` precedes `attention` in every layer).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ class AttentionInputs:
     max_seq_len: int
     prepared: Any = None
     """Per-step state of the attention kernel, made once for all layers."""
+
+    NODE_FIELDS: ClassVar[tuple[str, ...]] = ("block_table", "query_start", "seq_lens", "max_query_len")
+    """What an attention node of a whole-step program has of this: a step of static shape (`core.ops.program`)."""
+
+    @classmethod
+    def from_node(cls, block_table: Tensor, query_start: Tensor, seq_lens: Tensor, max_query_len: int) -> Self:
+        """The inputs of a step of static shape."""
+        decodes = len(seq_lens) if max_query_len == 1 else 0
+        return cls(block_table, query_start, seq_lens, None, None, decodes, max_query_len, max_seq_len=0)
 
 
 def kv_write(
@@ -152,10 +161,12 @@ def _attend_static(
         mixed = torch.einsum("rhgs,rshd->rhgd", weights, v)
         return mixed.reshape(tokens, heads, head_dim).to(q.dtype)
     index = torch.arange(tokens, device=q.device, dtype=step.query_start.dtype)
-    request = torch.searchsorted(step.query_start[1:], index, right=True).clamp(max=requests - 1)
+    request = torch.searchsorted(step.query_start[1:], index, right=True, out_int32=index.dtype is torch.int32).clamp(
+        max=requests - 1
+    )
     query = step.seq_lens[request] - step.query_start[request + 1] + index
     visible = _visible(query.clamp(min=0), key, window).unsqueeze(1)  # [tokens, 1, context]
-    own = request.unsqueeze(1) == torch.arange(requests, device=q.device)
+    own = request.unsqueeze(1) == torch.arange(requests, device=q.device, dtype=request.dtype)
     visible = visible & own.unsqueeze(2)  # [tokens, requests, context]
     scores = torch.einsum("thgd,rshd->thgrs", grouped, k) * scale
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))

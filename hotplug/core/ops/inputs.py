@@ -43,7 +43,7 @@ def prepare_inputs(
     Returns token_ids [T], positions [T], slots [T] and seq_lens [R], in the index dtype of `start`.
     """
     index = torch.arange(token_ids.shape[0], device=token_ids.device, dtype=query_start.dtype)
-    request = torch.searchsorted(query_start[1:], index, right=True)
+    request = torch.searchsorted(query_start[1:], index, right=True, out_int32=index.dtype is torch.int32)
     row = rows[request]
     positions = start[request] + index - query_start[request]
     block = block_tables[row, positions // block_size]

@@ -59,7 +59,7 @@ class Plan:
         self, registry: OpRegistry, *, arch: str, force: Sequence[str] = (), accelerator: bool = False
     ) -> None:
         registry.freeze()
-        self._registry = registry
+        self.registry = registry
         self._arch = arch
         self._force = [_Force(*entry.split("=")) for entry in force]
         self._unused_force = set(self._force)
@@ -73,7 +73,7 @@ class Plan:
         return self._bind(op, site, dtype, facts, part_of="")
 
     def _bind(self, name: str, site: str, dtype: str, facts: dict[str, Fact], part_of: str) -> Fn:
-        op = self._registry.op(name)
+        op = self.registry.op(name)
         if set(facts) != set(op.facts):
             raise PlanError(f"the op {name!r} takes the facts {sorted(op.facts)}, got {sorted(facts)}", where=site)
         if site in self._sites:
@@ -97,9 +97,9 @@ class Plan:
         if provider == REFERENCE:
             self.choices.append(Choice(spec, REFERENCE, "forced", (), part_of))
             return op.reference
-        impl = next((i for i in self._registry.impls(op.name) if i.provider == provider), None)
+        impl = next((i for i in self.registry.impls(op.name) if i.provider == provider), None)
         if impl is None:
-            known = {i.provider for i in self._registry.impls(op.name)} | {REFERENCE}
+            known = {i.provider for i in self.registry.impls(op.name)} | {REFERENCE}
             self._fault(
                 f"forced provider {provider!r} has no kernel for {op.name}; {nearest(provider, known)}", spec.site
             )
@@ -130,7 +130,7 @@ class Plan:
     def _bind_best(self, op: Op, spec: SiteSpec, part_of: str) -> Fn:
         able: list[Impl] = []
         rejected: list[Rejected] = []
-        for impl in self._registry.impls(op.name):
+        for impl in self.registry.impls(op.name):
             verdict = self._ask(impl, spec)
             if verdict.ok:
                 able.append(impl)

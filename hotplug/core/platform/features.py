@@ -8,7 +8,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.errors import FeatureError
 from hotplug.core.platform.base import ExecMode, Feature, KVLayout, Limits
 
-EXEC_MODES = (ExecMode.EAGER, ExecMode.CAPTURE)
+EXEC_MODES = (ExecMode.EAGER, ExecMode.CAPTURE, ExecMode.COMPILE)
 """The executable makers that this core has."""
 
 
@@ -40,7 +40,8 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
     built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
     mode = ExecMode(config.exec) if config.exec != "auto" else (built or [ExecMode.EAGER])[0]
-    for needed in dict.fromkeys((mode, ExecMode.EAGER)):  # captured decodes go with eager prompt chunks
+    beside = ExecMode.EAGER if mode is ExecMode.CAPTURE else mode  # captured decodes go with eager prompt chunks
+    for needed in dict.fromkeys((mode, beside)):
         if needed not in limits.exec_modes:
             reasons.append(f"exec {needed} is not among {', '.join(limits.exec_modes)}")
     if reasons:

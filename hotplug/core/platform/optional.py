@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from hotplug.core.ops.registry import SiteSpec
+    from hotplug.core.platform.program import StepProgram
 
 
 class NotHandledType:
@@ -65,13 +66,28 @@ class HasCompile(Protocol):
     """Compile a whole step for a few fixed shapes."""
 
     def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
-        """(tokens, requests) shapes worth compiling, smallest first."""
+        """(tokens, requests) shapes to compile: (n, n) for up to n decodes, more tokens for prompt chunks.
 
-    def compile(self, program: Any, cache: Path) -> Callable[..., Any]:
-        """An executable of a `torch.export` program; artifacts may be kept in the folder `cache`."""
+        One must hold `max_requests` decodes; the largest with prompt chunks bounds what the scheduler puts in a
+        step. No more than `Limits.max_graph_shapes`.
+        """
+
+    def compile(self, program: StepProgram, device: DeviceInfo, cache: Path) -> Callable[..., Sequence[torch.Tensor]]:
+        """A function from the program's inputs to its outputs, both in order.
+
+        The caches given to it are not read again, so those it returns may be the same memory. Artifacts may be kept
+        in the folder `cache`, which is this program's own: what is found there was made for an equal one. Another
+        process may look at the same time, so move whole files there. May be called in a thread.
+        """
 
     def fingerprint(self) -> str:
         """Changes whenever an artifact compiled earlier may no longer be used."""
+
+    def num_compiled(self) -> int:
+        """Programs compiled in this process so far, artifacts that were loaded not counted.
+
+        Also what running a step compiled, which it should not: the core reports it.
+        """
 
 
 @runtime_checkable

@@ -51,6 +51,8 @@ class _Captured:
 class CapturedSteps:
     """Replays the smallest captured shape that holds a step; prompt chunks and larger steps run eagerly."""
 
+    recompiles = 0
+
     @torch.inference_mode()
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.runner.static import StepShape
 
 
 @dataclass(slots=True)
@@ -26,11 +27,24 @@ class StepOutputs:
 class Executable(Protocol):
     """Runs the step that `inputs` describe; the outputs hold until the next call."""
 
+    @property
+    def shapes(self) -> tuple[StepShape, ...]:
+        """The static shapes that it prepared, smallest first."""
+        ...
+
+    @property
+    def recompiles(self) -> int:
+        """Compilations that steps set off, beyond the prepared shapes."""
+        ...
+
     def __call__(self, inputs: StepInputs) -> StepOutputs: ...
 
 
 class EagerStep:
-    """Runs the model op by op."""
+    """Runs the model op by op, with kernels that write to the caches in place."""
+
+    shapes: tuple[StepShape, ...] = ()
+    recompiles = 0
 
     def __init__(self, model: Decoder, kv: Sequence[KVBlocks]) -> None:
         self._model = model

@@ -78,6 +78,12 @@ def num_blocks(shape: KVShape, size: int, max_model_len: int, *, capped: bool) -
     return blocks
 
 
+def rounded(blocks: int) -> int:
+    """`blocks` without all but its four leading binary digits: at most an eighth less."""
+    spare = max(blocks.bit_length() - 4, 0)
+    return blocks >> spare << spare
+
+
 def allocate(shape: KVShape, blocks: int, platform: Platform, device: DeviceInfo) -> list[KVBlocks]:
     """One (keys, values) pair a layer, zeroed."""
     sizes: Sequence[int] = shape.tensor_shape(blocks)

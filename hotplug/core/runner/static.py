@@ -59,6 +59,13 @@ class StaticInputs:
             logit_indices=ints(requests),
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Token ids, positions, slots, block table, query starts, sequence lengths, logit indices."""
+        own, attention = self.inputs, self.inputs.attention
+        return (own.token_ids, own.positions, own.slots, attention.block_table, attention.query_start,
+                attention.seq_lens, own.logit_indices)  # fmt: skip
+
     def fill(self, step: StepInputs) -> None:
         """Copy a step's inputs in, and padding behind them."""
         own, attention = self.inputs, step.attention

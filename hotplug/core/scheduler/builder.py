@@ -23,6 +23,10 @@ class StepBuilder:
         self.admitted: list[Admission] = []
 
     @property
+    def num_requests(self) -> int:
+        return len(self._decode_rows) + len(self._rows)
+
+    @property
     def has_prefill(self) -> bool:
         return bool(self._rows)
 

@@ -43,16 +43,22 @@ class SchedulerConfig:
     chunked_prefill: bool = True
     mixed_steps: bool = True
     """Whether a step may hold prefills and decodes; False for devices that cannot mix them."""
+    max_prefill_requests: int | None = None
+    """Requests that a step with prefills may hold, decodes counted; None = no such bound."""
     max_queue: int = 4096
     """Requests that may wait beyond those that a free row awaits."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         budget = self.max_num_batched_tokens
-        if budget < self.max_num_seqs:
+        if self.mixed_steps and budget < self.max_num_seqs:
             raise ConfigError(f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs})",
                               why="every running request needs one token of the budget a step",
                               hint="Raise max_num_batched_tokens or lower max_num_seqs.")  # fmt: skip
+        if self.mixed_steps and self.max_num_seqs > (self.max_prefill_requests or self.max_num_seqs):
+            raise ConfigError(f"max_prefill_requests ({self.max_prefill_requests}) is below max_num_seqs "
+                              f"({self.max_num_seqs})",
+                              why="a step full of decodes would keep every prefill out")  # fmt: skip
         if not self.chunked_prefill and budget < self.max_model_len:
             raise ConfigError(
                 f"max_num_batched_tokens ({budget}) is below max_model_len ({self.max_model_len}) while "
@@ -82,6 +88,7 @@ class Scheduler:
         # what rules out a deadlock.
         self.max_model_len = min(config.max_model_len, kv.max_tokens_alone(config.max_num_batched_tokens) + 1)
         """Longest sequence that can be served: the configured one, or less where the KV pool is smaller."""
+        self._most_requests = config.max_prefill_requests or config.max_num_seqs
         self._batch = Batch(config.max_num_seqs, self.max_model_len)
         self._waiting = WaitingQueue()
         self._requests: dict[str, Sequence] = {}
@@ -200,7 +207,7 @@ class Scheduler:
             if prefill and self._prefilling:
                 budget = self.config.max_num_batched_tokens - num_decodes
                 chunks = []
-                for row in self._prefilling:
+                for row in self._prefilling[: max(self._most_requests - num_decodes, 0)]:
                     n = min(budget, int(batch.prefill[row] - batch.computed[row]))
                     if n > 0:
                         budget -= n
@@ -214,7 +221,11 @@ class Scheduler:
     def _admit(self, builder: StepBuilder) -> None:
         """Start waiting requests, best first, while rows, budget and blocks last."""
         chunk = self.config.max_num_batched_tokens
-        while (budget := chunk - builder.num_tokens) > 0 and self._batch.num_free:
+        while (
+            (budget := chunk - builder.num_tokens) > 0
+            and self._batch.num_free
+            and builder.num_requests < self._most_requests
+        ):
             seq = self._waiting.peek()
             if seq is None or seq.in_flight:
                 return

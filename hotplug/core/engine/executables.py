@@ -1,0 +1,102 @@
+"""Which executable runs an engine's steps: op by op, captured or compiled, as its configuration settled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+import hotplug
+from hotplug.core.engine.bind import Bound
+from hotplug.core.errors import PlatformError
+from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.platform.base import ExecMode
+from hotplug.core.platform.optional import HasCapture, HasCompile
+from hotplug.core.runner.artifacts import artifact_folder, source_hash
+from hotplug.core.runner.capture import CapturedSteps, decode_shapes
+from hotplug.core.runner.compile import Compiled, CompiledSteps, StepBounds, checked_shapes
+from hotplug.core.runner.executable import EagerStep
+from hotplug.core.runner.program import ModelProgram, StepProgram
+from hotplug.core.runner.static import StaticInputs, StepShape
+from hotplug.core.weights.source import cache_folder
+
+
+def compiled_shapes(bound: Bound) -> tuple[list[StepShape], StepBounds] | None:
+    """The shapes to compile and what they allow a step to hold; None where nothing is compiled.
+
+    Raises PlatformError for buckets that leave a step unserved.
+    """
+    if bound.resolved.exec_mode is not ExecMode.COMPILE:
+        return None
+    platform, config = bound.selection.platform, bound.config
+    if not isinstance(platform, HasCompile):
+        raise PlatformError("the platform declares compile but has not all of HasCompile", where=platform.name)
+    tokens = min(config.max_num_batched_tokens, max(bound.max_model_len, config.max_num_seqs))
+    return checked_shapes(
+        platform.buckets(tokens, config.max_num_seqs),
+        max_num_seqs=config.max_num_seqs,
+        max_shapes=bound.limits.max_graph_shapes,
+        mixed_steps=bound.limits.mixed_steps,
+        where=f"{platform.name}.buckets({tokens}, {config.max_num_seqs})",
+    )
+
+
+def captured(bound: Bound, eager: EagerStep) -> CapturedSteps:
+    """Recorded decode steps."""
+    platform, device = bound.selection.platform, bound.selection.device
+    if not isinstance(platform, HasCapture):
+        raise PlatformError("the platform declares capture but has no `capture` method", where=platform.name)
+    tables = bound.batch.block_tables
+    return CapturedSteps(
+        eager,
+        platform,
+        device,
+        shapes=decode_shapes(bound.config.max_num_seqs, bound.limits.max_graph_shapes),
+        max_blocks=tables.shape[1],
+        index_dtype=tables.dtype,
+        torch_device=tables.device,
+    )
+
+
+def compiled(bound: Bound, shapes: Sequence[StepShape], kv: list[KVBlocks], eager: EagerStep) -> CompiledSteps:
+    """Compiled steps of these shapes; op-by-op ones serve meanwhile where the platform has them."""
+    platform, device = bound.selection.platform, bound.selection.device
+    assert isinstance(platform, HasCompile)
+    programs = ModelProgram(bound.model, bound.context, bound.plan, kv)
+    tables = bound.batch.block_tables
+    root = cache_folder() / "compiled" / bound.selection.platform.name
+    facts = _program_facts(bound, kv, platform.fingerprint())
+
+    def compile_shape(static: StaticInputs) -> Compiled:
+        folder = artifact_folder(root, {**facts, "shape": list(static.shape)})
+        return platform.compile(StepProgram(programs, static), device, folder)
+
+    return CompiledSteps(
+        platform,
+        compile_shape,
+        [StaticInputs(s, max_blocks=tables.shape[1], index_dtype=tables.dtype, device=tables.device) for s in shapes],
+        kv,
+        eager if ExecMode.EAGER in bound.limits.exec_modes else None,
+    )
+
+
+def _program_facts(bound: Bound, kv: Sequence[KVBlocks], fingerprint: str) -> dict[str, object]:
+    """Everything that the programs of an engine follow from, but for their shapes."""
+    tables, device = bound.batch.block_tables, bound.selection.device
+    layers = {type(module).__module__ for module in bound.model.modules()}
+    ops = {bound.plan.registry.op(choice.spec.op).reference.__module__ for choice in bound.plan.choices}
+    return {
+        "hotplug": hotplug.__version__,
+        "source": source_hash(name for name in layers | ops if not name.startswith("torch.")),
+        "torch": str(torch.__version__),
+        "platform": bound.selection.platform.name,
+        "fingerprint": fingerprint,
+        "arch": device.arch,
+        "plan": bound.plan.hash,
+        "model": dataclasses.asdict(bound.checkpoint.config),
+        "max_position": bound.max_model_len,
+        "dtype": bound.resolved.dtype,
+        "kv": [str(kv[0][0].dtype), str(bound.resolved.kv_layout), list(kv[0][0].shape)],
+        "block_table": [str(tables.dtype), tables.shape[1]],
+    }

@@ -1,0 +1,48 @@
+"""What a compiling platform is given to compile: one step of static shape, from token ids to vocabulary scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StepProgram(Protocol):
+    """A step as a `torch.export` program, made when it is asked for.
+
+    Its inputs, by position: token_ids [T], positions [T], slots [T], block_table [R, max_blocks], query_start
+    [R + 1], seq_lens [R] and logit_indices [R], all of `Limits.index_dtype`; then each layer's key and value cache.
+    Its outputs: hidden states [T, hidden], float32 scores [R, vocab]; then the caches with the step written.
+    Weights are the program's parameters and buffers. Nothing in it writes to an input, and every size is fixed.
+    """
+
+    @property
+    def num_tokens(self) -> int:
+        """T. Equal to `num_requests` where every request has one token: decodes."""
+
+    @property
+    def num_requests(self) -> int:
+        """R."""
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The weights by the names of the program's parameters and buffers, in place on the device.
+
+        Their values must not go into an artifact: the same one serves other weights of the same shapes.
+        """
+
+    @property
+    def kernels(self) -> Mapping[str, Callable[..., Any]]:
+        """By call site: the platform's own kernels that the plan chose for this shape."""
+
+    def export(self) -> torch.export.ExportedProgram:
+        """The program with every operation as an opaque node `hotplug::<op>(..., site)`.
+
+        Takes seconds, so ask only where no artifact is at hand. A node that is called as it is runs the op's
+        plain-PyTorch reference.
+        """
+
+    def inlined(self) -> torch.export.ExportedProgram:
+        """`export()` with the reference in place of every node whose site is not in `kernels`: functional aten."""

@@ -1,0 +1,125 @@
+"""One step of static shape as a `torch.export` program, for platforms that compile whole steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.context import BuildContext
+from hotplug.core.models.decoder import Decoder
+from hotplug.core.ops.attention import AttentionInputs
+from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.ops.plan import COMPOSED, Plan
+from hotplug.core.ops.program import as_node, references
+from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Op
+from hotplug.core.runner.static import StaticInputs, StepShape
+
+
+class ModelProgram:
+    """Programs of one model, a shape at a time.
+
+    `context` is what the model was built with; `plan` says which sites have kernels.
+    """
+
+    def __init__(self, model: Decoder, context: BuildContext, plan: Plan, kv: Sequence[KVBlocks]) -> None:
+        self._source = model
+        self._context = context
+        self._plan = plan
+        self.caches = [cache for blocks in kv for cache in blocks]
+        self.weights = {f"model.{name}": t for name, t in _tensors(model)}
+
+    @cached_property
+    def nodes(self) -> tuple[Decoder, dict[str, Op]]:
+        """The model with nodes for ops, sharing the weights, and the ops that have a node."""
+        binder = _NodeBinder(self._plan)
+        context = dataclasses.replace(self._context, plan=binder, device=torch.device("meta"))
+        model = type(self._source)(context, self._source.config)
+        for target, source in zip(model.modules(), self._source.modules(), strict=True):
+            target._parameters.update(source._parameters)
+            target._buffers.update(source._buffers)
+        return model, binder.ops
+
+    def kernels(self, shape: StepShape) -> dict[str, Fn]:
+        """The planned kernel of each site in a step of this shape, references left out."""
+        bucket = Bucket(shape.num_tokens, 1 if shape.decodes else shape.num_tokens)
+        found = {}
+        for choice in self._plan.choices:
+            impls = {impl.provider: impl for impl in self._plan.registry.impls(choice.spec.op)}
+            for provider in choice.provider.split("+"):
+                impl = impls.get(provider)
+                if impl is not None and (impl.accepts is None or impl.accepts(bucket)):
+                    found[choice.spec.site] = impl.fn
+                    break
+        return found
+
+
+class StepProgram:
+    """Implements `hotplug.core.platform.program.StepProgram` for one shape."""
+
+    def __init__(self, model: ModelProgram, static: StaticInputs) -> None:
+        self._model = model
+        self._static = static
+        self.num_tokens, self.num_requests = static.shape
+        self.weights: Mapping[str, Tensor] = model.weights
+        self.kernels: Mapping[str, Callable[..., Any]] = model.kernels(static.shape)
+
+    @torch.no_grad()
+    def export(self) -> torch.export.ExportedProgram:
+        model, _ = self._model.nodes
+        step = _Step(model, self._static.inputs.attention.max_query_len)
+        return torch.export.export(step, (*self._static.tensors, *self._model.caches), strict=False)
+
+    @torch.no_grad()
+    def inlined(self) -> torch.export.ExportedProgram:
+        _, ops = self._model.nodes
+        return self.export().run_decompositions(dict(references(ops.values(), keep=self.kernels.keys())))
+
+
+class _NodeBinder:
+    """Binds call sites to nodes; an op that the plan lowered to kernels is lowered here too."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._registry = plan.registry
+        self._composed = {c.spec.site: c.spec for c in plan.choices if c.provider == COMPOSED}
+        self._lowered = {c.part_of for c in plan.choices if c.provider not in (REFERENCE, COMPOSED)}
+        self.ops: dict[str, Op] = {}
+
+    def bind(self, op: str, site: str, dtype: str, **facts: Fact) -> Fn:
+        definition = self._registry.op(op)
+        if site in self._composed and site in self._lowered:
+            assert definition.lower is not None
+
+            def bind_part(name: str, part: str, **facts: Fact) -> Fn:
+                return self.bind(name, f"{site}.{part}", dtype, **facts)
+
+            return definition.lower(bind_part, self._composed[site])
+        self.ops[op] = definition
+        return as_node(definition, site)
+
+
+class _Step(nn.Module):
+    """A step as a function of tensors alone."""
+
+    def __init__(self, model: Decoder, max_query_len: int) -> None:
+        super().__init__()
+        self.model = model
+        self._max_query_len = max_query_len
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        token_ids, positions, slots, block_table, query_start, seq_lens, logit_indices, *caches = tensors
+        attention = AttentionInputs.from_node(block_table, query_start, seq_lens, self._max_query_len)
+        step = StepInputs(token_ids, positions, slots, attention, logit_indices)
+        kv = list(zip(caches[::2], caches[1::2], strict=True))
+        hidden, written = self.model(step, kv)
+        return hidden, self.model.logits(hidden[logit_indices]), *(cache for blocks in written for cache in blocks)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by name, shared ones under each of their names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
