@@ -220,7 +220,11 @@ class FakeEngine:
 
     def _check_plan(self, plan: StepPlan) -> None:
         config = self.config
-        assert 0 < plan.total_tokens <= config.max_num_batched_tokens
+        decodes_only = plan.num_decodes == len(plan.rows)
+        most = max(config.max_num_batched_tokens, config.max_num_seqs * decodes_only)
+        assert 0 < plan.total_tokens <= most
+        if config.max_prefill_requests is not None and not decodes_only:
+            assert len(plan.rows) <= config.max_prefill_requests
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row twice in a step"
         assert (plan.num_tokens >= 1).all()
         if not config.mixed_steps:

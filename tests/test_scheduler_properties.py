@@ -25,7 +25,8 @@ def engines(draw: st.DrawFn) -> FakeEngine:
     max_model_len = draw(st.sampled_from([64, 33, 12]))
     block_size = draw(st.sampled_from([1, 2, 4, 8]))
     chunked = draw(st.booleans())
-    least = max_num_seqs if chunked else max(max_num_seqs, max_model_len)
+    mixed = draw(st.booleans())
+    least = max(max_num_seqs if mixed else 1, 1 if chunked else max_model_len)
     # Pools from hopeless to just enough for one long sequence and a half.
     tokens = draw(st.integers(1, max_model_len + max_model_len // 2))
     return FakeEngine(
@@ -39,7 +40,8 @@ def engines(draw: st.DrawFn) -> FakeEngine:
         max_model_len=max_model_len,
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         chunked_prefill=chunked,
-        mixed_steps=draw(st.booleans()),
+        mixed_steps=mixed,
+        max_prefill_requests=draw(st.none() | st.integers(1, 3)) if not mixed else None,
         max_queue=draw(st.sampled_from([100, 3, 0])),
     )
 

@@ -29,7 +29,7 @@ class _Register(int):
 def silu_mul(gate_up: Tensor) -> Tensor:
     """The machine's own instruction for the gate of a feed-forward layer: [num_tokens, 2n] to [num_tokens, n]."""
     n = gate_up.shape[-1] // 2
-    return F.silu(gate_up.narrow(-1, 0, n)).mul_(gate_up.narrow(-1, n, n))
+    return F.silu(gate_up.narrow(-1, 0, n)) * gate_up.narrow(-1, n, n)
 
 
 def load(artifact: Path, weights: Mapping[str, Tensor]) -> Callable[..., list[Tensor]]:

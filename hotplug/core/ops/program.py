@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from hotplug.core.errors import PlanError
 from hotplug.core.ops.registry import Fn, Op
 
 NAMESPACE = "hotplug"
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_LIBRARY: Any = cast("Any", torch.library).Library(NAMESPACE, "FRAGMENT")  # untyped in torch
 _PLAIN = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", int | None: "int?", float: "float",
           float | None: "float?", bool: "bool", str: "str"}  # fmt: skip
 _defined: dict[str, _Node] = {}
@@ -124,7 +124,7 @@ def _returns(name: str, hint: Any) -> str:
 
 
 def _node_fields(cls: Any) -> tuple[str, ...]:
-    return typing.cast("tuple[str, ...]", cls.NODE_FIELDS)
+    return cast("tuple[str, ...]", cls.NODE_FIELDS)
 
 
 def _flat(reference: Fn) -> Fn:
