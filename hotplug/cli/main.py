@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hotplug.cli import bench, chat, devices, doctor, explain, pull, run, serve, version
+from hotplug.cli import bench, bisect, chat, devices, doctor, explain, pull, run, serve, version
 from hotplug.cli.options import SectionedCommand
 from hotplug.core.errors import ConfigError, HotplugError, RequestError
 
@@ -68,6 +68,7 @@ app.command("chat", cls=SectionedCommand)(chat.chat)
 app.command("run", cls=SectionedCommand)(run.run)
 app.add_typer(bench.app, name="bench")
 app.command("explain", cls=SectionedCommand)(explain.explain)
+app.command("bisect", cls=SectionedCommand)(bisect.bisect)
 app.command("devices")(devices.devices)
 app.command("pull")(pull.pull)
 app.command("doctor")(doctor.doctor)

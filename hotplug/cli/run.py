@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +12,7 @@ import typer
 from hotplug.cli.display import fetch
 from hotplug.cli.options import takes
 from hotplug.cli.sampling import MaxTokens, Temperature, TopK, TopP, sampling_params
+from hotplug.cli.trace_view import trace_lines
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError
 
@@ -24,9 +27,14 @@ def run(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     max_tokens: MaxTokens = None,
+    trace_json: Annotated[
+        Path | None, typer.Option("--trace-json", metavar="FILE", help="Write what --trace-ops timed, by site.")
+    ] = None,
 ) -> None:
     """Answer one prompt, from the argument or standard input."""
     text = _prompt(prompt)
+    if trace_json is not None and not engine.trace_ops:
+        raise ConfigError("there is nothing to write", where="--trace-json", hint="Add --trace-ops.")
     params = sampling_params(temperature, top_p, top_k, max_tokens)
     fetch(engine.model)
     from hotplug.core.engine.llm import LLM
@@ -38,6 +46,12 @@ def run(
         typer.echo(chunk.text, nl=False)
         sys.stdout.flush()
     typer.echo()
+    if engine.trace_ops:
+        trace = llm.core.trace()
+        for line in trace_lines(trace):
+            typer.echo(line, err=True)
+        if trace_json is not None:
+            trace_json.write_text(json.dumps(trace, indent=1))
 
 
 def _prompt(given: str | None) -> str:

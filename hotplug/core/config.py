@@ -54,6 +54,7 @@ class EngineConfig:
     exec: Literal["auto", "eager", "capture", "compile"] = option(
         "auto", "How a step runs on the device; auto takes the platform's preference")  # fmt: skip
     force: tuple[str, ...] = option((), "Pin kernels: op=provider or site-pattern=provider; repeatable")
+    trace_ops: bool = option(False, "Time every call of every op, by site and kernel; steps run eagerly and slower")
 
     max_model_len: int | None = option(
         None, "Longest sequence, prompt plus output; default: the model's own", low=1)  # fmt: skip
@@ -80,6 +81,10 @@ class EngineConfig:
         for entry in self.force:
             if entry.count("=") != 1 or not all(entry.split("=")):
                 raise ConfigError(f"cannot read {entry!r}", where="force", hint="Write op=provider.")
+        if self.trace_ops and self.exec not in ("auto", "eager"):
+            raise ConfigError(f"trace_ops cannot go with exec {self.exec}",
+                              why="a step that runs as a whole has no ops to time",
+                              hint="Leave --exec out, or set it to eager.")  # fmt: skip
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs})",

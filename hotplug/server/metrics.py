@@ -98,6 +98,7 @@ class EngineMetrics(Collector):
             ("preemptions", "Requests put back into the queue for want of KV blocks", stats.preemptions),
             ("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated", stats.generated_tokens),
+            ("unplanned_recompiles", "Step shapes compiled while serving, beyond those planned", stats.recompiles),
         ):
             yield CounterMetricFamily(f"hotplug_{name}", doc, total)
         finished = CounterMetricFamily("hotplug_requests_finished", "Requests that ended", labels=["reason"])

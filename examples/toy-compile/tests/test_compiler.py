@@ -40,8 +40,8 @@ def test_machine_code_computes_what_the_program_does(tmp_path):
     artifact = tmp_path / "step.json"
     compiler.save(compiler.lower(program(module, x, rows)), artifact)
     step = machine.load(artifact, dict(module.named_parameters()))
-    for x in (x, torch.randn(3, 4)):
-        torch.testing.assert_close(step(x, rows), list(module(x, rows)))
+    for given in (x, torch.randn(3, 4)):
+        torch.testing.assert_close(step(given, rows), list(module(given, rows)))
     assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
 
 

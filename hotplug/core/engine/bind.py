@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import hotplug
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
@@ -17,6 +18,8 @@ from hotplug.core.models.decoder import Decoder
 from hotplug.core.models.loader import build_model
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
+from hotplug.core.ops.registry import Observe
+from hotplug.core.ops.trace import Tracer, synchronizer
 from hotplug.core.platform.base import ExecMode, Limits
 from hotplug.core.platform.discovery import discover
 from hotplug.core.platform.features import Resolved, resolve
@@ -56,12 +59,15 @@ class Bound:
     batch: Batch
     sampler: Sampler
     kv_shape: KVShape
+    tracer: Tracer | None
+    """Times every call, where the configuration asks for it."""
 
     def report(self) -> dict[str, Any]:
         """The plan and its surroundings as plain data (`hotplug explain --json`, `GET /debug/plan`)."""
         selection = self.selection
         return {
             "schema": 1,
+            "hotplug": hotplug.__version__,
             "model": self.config.model_name,
             "architecture": self.checkpoint.config.architecture,
             "platform": selection.platform.name,
@@ -83,11 +89,11 @@ class Bound:
         }
 
 
-def bind(config: EngineConfig, *, meta: bool = False) -> Bound:
+def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = None) -> Bound:
     """Choose the device, check the configuration against it, and bind every call site of the model.
 
-    With `meta` no memory is taken. Raises ConfigError, PlatformError, FeatureError, SourceError, ModelError
-    or PlanError.
+    With `meta` no memory is taken. `observe` stands in front of every bound callable. Raises ConfigError,
+    PlatformError, FeatureError, SourceError, ModelError or PlanError.
     """
     selection = select(config.device, discover())
     limits = selection.platform.limits(selection.device)
@@ -102,13 +108,15 @@ def bind(config: EngineConfig, *, meta: bool = False) -> Bound:
     for op in extension.ops:
         registry.define(op)
     selection.platform.register(registry)
+    device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
+    tracer = Tracer(synchronizer(selection.platform, selection.device, device)) if config.trace_ops else None
     plan = Plan(
         registry,
         arch=selection.device.arch,
         force=config.force,
         accelerator=limits.accelerator,
+        observe=tracer.observe if observe is None and tracer is not None else observe,
     )
-    device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
     context = BuildContext(
         plan=plan,
         dtype=TORCH_DTYPES[resolved.dtype],
@@ -139,7 +147,19 @@ def bind(config: EngineConfig, *, meta: bool = False) -> Bound:
         TORCH_DTYPES[resolved.kv_dtype],
     )
     return Bound(
-        config, selection, limits, resolved, checkpoint, max_model_len, plan, context, model, batch, sampler, kv_shape
+        config,
+        selection,
+        limits,
+        resolved,
+        checkpoint,
+        max_model_len,
+        plan,
+        context,
+        model,
+        batch,
+        sampler,
+        kv_shape,
+        tracer,
     )
 
 

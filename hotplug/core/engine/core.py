@@ -9,11 +9,12 @@ from typing import Any
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.executables import captured, compiled, compiled_shapes
-from hotplug.core.errors import RequestError
+from hotplug.core.errors import ConfigError, RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.loader import load_weights
+from hotplug.core.ops.registry import Observe
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory
@@ -29,8 +30,8 @@ from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 class EngineCore:
     """One model on one device: the scheduler, the runner, and the step that ties them."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.bound = bound = bind(config)
+    def __init__(self, config: EngineConfig, *, observe: Observe | None = None) -> None:
+        self.bound = bound = bind(config, observe=observe)
         shapes, bounds = compiled_shapes(bound) or ((), None)
         load_weights(bound.model, bound.checkpoint)
         num_blocks = _num_blocks(bound)
@@ -67,6 +68,8 @@ class EngineCore:
                 f"{bound.selection.platform.name}; `hotplug explain` says which and why",
                 stacklevel=2,
             )
+        if bound.tracer is not None:
+            bound.tracer.reset()  # profile steps are not the user's
 
     @property
     def max_model_len(self) -> int:
@@ -135,7 +138,15 @@ class EngineCore:
         report["shapes"] = [list(shape) for shape in self._executable.shapes]
         if isinstance(self._executable, CompiledSteps):
             report["compiled"] = self._executable.report()
+        if self.bound.tracer is not None:
+            report["trace"] = self.trace()
         return report
+
+    def trace(self) -> dict[str, Any]:
+        """What `trace_ops` has timed so far (`hotplug.core.ops.trace`). Raises ConfigError without it."""
+        if self.bound.tracer is None:
+            raise ConfigError("ops are not traced", hint="Start with --trace-ops.")
+        return self.bound.tracer.report(self._scheduler.stats().steps)
 
 
 def _num_blocks(bound: Bound) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hotplug.core.errors import PlanError, nearest
-from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Impl, Op, OpRegistry, SiteSpec, Verdict
+from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Impl, Observe, Op, OpRegistry, SiteSpec, Verdict
 
 COMPOSED = "composed"
 """Provider shown for a fused op that was lowered to its parts."""
@@ -52,14 +52,22 @@ class Plan:
     """Binds call sites to kernels.
 
     `force` entries are `op=provider` or `site-pattern=provider` (shell wildcards). `accelerator` says
-    whether a reference op is worth a warning: on the host it is often the best there is.
+    whether a reference op is worth a warning: on the host it is often the best there is. `observe` may put a
+    callable of its own in front of each that is bound; without it, what is bound is the kernel itself.
     """
 
     def __init__(
-        self, registry: OpRegistry, *, arch: str, force: Sequence[str] = (), accelerator: bool = False
+        self,
+        registry: OpRegistry,
+        *,
+        arch: str,
+        force: Sequence[str] = (),
+        accelerator: bool = False,
+        observe: Observe | None = None,
     ) -> None:
         registry.freeze()
         self.registry = registry
+        self._observe = observe
         self._arch = arch
         self._force = [_Force(*entry.split("=")) for entry in force]
         self._unused_force = set(self._force)
@@ -96,7 +104,7 @@ class Plan:
     def _bind_forced(self, op: Op, spec: SiteSpec, provider: str, part_of: str) -> Fn:
         if provider == REFERENCE:
             self.choices.append(Choice(spec, REFERENCE, "forced", (), part_of))
-            return op.reference
+            return self._observed(op, spec, REFERENCE, op.reference)
         impl = next((i for i in self.registry.impls(op.name) if i.provider == provider), None)
         if impl is None:
             known = {i.provider for i in self.registry.impls(op.name)} | {REFERENCE}
@@ -110,10 +118,10 @@ class Plan:
             return op.reference
         if impl.accepts is None:
             self.choices.append(Choice(spec, provider, "forced", (), part_of))
-            return impl.fn
+            return self._observed(op, spec, provider, impl.fn)
         both = f"{provider}+{REFERENCE}"
         self.choices.append(Choice(spec, both, "forced, other shapes to the reference", (), part_of))
-        return _by_shape(op, impl, op.reference)
+        return self._by_shape(op, spec, impl, self._observed(op, spec, REFERENCE, op.reference))
 
     def _ask(self, impl: Impl, spec: SiteSpec) -> Verdict:
         """The kernel's verdict; one that cannot be had is an error of the plan."""
@@ -152,17 +160,32 @@ class Plan:
         whole = bool(chain) and chain[-1].accepts is None
         if not chain and op.lower is not None:
             self.choices.append(Choice(spec, COMPOSED, "no kernel claims the fused op", tuple(rejected), part_of))
-            return self._lowered(op, spec)
+            return self._observed(op, spec, COMPOSED, self._lowered(op, spec))
         if not chain:
             self.choices.append(Choice(spec, REFERENCE, "no kernel claims it", tuple(rejected), part_of))
-            return op.reference
+            return self._observed(op, spec, REFERENCE, op.reference)
         provider = "+".join([i.provider for i in chain] + ([] if whole else [REFERENCE]))
         reason = f"rank {chain[0].rank}" if whole else f"rank {chain[0].rank}, other shapes to the reference"
         self.choices.append(Choice(spec, provider, reason, tuple(rejected), part_of))
-        fn = chain[-1].fn if whole else op.reference
+        last = chain[-1] if whole else Impl(op.name, REFERENCE, op.reference)
+        fn = self._observed(op, spec, last.provider, last.fn)
         for impl in reversed(chain[:-1] if whole else chain):
-            fn = _by_shape(op, impl, fn)
+            fn = self._by_shape(op, spec, impl, fn)
         return fn
+
+    def _by_shape(self, op: Op, spec: SiteSpec, impl: Impl, otherwise: Fn) -> Fn:
+        """A callable that takes `impl` for the step shapes it accepts. In a captured step it runs once."""
+        accepts, fn = impl.accepts, self._observed(op, spec, impl.provider, impl.fn)
+        assert accepts is not None
+        bucket = op.bucket or _rows
+
+        def choose(*args: Any) -> Any:
+            return fn(*args) if accepts(bucket(*args)) else otherwise(*args)
+
+        return choose
+
+    def _observed(self, op: Op, spec: SiteSpec, provider: str, fn: Fn) -> Fn:
+        return fn if self._observe is None else self._observe(op, spec, provider, fn)
 
     def _lowered(self, op: Op, spec: SiteSpec) -> Fn:
         assert op.lower is not None
@@ -221,18 +244,6 @@ class Plan:
 def _some(sites: Sequence[str]) -> str:
     """The first of the sites, and how many more."""
     return sites[0] if len(sites) == 1 else f"{sites[0]} and {len(sites) - 1} more"
-
-
-def _by_shape(op: Op, impl: Impl, otherwise: Fn) -> Fn:
-    """A callable that takes `impl` for the step shapes it accepts. In a captured step it runs once."""
-    accepts, fn = impl.accepts, impl.fn
-    assert accepts is not None
-    bucket = op.bucket or _rows
-
-    def choose(*args: Any) -> Any:
-        return fn(*args) if accepts(bucket(*args)) else otherwise(*args)
-
-    return choose
 
 
 def _rows(x: Any, *_: Any) -> Bucket:

@@ -77,6 +77,10 @@ class Op:
     functional: Fn | None = None
 
 
+Observe = Callable[[Op, SiteSpec, str, Fn], Fn]
+"""`observe(op, spec, provider, fn)`: what to bind in place of `fn` to see its calls, or `fn` itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Impl:
     """A kernel of an op.

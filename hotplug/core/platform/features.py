@@ -39,7 +39,8 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
     if block_size not in limits.block_sizes:
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
     built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
-    mode = ExecMode(config.exec) if config.exec != "auto" else (built or [ExecMode.EAGER])[0]
+    asked = "eager" if config.trace_ops else config.exec
+    mode = ExecMode(asked) if asked != "auto" else (built or [ExecMode.EAGER])[0]
     beside = ExecMode.EAGER if mode is ExecMode.CAPTURE else mode  # captured decodes go with eager prompt chunks
     for needed in dict.fromkeys((mode, beside)):
         if needed not in limits.exec_modes:
