@@ -101,8 +101,8 @@ def test_tracing_steps_that_run_as_a_whole_is_refused():
 
 def test_run_prints_the_trace_and_writes_it_by_site(tiny_model, tmp_path):
     file = tmp_path / "trace.json"
-    result = CliRunner().invoke(app, ["run", str(tiny_model), "hello", "--load-format", "dummy", "--max-tokens", "3",
-                                      "--kv-cache-memory", "4MiB", "--trace-ops", "--trace-json", str(file)])  # fmt: skip
+    args = ["run", str(tiny_model), "hello", "--load-format", "dummy", "--max-tokens", "3", "--kv-cache-memory", "4MiB"]
+    result = CliRunner().invoke(app, [*args, "--trace-ops", "--trace-json", str(file)])
     assert result.exit_code == 0, result.output
     assert "cpu.sdpa" in result.stderr
     assert json.loads(file.read_text())["steps"] == 3
