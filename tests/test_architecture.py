@@ -30,12 +30,12 @@ RANKS = {
     "hotplug.core.layers": 3,
     "hotplug.core.sample": 3,
     "hotplug.core.models": 4,
-    "hotplug.plugins": 5,
     "hotplug.core.scheduler": 6,
     "hotplug.core.runner": 6,
-    "hotplug.core.engine": 7,
-    "hotplug.server": 8,
-    "hotplug.cli": 9,
+    "hotplug.plugins": 7,
+    "hotplug.core.engine": 8,
+    "hotplug.server": 9,
+    "hotplug.cli": 10,
     "hotplug.vendor": 3,  # shows plugins what platform, ops and errors offer
     "hotplug.platforms": 4,  # held to `hotplug.vendor` by a rule of its own
 }

@@ -9,6 +9,7 @@ from scheduler_fakes import FakeEngine, generate_alone
 from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
 from hotplug.core.request import Request, SamplingParams, TokenLogprobs
 from hotplug.core.scheduler.plan import StepPlan, StepResult
+from hotplug.core.scheduler.policy import PRIORITY
 from hotplug.core.scheduler.scheduler import SchedulerConfig
 
 
@@ -361,7 +362,7 @@ def test_a_preempted_request_does_not_repeat_its_prompt_logprobs() -> None:
 
 
 def test_under_priority_the_better_one_starts_first() -> None:
-    engine = FakeEngine(policy="priority", max_num_seqs=1)
+    engine = FakeEngine(policy=PRIORITY, max_num_seqs=1)
     engine.add([1], priority=5, max_tokens=1)
     engine.add([2], priority=1, max_tokens=1)
     plan = engine.step()
@@ -378,7 +379,7 @@ def test_under_fcfs_priority_is_ignored() -> None:
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_better_priority_takes_the_row_of_a_worse_one(depth: int) -> None:
-    engine = FakeEngine(policy="priority", max_num_seqs=1, depth=depth)
+    engine = FakeEngine(policy=PRIORITY, max_num_seqs=1, depth=depth)
     engine.add([1], priority=5, max_tokens=10)
     engine.step()
     engine.add([2], priority=1, max_tokens=3)
@@ -389,7 +390,7 @@ def test_a_better_priority_takes_the_row_of_a_worse_one(depth: int) -> None:
 
 
 def test_an_equal_priority_takes_nobodys_row() -> None:
-    engine = FakeEngine(policy="priority", max_num_seqs=1)
+    engine = FakeEngine(policy=PRIORITY, max_num_seqs=1)
     engine.add([1], priority=1, max_tokens=3)
     engine.step()
     engine.add([2], priority=1, max_tokens=3)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scheduler_fakes import EOS, VOCAB, FakeEngine
 
 from hotplug.core.errors import QueueFullError, RequestError
+from hotplug.core.scheduler.policy import FCFS, PRIORITY
 
 CHECKS = settings(
     deadline=None, max_examples=500, derandomize=True,
@@ -38,7 +39,7 @@ def engines(draw: st.DrawFn) -> FakeEngine:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=least + draw(st.integers(0, 24)),
         max_model_len=max_model_len,
-        policy=draw(st.sampled_from(["fcfs", "priority"])),
+        policy=draw(st.sampled_from([FCFS, PRIORITY])),
         chunked_prefill=chunked,
         mixed_steps=mixed,
         max_prefill_requests=draw(st.none() | st.integers(1, 3)) if not mixed else None,

@@ -61,7 +61,7 @@ class EngineConfig:
     max_num_seqs: int = option(128, "Most requests that run at once", low=1, high=65536)
     max_num_batched_tokens: int = option(2048, "Token budget of one step", low=1)
     max_queue: int = option(4096, "Requests that may wait before new ones are refused", low=0)
-    scheduling: Literal["fcfs", "priority"] = option("fcfs", "Order of waiting requests")
+    scheduling: str = option("fcfs", "Order of waiting requests: fcfs, priority, or a plugin's policy")
     enable_chunked_prefill: bool = option(True, "Split long prompts over steps")
 
     block_size: int | None = option(None, "Tokens in a KV block; default: the platform's preference", low=1)

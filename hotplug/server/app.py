@@ -15,6 +15,7 @@ from hotplug.server import chat, completions, errors, routes
 from hotplug.server.config import ServerConfig
 from hotplug.server.gate import Gate, valid_unicode
 from hotplug.server.metrics import EngineMetrics
+from hotplug.server.parsing import find_parsers
 from hotplug.server.service import Service
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def create_app(
     app = FastAPI(
         title="hotplug", version=hotplug.__version__, lifespan=lifespan, dependencies=[Depends(valid_unicode)]
     )
-    app.state.service = Service(llm)
+    app.state.service = Service(llm, find_parsers(config.tool_parser, config.reasoning_parser))
     app.state.metrics = llm.observer = EngineMetrics()
     for module in (chat, completions, routes):
         app.include_router(module.router)

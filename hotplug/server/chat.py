@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
 from hotplug.server.body import encode
+from hotplug.server.parsing import ChoiceParser, render_call
 from hotplug.server.schemas import ChatBody
 from hotplug.server.service import Service, service_of
 from hotplug.server.stream import DONE, EventStream, Output, Usage, answer, collect, event, finite
@@ -31,20 +32,24 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs,
+        tools=body.offered_tools,
     )
     service.check_length(prompt, "messages")
     params = _sampling(service, body, prompt)
     chunks = service.stream(prompt, params, body)
     usage = Usage(len(prompt), body.count)
+    parsers = service.choice_parsers(prompt, body.count, tools=bool(body.offered_tools))
     if body.stream:
         labels = await service.labels("chatcmpl-", "chat.completion.chunk")
-        return EventStream(chunks, ChatEvents(labels, service.tokenizer, usage, body.count, body.include_usage))
+        events = ChatEvents(labels, service.tokenizer, usage, body.count, body.include_usage, parsers)
+        return EventStream(chunks, events)
     labels = await service.labels("chatcmpl-", "chat.completion")
 
     async def complete() -> dict[str, Any]:
         outputs = await collect(chunks, body.count, usage)
         wanted = bool(body.logprobs)
-        choices = [_choice(i, output, service.tokenizer, wanted) for i, output in enumerate(outputs)]
+        choices = [_choice(i, output, service.tokenizer, wanted, parsers and parsers[i])
+                   for i, output in enumerate(outputs)]  # fmt: skip
         return {**labels, "choices": choices, "usage": usage.as_dict()}
 
     return await answer(request.receive, complete())
@@ -64,14 +69,32 @@ def _sampling(service: Service, body: ChatBody, prompt: list[int]) -> SamplingPa
     )
 
 
-def _choice(index: int, output: Output, tokenizer: Tokenizer, logprobs: bool) -> dict[str, Any]:
+def _choice(
+    index: int, output: Output, tokenizer: Tokenizer, logprobs: bool, parser: ChoiceParser | None
+) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+    if parser is not None:
+        message |= _told_apart(output.text, parser)
     return {
         "index": index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "message": message,
         "logprobs": render_logprobs(tokenizer, output.logprobs) if logprobs else None,
-        "finish_reason": output.finish_reason,
+        "finish_reason": output.finish_reason if parser is None else parser.finish_reason(output.finish_reason),
         "stop_reason": output.stop_reason,
     }
+
+
+def _told_apart(text: str, parser: ChoiceParser) -> dict[str, Any]:
+    """The fields of a message that a whole text makes."""
+    first, last = parser.push(text), parser.finish()
+    reasoning, content = first.reasoning + last.reasoning, first.content + last.content
+    calls = first.calls + last.calls
+    fields: dict[str, Any] = {"content": content if content or not calls else None}
+    if reasoning:
+        fields["reasoning_content"] = reasoning
+    if calls:
+        fields["tool_calls"] = [render_call(call) for call in calls]
+    return fields
 
 
 def render_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -95,8 +118,15 @@ class ChatEvents:
     """Frames the chunks of a chat completion. The first event of each choice carries the role."""
 
     def __init__(
-        self, labels: dict[str, Any], tokenizer: Tokenizer, usage: Usage, count: int, include_usage: bool
+        self,
+        labels: dict[str, Any],
+        tokenizer: Tokenizer,
+        usage: Usage,
+        count: int,
+        include_usage: bool,
+        parsers: list[ChoiceParser] | None = None,
     ) -> None:
+        self._parsers = parsers
         self._labels = labels
         self._tokenizer = tokenizer
         self._usage = usage
@@ -112,6 +142,8 @@ class ChatEvents:
     def chunk(self, chunk: CompletionChunk) -> bytes:
         self._usage.add(chunk)
         opening = self._open(chunk.index) if chunk.index in self._unopened else b""
+        if self._parsers is not None:
+            return opening + self._parsed(chunk, self._parsers[chunk.index])
         if chunk.finish_reason is None and not chunk.logprobs:
             if not chunk.text:
                 return opening
@@ -125,6 +157,30 @@ class ChatEvents:
         if chunk.finish_reason is not None:
             choice["stop_reason"] = chunk.stop_reason
         return opening + self._event(choice)
+
+    def _parsed(self, chunk: CompletionChunk, parser: ChoiceParser) -> bytes:
+        """Events of a chunk whose text is told apart."""
+        ended = chunk.finish_reason is not None
+        call = parser.num_calls
+        parts = [parser.push(chunk.text), *([parser.finish()] if ended else [])]
+        deltas: list[dict[str, Any]] = []
+        for part in parts:
+            if part.reasoning:
+                deltas.append({"reasoning_content": part.reasoning})
+            if part.content:
+                deltas.append({"content": part.content})
+            for made in part.calls:
+                deltas.append({"tool_calls": [{"index": call, **render_call(made)}]})
+                call += 1
+        if not deltas and (chunk.logprobs or ended):
+            deltas.append({})
+        choices = [{"index": chunk.index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        if choices and chunk.logprobs:
+            choices[0]["logprobs"] = render_logprobs(self._tokenizer, chunk.logprobs)
+        if ended:
+            choices[-1]["finish_reason"] = parser.finish_reason(chunk.finish_reason)
+            choices[-1]["stop_reason"] = chunk.stop_reason
+        return b"".join(map(self._event, choices))
 
     def _open(self, index: int) -> bytes:
         self._unopened.discard(index)

@@ -24,6 +24,8 @@ class ServerConfig:
     max_body_size: str | int = option("32MiB", "Largest request body that is read")
     shutdown_grace: int = option(
         30, "Seconds that running requests get to finish after SIGINT or SIGTERM", low=0)  # fmt: skip
+    tool_parser: str | None = option(None, "Take tool calls out of answers: hermes, or a plugin's parser")
+    reasoning_parser: str | None = option(None, "Set reasoning apart from answers: think, or a plugin's parser")
     access_log: bool = option(False, "Log one line a request")
 
     def __post_init__(self) -> None:

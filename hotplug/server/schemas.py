@@ -7,6 +7,7 @@ answer are taken and left alone. Responses are built as plain dictionaries where
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -24,7 +25,7 @@ _IGNORED = {
     "user": "identifies the caller for abuse tracking",
     "safety_identifier": "the same under its newer name",
     "metadata": "labels for stored completions, and nothing is stored",
-    "parallel_tool_calls": "qualifies `tools`, which is refused when it asks for any",
+    "parallel_tool_calls": "a hint; calls are taken as the model makes them",
     "prompt_cache_key": "a routing hint; the prefix cache finds equal prefixes by itself",
     "prompt_cache_retention": "a caching hint; it never changes an answer",
 }
@@ -32,8 +33,6 @@ _REFUSED: Refusals = {
     "store": ((False,), "completions are not stored"),
     "service_tier": (("auto", "default"), "there is one tier; use priority"),
     "suffix": (("",), "insertion is not supported"),
-    "tools": (([],), "tool calls are not supported"),
-    "tool_choice": (("none", "auto"), "tool calls are not supported"),
     "functions": (([],), "function calls are not supported"),
     "function_call": (("none", "auto"), "function calls are not supported"),
     "response_format": (({"type": "text"},), "only free text is supported"),
@@ -113,6 +112,9 @@ class GenerationBody(Body):
     min_tokens: int | None = Field(None, description="Extension: no end before this many tokens")
     stop_token_ids: list[int] | None = Field(None, description="Extension: token ids that end the output")
     ignore_eos: bool | None = Field(None, description="Extension: run past the end-of-sequence token")
+    logits_processors: dict[str, dict[str, Any]] | None = Field(
+        None, description="Extension: processors of installed plugins by name, each with its arguments"
+    )
     skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out of text")
     include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop string")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first")
@@ -170,7 +172,7 @@ class GenerationBody(Body):
 
 _DIRECT = ("n", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
            "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens",
-           "include_stop_str_in_output")  # fmt: skip
+           "include_stop_str_in_output", "logits_processors")  # fmt: skip
 
 
 class CompletionBody(GenerationBody):
@@ -205,13 +207,66 @@ class TextPart(Body):
         return data
 
 
+class FunctionOfCall(Body):
+    prefix = "messages.tool_calls.function."
+
+    name: str
+    arguments: str
+
+
+class CallOfMessage(Body):
+    """A call that the model made earlier, as this API answered it."""
+
+    prefix = "messages.tool_calls."
+    ignored = frozenset({"index"})
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionOfCall
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves, so they get the object."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = self.function.arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class FunctionOfTool(Body):
+    prefix = "tools.function."
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="Refused when true: answers are not constrained to the schema")
+
+    @model_validator(mode="after")
+    def _not_strict(self) -> FunctionOfTool:
+        if self.strict:
+            raise RequestError("tools.function.strict is refused: answers are not constrained to a schema",
+                               param="tools")  # fmt: skip
+        return self
+
+
+class Tool(Body):
+    """A function that the model may ask to be called."""
+
+    prefix = "tools."
+
+    type: Literal["function"]
+    function: FunctionOfTool
+
+    def for_template(self) -> dict[str, Any]:
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
+
+
 class Message(Body):
     """One turn; also takes back the assistant messages that this API answers with."""
 
     prefix = "messages."
     ignored = frozenset({"annotations", "refusal"})
     refused: ClassVar[Refusals] = {
-        "tool_calls": (([],), "tool calls are not supported"),
         "function_call": ((), "function calls are not supported"),
         "audio": ((), "only text is supported"),
     }
@@ -220,6 +275,8 @@ class Message(Body):
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: list[CallOfMessage] | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -235,9 +292,11 @@ class Message(Body):
         content = self.content or ""
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        for field in ("name", "tool_call_id"):
+        for field in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, field)) is not None:
                 message[field] = value
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
 
 
@@ -248,13 +307,23 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     add_generation_prompt: bool = Field(True, description="Extension: open the assistant's turn")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: template variables")
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that this answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise RequestError("tool_choice is refused unless none or auto: calls are not forced", param="tool_choice",
+                               hint="Leave it out and ask for the call in the prompt.")  # fmt: skip
         if None not in (self.max_tokens, self.max_completion_tokens) and (
             self.max_tokens != self.max_completion_tokens
         ):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 
 from hotplug.core.errors import PromptTooLongError, RequestError, UnknownModelError
+from hotplug.server.parsing import ChoiceParser, Parsers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from hotplug.core.engine.outputs import CompletionChunk
     from hotplug.core.request import SamplingParams
     from hotplug.core.text.tokenizer import Tokenizer
-    from hotplug.server.schemas import GenerationBody, Message
+    from hotplug.server.schemas import GenerationBody, Message, Tool
 
 _LONG_TEXT = 20_000
 """Characters from which tokenizing (over 1 ms) is done beside the event loop."""
@@ -31,8 +32,9 @@ _TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "template", "add_generatio
 class Service:
     """The engine as the endpoints see it."""
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, llm: AsyncLLM, parsers: Parsers | None = None) -> None:
         self.llm = llm
+        self.parsers = parsers or Parsers()
         self.created = int(time.time())
         self._fingerprint: str | None = None
 
@@ -57,20 +59,37 @@ class Service:
         return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
 
     async def encode_chat(
-        self, messages: list[Message], *, add_generation_prompt: bool, variables: dict[str, Any] | None
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool,
+        variables: dict[str, Any] | None,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Token ids of a conversation through the chat template. Raises RequestError."""
+        if tools and self.parsers.tool is None:
+            raise RequestError("tools are refused: this server takes no tool calls out of answers", param="tools",
+                               hint="Start it with --tool-parser.")  # fmt: skip
         for name in variables or ():
             if name in _TEMPLATE_ARGUMENTS:
                 raise RequestError(f"chat_template_kwargs may not set {name}", param="chat_template_kwargs")
         plain = [message.for_template() for message in messages]
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **(variables or {})}
+        if tools:
+            options["tools"] = [tool.for_template() for tool in tools]
 
         def encode() -> list[int]:
-            return self.tokenizer.encode_chat(plain, add_generation_prompt=add_generation_prompt, **(variables or {}))
+            return self.tokenizer.encode_chat(plain, **options)
 
         if sum(len(message["content"]) for message in plain) < _LONG_TEXT:
             return encode()
         return await asyncio.to_thread(encode)
+
+    def choice_parsers(self, prompt: list[int], count: int, *, tools: bool) -> list[ChoiceParser] | None:
+        """A parser for each of `count` completions; None where their text is all content."""
+        prompt_end = "".join(self.tokenizer.token_text(token) for token in prompt[-8:])
+        made = [self.parsers.choice(prompt_end, tools=tools) for _ in range(count)]
+        return [parser for parser in made if parser is not None] or None
 
     def check_length(self, prompt: list[int], param: str) -> None:
         """Raises RequestError for an empty prompt and PromptTooLongError for one that leaves no room."""

@@ -27,6 +27,7 @@ from hotplug.core.platform.select import Selection, select
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.kv_memory import KVShape, torch_device
 from hotplug.core.sample.sampler import Sampler
+from hotplug.core.scheduler.policy import SchedulingPolicy
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.source import resolve as resolve_source
@@ -59,6 +60,7 @@ class Bound:
     batch: Batch
     sampler: Sampler
     kv_shape: KVShape
+    policy: SchedulingPolicy
     tracer: Tracer | None
     """Times every call, where the configuration asks for it."""
 
@@ -98,8 +100,9 @@ def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = 
     selection = select(config.device, discover())
     limits = selection.platform.limits(selection.device)
     extension = gather()
+    policy = extension.find("scheduling", config.scheduling, option="scheduling")
     path = resolve_source(config.model)
-    checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models)
+    checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models, extension.config_readers)
     model_config = checkpoint.config
     resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype)
     max_model_len = _max_model_len(config, model_config)
@@ -136,7 +139,7 @@ def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = 
         index_dtype=TORCH_DTYPES[limits.index_dtype],
         device=device,
     )
-    sampler = Sampler(plan, config.max_num_seqs, model_config.vocab_size, device)
+    sampler = Sampler(plan, config.max_num_seqs, model_config.vocab_size, device, extension.logits_processors)
     plan.finish()
     kv_shape = KVShape(
         model_config.num_layers,
@@ -159,6 +162,7 @@ def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = 
         batch,
         sampler,
         kv_shape,
+        policy,
         tracer,
     )
 

@@ -53,7 +53,7 @@ class EngineCore:
                 max_num_batched_tokens=budget if bounds is None else min(budget, bounds.max_tokens),
                 max_prefill_requests=None if bounds is None else bounds.max_requests,
                 max_model_len=bound.max_model_len,
-                policy=config.scheduling,
+                policy=bound.policy,
                 chunked_prefill=config.enable_chunked_prefill,
                 mixed_steps=bound.limits.mixed_steps,
                 max_queue=config.max_queue,
@@ -104,6 +104,7 @@ class EngineCore:
         ):
             if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
                 raise RequestError(f"{param} has a token id outside the vocabulary of {self.vocab_size}", param=param)
+        self.bound.sampler.check_processors(sampling)
         for param in ("logprobs", "prompt_logprobs"):
             wanted = getattr(sampling, param)
             if wanted is not None and wanted > self.vocab_size:

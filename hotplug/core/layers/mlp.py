@@ -1,4 +1,4 @@
-"""The gated feed-forward layer (SwiGLU)."""
+"""The gated feed-forward layer: SwiGLU, or what the model's activation makes of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GatedMLP(nn.Module):
         hidden, width = config.hidden_size, config.intermediate_size
         self.gate_up = Linear(ctx, f"{site}.gate_up", hidden, 2 * width, bias=config.mlp_bias)
         self.down = Linear(ctx, f"{site}.down", width, hidden, bias=config.mlp_bias)
-        self.gate = ctx.bind("silu_mul", f"{site}.act", width=width)
+        self.gate = ctx.bind(f"{config.activation}_mul", f"{site}.act", width=width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.gate(self.gate_up(x)))

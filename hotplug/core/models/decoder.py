@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hotplug.core.layers.attention import Attention, KVBlocks
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, RMSNorm
+from hotplug.core.layers.destination import Destination
 from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.rope import rotary_table
 from hotplug.core.ops.inputs import StepInputs
@@ -71,18 +72,22 @@ class Decoder(nn.Module):
 
         The caches are the ones given unless a whole-step program is being made (`kv_write`).
         """
-        x, residual = self.embed(step.token_ids), None
+        x, residual = self.embeddings(step.token_ids), None
         written = []
         for layer, blocks in zip(self.layers, kv, strict=True):
             x, residual, blocks = layer(x, residual, step, self.cos_sin, blocks)
             written.append(blocks)
         return self.norm(x, residual)[0], written
 
+    def embeddings(self, token_ids: Tensor) -> Tensor:
+        """The first hidden states [num_tokens, hidden] of `token_ids` [num_tokens]."""
+        return self.embed(token_ids)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 [num_rows, vocab] of hidden states [num_rows, hidden]."""
         return self.logits_op(hidden, self.head, None)
 
-    def destinations(self) -> Iterator[tuple[str, Tensor]]:
+    def destinations(self) -> Iterator[tuple[str, Destination]]:
         """Where each checkpoint tensor goes: its Hugging Face name and the parameter, or slice of one, it fills."""
         yield "model.embed_tokens.weight", self.embed.weight
         yield "model.norm.weight", self.norm.weight
@@ -93,7 +98,7 @@ class Decoder(nn.Module):
             yield from _layer_destinations(f"model.layers.{i}", layer)
 
 
-def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
+def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Destination]]:
     attn, mlp = layer.attn, layer.mlp
     yield f"{prefix}.input_layernorm.weight", layer.attn_norm.weight
     yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm.weight

@@ -8,6 +8,7 @@ import torch
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.layers.context import BuildContext
+from hotplug.core.layers.destination import Destination
 from hotplug.core.models.decoder import MODELS, Decoder
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
@@ -31,14 +32,14 @@ def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, typ
 def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
     """Copy every tensor of the checkpoint to its place. Raises WeightsError."""
     if isinstance(checkpoint, DummyCheckpoint):
-        for name, parameter in model.destinations():
-            checkpoint.fill(name, parameter)
+        for name, place in model.destinations():
+            _fill(checkpoint, name, place)
         return
-    missing = dict(model.destinations())
+    missing: dict[str, Destination] = dict(model.destinations())
     unknown: list[str] = []
     tied = model.config.tie_word_embeddings
     for name, tensor in checkpoint.tensors():
-        target: torch.Tensor | None = missing.pop(name, None)
+        target = missing.pop(name, None)
         if target is None:
             derived = name.endswith(DERIVED_SUFFIXES) or (tied and name == "lm_head.weight")
             if not derived:
@@ -53,6 +54,16 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
     problems += [f"not part of {model.config.architecture}: {_some(unknown)}"] if unknown else []
     if problems:
         raise WeightsError("the checkpoint does not match its config", where=_files(checkpoint), why=problems)
+
+
+def _fill(checkpoint: DummyCheckpoint, name: str, place: Destination) -> None:
+    """Random weights, drawn where they stay if the place is a tensor."""
+    if isinstance(place, torch.Tensor):
+        checkpoint.fill(name, place)
+        return
+    drawn = torch.empty(place.shape, dtype=place.dtype, device=place.device)
+    checkpoint.fill(name, drawn)
+    place.copy_(drawn)
 
 
 def _some(names: list[str]) -> str:

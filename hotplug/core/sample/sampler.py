@@ -1,13 +1,16 @@
 """The sampler: the sampling state of every batch row, and the way from a step's logits to its tokens.
 
 Parameters live on the device, indexed by row. The host keeps just enough (who is greedy, who has
-penalties) to leave out what no row of the step needs. Order of effects: penalties and biases, then
+penalties) to leave out what no row of the step needs. Order of effects: penalties and biases, logits processors,
 temperature, top-k, top-p, min-p, then the draw. Log-probabilities are of the logits before all that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +20,7 @@ from torch import Tensor
 from hotplug.core.ops.plan import Plan
 from hotplug.core.request import SamplingParams, TokenLogprobs
 from hotplug.core.sample.history import TokenHistory
+from hotplug.core.sample.processors import Factory, LogitsProcessor, make_processors
 
 Rows = npt.NDArray[np.int32]
 
@@ -58,8 +62,16 @@ class Sampled:
 class Sampler:
     """Owns the sampling state of `max_rows` rows over a vocabulary."""
 
-    def __init__(self, plan: Plan, max_rows: int, vocab: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        max_rows: int,
+        vocab: int,
+        device: torch.device,
+        processors: Mapping[str, Factory] = MappingProxyType({}),
+    ) -> None:
         self._vocab = vocab
+        self._factories = processors
         self._device = device
         self._sample = plan.bind("sample", "sample", "float32", vocab=vocab)
         self._logprobs = plan.bind("logprobs", "logprobs", "float32", vocab=vocab)
@@ -76,6 +88,8 @@ class Sampler:
         self._has_bias = np.zeros(max_rows, bool)
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}
         self._held_back: dict[int, Tensor] = {}
+        self._has_processor = np.zeros(max_rows, bool)
+        self._processors: dict[int, list[LogitsProcessor]] = {}
 
     def admit(
         self,
@@ -105,12 +119,29 @@ class Sampler:
         if params.min_tokens:
             held = sorted({*eos_token_ids, *params.stop_token_ids})
             self._held_back[row] = torch.tensor(held, dtype=torch.int64, device=self._device)
+        self._has_processor[row] = bool(params.logits_processors)
+        if params.logits_processors:
+            self._start_processors(row, params.logits_processors, token_ids, num_prompt_tokens)
         if _penalized(params):
             self._history.admit(row, token_ids, num_prompt_tokens)
 
+    def check_processors(self, params: SamplingParams) -> None:
+        """Raises RequestError for a processor that does not exist or does not take its arguments."""
+        make_processors(self._factories, params.logits_processors or {}, self._vocab)
+
+    def _start_processors(
+        self, row: int, asked: Mapping[str, Mapping[str, Any]], token_ids: npt.NDArray[np.int32], num_prompt: int
+    ) -> None:
+        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+        self._processors[row] = make_processors(self._factories, asked, self._vocab)
+        for processor in self._processors[row]:
+            processor.start(tokens, num_prompt)
+
     def release(self, rows: Rows) -> None:
         """Forget what rows hold beyond their fixed-size parameters."""
+        self._has_processor[rows] = False
         for row in rows.tolist():
+            self._processors.pop(row, None)
             self._bias.pop(row, None)
             self._held_back.pop(row, None)
             self._history.release(row)
@@ -125,6 +156,9 @@ class Sampler:
             tokens[self._index(random)] = self._draw(logits, rows, random)
         if self._history.active:
             self._history.append(rows, tokens)
+        for i in np.flatnonzero(self._has_processor[rows]).tolist():
+            for processor in self._processors[int(rows[i])]:
+                processor.accept(tokens[i])
         wanted = np.flatnonzero(self._num_logprobs[rows] >= 0)
         counts = self._num_logprobs[rows[wanted]]
         logprobs = None
@@ -139,15 +173,19 @@ class Sampler:
         return Logprobs(tokens, *self._logprobs(logits, tokens, num_top))
 
     def _adjust(self, logits: Tensor, rows: Rows) -> Tensor:
-        """Penalties, biases and held-back stop tokens; a new tensor if anything changes."""
+        """Penalties, biases, logits processors and held-back stop tokens; a new tensor if anything changes."""
         adjusted = self._history.penalize(logits, rows, self._floats) if self._history.active else logits
         biased = np.flatnonzero(self._has_bias[rows])
         short = np.flatnonzero(self._num_outputs[rows] < self._min_tokens[rows])
-        if adjusted is logits and (len(biased) or len(short)):
+        processed = np.flatnonzero(self._has_processor[rows])
+        if adjusted is logits and (len(biased) or len(short) or len(processed)):
             adjusted = logits.clone()
         for i in biased.tolist():
             ids, values = self._bias[int(rows[i])]
             adjusted[i].index_add_(0, ids, values)
+        for i in processed.tolist():
+            for processor in self._processors[int(rows[i])]:
+                processor.apply(adjusted[i])
         for i in short.tolist():
             adjusted[i, self._held_back[int(rows[i])]] = float("-inf")
         return adjusted

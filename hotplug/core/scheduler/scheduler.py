@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -28,6 +27,7 @@ from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.scheduler.batch import Batch
 from hotplug.core.scheduler.builder import StepBuilder
 from hotplug.core.scheduler.plan import IntArray, StepPlan, StepResult
+from hotplug.core.scheduler.policy import FCFS, SchedulingPolicy, rank_of
 from hotplug.core.scheduler.sequence import Sequence
 from hotplug.core.scheduler.waiting import WaitingQueue
 
@@ -39,7 +39,7 @@ class SchedulerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: SchedulingPolicy = FCFS
     chunked_prefill: bool = True
     mixed_steps: bool = True
     """Whether a step may hold prefills and decodes; False for devices that cannot mix them."""
@@ -113,12 +113,13 @@ class Scheduler:
         if len(self._waiting) >= self.config.max_queue + self._batch.num_free:
             batches = len(self._waiting) // self.config.max_num_seqs
             raise QueueFullError(f"{len(self._waiting)} requests are waiting", retry_after=1 + batches)
+        rank = rank_of(self.config.policy, request)
         seed = request.sampling.seed
         self._arrivals += 1
         seq = Sequence(
             request,
             prompt,
-            key=(request.priority if self.config.policy == "priority" else 0, self._arrivals),
+            key=(rank, self._arrivals),
             seed=int(self._random.integers(2**63)) if seed is None else seed,
             arrival=request.arrival or time.monotonic(),
             max_model_len=self.max_model_len,
@@ -168,7 +169,7 @@ class Scheduler:
         if self.kv.group.window is not None:
             rows = self._batch.rows()
             self.kv.trim(rows, self._batch.computed[rows])
-        self._preempt_for_priority()
+        self._preempt_for_rank()
         if self.config.mixed_steps:
             return self._plan(decode=True, prefill=True)
         # Prefills and decodes take turns, so neither a stream of new requests nor a long answer starves the other.
@@ -290,12 +291,12 @@ class Scheduler:
         prefills = sum(self.kv.outstanding(row, int(batch.prefill[row]), chunk) for row in self._prefilling)
         return prefills + (batch.num_running + 3) // 4
 
-    def _preempt_for_priority(self) -> None:
-        """Let a waiting request of better priority take the place of running ones of worse priority.
+    def _preempt_for_rank(self) -> None:
+        """Let a waiting request of better rank take the place of running ones of worse rank.
 
         This happens before anything of the step is planned, so no block of the step is lost by it.
         """
-        if self.config.policy != "priority" or not self._batch.num_running:
+        if not self.config.policy.preempts or not self._batch.num_running:
             return
         seq = self._waiting.peek()
         if seq is None or seq.in_flight:

@@ -8,8 +8,8 @@ from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.request import Request, TokenLogprobs
 from hotplug.core.scheduler.plan import Admission, IntArray
 
-Key = tuple[int, int]
-"""Sorts requests best first: (priority, order of arrival)."""
+Key = tuple[float, int]
+"""Sorts requests best first: (the policy's rank, order of arrival)."""
 
 
 class Sequence:

@@ -10,8 +10,8 @@ from hotplug.core.scheduler.sequence import Key, Sequence
 class WaitingQueue:
     """A heap ordered by `Sequence.key`; push and pop are O(log n), removal O(1) with the entry dropped later.
 
-    The key makes the policy: (0, arrival) is first come first served, (priority, arrival) serves priorities. A
-    preempted request keeps its key, so it stands before all that came after it.
+    The key is the policy's rank, then the order of arrival. A preempted request keeps its key, so it stands
+    before all of its rank that came after it.
     """
 
     def __init__(self) -> None:

@@ -6,13 +6,14 @@ tensors is the model's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from hotplug.core.errors import ConfigError, WeightsError, nearest
 from hotplug.core.weights.config import ModelConfig
-from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES, read_hf_config
+from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES, ConfigReader, read_hf_config
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +40,21 @@ def open_checkpoint(
     load_format: str = "auto",
     seed: int = 0,
     architectures: Collection[str] = SUPPORTED_ARCHITECTURES,
+    readers: Mapping[str, ConfigReader] = MappingProxyType({}),
 ) -> Checkpoint:
     """The checkpoint at `path`: a folder with config.json and *.safetensors, or a GGUF file (or its folder).
 
     `load_format` "auto" goes by content; "dummy" needs only config.json or a GGUF's metadata and draws the
     weights from `seed`. Headers are checked here, values are read by `tensors()`. Raises ConfigError,
-    WeightsError, UnsupportedModelError (an architecture not in `architectures`).
+    WeightsError, UnsupportedModelError (an architecture not in `architectures`). `readers` are those of model
+    packages.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"unknown load format {load_format!r}", hint=nearest(load_format, LOAD_FORMATS))
     if not path.exists():
         raise WeightsError("no such file or folder", where=str(path))
     if load_format == "dummy":
-        return _open_dummy(path, seed, architectures)
+        return _open_dummy(path, seed, architectures, readers)
     gguf_file = find_gguf(path) if load_format in ("auto", "gguf") else None
     if load_format == "gguf" or (gguf_file and not _has_safetensors(path)):
         if gguf_file is None:
@@ -67,7 +70,7 @@ def open_checkpoint(
         )
     from hotplug.core.weights.safetensors import SafetensorsCheckpoint
 
-    return SafetensorsCheckpoint(path, read_hf_config(path, architectures))
+    return SafetensorsCheckpoint(path, read_hf_config(path, architectures, readers))
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -90,12 +93,14 @@ def find_gguf(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _open_dummy(path: Path, seed: int, architectures: Collection[str]) -> Checkpoint:
+def _open_dummy(
+    path: Path, seed: int, architectures: Collection[str], readers: Mapping[str, ConfigReader]
+) -> Checkpoint:
     from hotplug.core.weights.dummy import DummyCheckpoint
 
     config_file = path if path.is_file() else path / "config.json"
     if config_file.suffix == ".json" and config_file.exists():
-        return DummyCheckpoint(read_hf_config(config_file.parent, architectures), (config_file,), seed)
+        return DummyCheckpoint(read_hf_config(config_file.parent, architectures, readers), (config_file,), seed)
     gguf_file = find_gguf(path)
     if gguf_file is None:
         raise WeightsError("neither config.json nor a GGUF file to take the shapes from", where=str(path))

@@ -43,6 +43,8 @@ class ModelConfig:
     max_position: int
     rms_norm_eps: float
     rope: RopeConfig
+    activation: str = "silu"
+    """Of the gated feed-forward layer: its op is this name with `_mul`."""
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     """Bias on q, k and v (Qwen2 has it by architecture; Llama by option)."""

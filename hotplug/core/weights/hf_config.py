@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hotplug.core.errors import ModelError, UnsupportedModelError
@@ -23,29 +24,58 @@ SUPPORTED_ARCHITECTURES = (
 )
 _QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+"""config.json's `hidden_act` -> `ModelConfig.activation`."""
 _MISTRAL_WINDOW = 4096
 """What transformers takes where a Mistral config.json says nothing; null means full attention."""
 
 
-def read_hf_config(folder: Path, architectures: Collection[str] = SUPPORTED_ARCHITECTURES) -> ModelConfig:
+ConfigReader = Callable[[dict[str, Any], str, tuple[int, ...]], ModelConfig]
+"""A model package's own reader: config.json's values, the file's name for errors, the end-of-sequence token ids.
+
+It may call `parse_hf_config`, and raises ModelError or UnsupportedModelError.
+"""
+
+
+def read_hf_config(
+    folder: Path,
+    architectures: Collection[str] = SUPPORTED_ARCHITECTURES,
+    readers: Mapping[str, ConfigReader] = MappingProxyType({}),
+) -> ModelConfig:
     """The ModelConfig of a Hugging Face folder: config.json, end tokens of generation_config.json merged.
 
-    Raises ModelError (absent or malformed file, missing key) and UnsupportedModelError.
+    An architecture in `readers` is read by its own. Raises ModelError (absent or malformed file, missing key)
+    and UnsupportedModelError.
     """
     values = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     ends = _token_ids(values.get("eos_token_id"))
     if generation.exists():
         ends += _token_ids(_read_json(generation).get("eos_token_id"))
-    return parse_hf_config(values, str(folder / "config.json"), architectures, ends)
+    where = str(folder / "config.json")
+    reader = readers.get(_architecture(values, where, architectures))
+    if reader is not None:
+        return reader(values, where, ends)
+    return parse_hf_config(values, where, architectures, ends)
 
 
 def parse_hf_config(
-    values: dict[str, Any], where: str, architectures: Collection[str], ends: tuple[int, ...]
+    values: dict[str, Any],
+    where: str,
+    architectures: Collection[str],
+    ends: tuple[int, ...],
+    activations: Mapping[str, str] = MappingProxyType(ACTIVATIONS),
 ) -> ModelConfig:
-    """The ModelConfig that config.json's `values` describe; `ends` are the end-of-sequence token ids."""
+    """The ModelConfig that config.json's `values` describe; `ends` are the end-of-sequence token ids.
+
+    `activations` maps the values of `hidden_act` that the model serves to the op of its gate, without `_mul`.
+    """
     architecture = _architecture(values, where, architectures)
     _refuse(values, where)
+    activation = str(values.get("hidden_act", "silu"))
+    if activation not in activations:
+        raise UnsupportedModelError(f"the activation {activation!r} is not built", where=where,
+                                    hint=f"Built: {', '.join(activations)}.")  # fmt: skip
     num_layers = _size(values, "num_hidden_layers", where)
     num_heads = _size(values, "num_attention_heads", where)
     hidden = _size(values, "hidden_size", where)
@@ -74,6 +104,7 @@ def parse_hf_config(
         if rope.kind == "yarn" else positions,
         rms_norm_eps=_number(values, "rms_norm_eps", where, 1e-6),
         rope=rope,
+        activation=activations[activation],
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         attention_bias=architecture == "Qwen2ForCausalLM" or bias,
         output_bias=architecture != "Qwen2ForCausalLM" and bias,
@@ -109,10 +140,6 @@ def _refuse(values: dict[str, Any], where: str) -> None:
             where=where,
             hint="Use an unquantized safetensors checkpoint or a GGUF file.",
         )
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"the activation {activation!r} is not built", where=where,
-                                    hint="Built: silu.")  # fmt: skip
 
 
 def _sliding(
