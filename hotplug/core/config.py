@@ -53,6 +53,7 @@ class EngineConfig:
     device: str = option("auto", "Platform to run on; auto takes the best one found")
     exec: Literal["auto", "eager", "capture", "compile"] = option(
         "auto", "How a step runs on the device; auto takes the platform's preference")  # fmt: skip
+    quantization: str | None = option(None, "Quantize weights as they load, by a plugin's scheme")
     force: tuple[str, ...] = option((), "Pin kernels: op=provider or site-pattern=provider; repeatable")
     trace_ops: bool = option(False, "Time every call of every op, by site and kernel; steps run eagerly and slower")
 
@@ -72,6 +73,7 @@ class EngineConfig:
     memory_utilization: float = option(
         0.9, "Share of device memory that weights, workspaces and KV cache may fill", low=0.01, high=1.0)  # fmt: skip
     enable_prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes")
+    kv_connector: str | None = option(None, "Keep KV blocks elsewhere too: a plugin's connector, NAME or NAME:ARGUMENT")
     seed: int = option(0, "Seed of requests without one, and of dummy weights")
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class EngineConfig:
         for entry in self.force:
             if entry.count("=") != 1 or not all(entry.split("=")):
                 raise ConfigError(f"cannot read {entry!r}", where="force", hint="Write op=provider.")
+        if self.kv_connector is not None and not self.enable_prefix_cache:
+            raise ConfigError("kv_connector needs the prefix cache", hint="Leave out --no-enable-prefix-cache.")
         if self.trace_ops and self.exec not in ("auto", "eager"):
             raise ConfigError(f"trace_ops cannot go with exec {self.exec}",
                               why="a step that runs as a whole has no ops to time",

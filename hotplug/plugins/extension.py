@@ -16,9 +16,11 @@ from hotplug.core.platform.discovery import Loaded, load_group
 if TYPE_CHECKING:
     from hotplug.core.models.decoder import Decoder
     from hotplug.core.ops.registry import Op
+    from hotplug.core.quant.scheme import QuantScheme
     from hotplug.core.sample.processors import LogitsProcessor
     from hotplug.core.scheduler.policy import SchedulingPolicy
     from hotplug.core.text.parsers import ReasoningParser, ToolParser
+    from hotplug.core.transfer.connector import KVConnector, KVFormat
     from hotplug.core.weights.hf_config import ConfigReader
 
 PLUGIN_GROUP = "hotplug.plugins"
@@ -27,6 +29,8 @@ _KINDS = {
     "models": "architecture",
     "ops": "op",
     "config_readers": "config reader",
+    "quantization": "quantization scheme",
+    "kv_connectors": "KV connector",
     "logits_processors": "logits processor",
     "scheduling": "scheduling policy",
     "tool_parsers": "tool parser",
@@ -44,6 +48,10 @@ class Extension:
     """Ops with their references, for models to bind and for kernels to claim."""
     config_readers: Mapping[str, ConfigReader] = field(default_factory=dict)
     """By architecture, for a config.json that the built-in reader does not understand."""
+    quantization: Mapping[str, QuantScheme] = field(default_factory=dict)
+    """What `--quantization` may name."""
+    kv_connectors: Mapping[str, Callable[[str, KVFormat], KVConnector]] = field(default_factory=dict)
+    """What `--kv-connector` may name; called once an engine with the argument and the format of its blocks."""
     logits_processors: Mapping[str, Callable[..., LogitsProcessor]] = field(default_factory=dict)
     """Called once a request, with the arguments that it gives."""
     scheduling: Mapping[str, SchedulingPolicy] = field(default_factory=dict)

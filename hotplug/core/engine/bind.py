@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +25,16 @@ from hotplug.core.platform.base import ExecMode, Limits
 from hotplug.core.platform.discovery import discover
 from hotplug.core.platform.features import Resolved, resolve
 from hotplug.core.platform.select import Selection, select
+from hotplug.core.quant.scheme import NONE, QuantScheme
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.kv_memory import KVShape, torch_device
 from hotplug.core.sample.sampler import Sampler
 from hotplug.core.scheduler.policy import SchedulingPolicy
+from hotplug.core.transfer.connector import KVConnector, KVFormat
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.source import resolve as resolve_source
-from hotplug.plugins.extension import gather
+from hotplug.plugins.extension import Extension, gather
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -61,6 +64,8 @@ class Bound:
     sampler: Sampler
     kv_shape: KVShape
     policy: SchedulingPolicy
+    connector: Callable[[KVFormat], KVConnector] | None
+    """Makes what keeps KV blocks elsewhere."""
     tracer: Tracer | None
     """Times every call, where the configuration asks for it."""
 
@@ -77,6 +82,7 @@ class Bound:
             "selected_because": selection.reason,
             "torch": str(torch.__version__),
             "dtype": self.resolved.dtype,
+            "quantization": self.config.quantization or NONE,
             "exec": str(self.resolved.exec_mode),
             "kv": {
                 "dtype": self.resolved.kv_dtype,
@@ -101,6 +107,8 @@ def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = 
     limits = selection.platform.limits(selection.device)
     extension = gather()
     policy = extension.find("scheduling", config.scheduling, option="scheduling")
+    scheme = _scheme(config, extension)
+    connector = _connector(config, extension)
     path = resolve_source(config.model)
     checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models, extension.config_readers)
     model_config = checkpoint.config
@@ -110,6 +118,8 @@ def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = 
     registry = builtin_registry()
     for op in extension.ops:
         registry.define(op)
+    if scheme is not None:
+        registry.define(scheme.op)
     selection.platform.register(registry)
     device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
     tracer = Tracer(synchronizer(selection.platform, selection.device, device)) if config.trace_ops else None
@@ -128,6 +138,7 @@ def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = 
         kv_layout=str(resolved.kv_layout),
         kv_dtype=resolved.kv_dtype,
         static_steps=resolved.exec_mode is not ExecMode.EAGER,
+        scheme=scheme,
         max_position=max_model_len,
     )
     model = build_model(model_config, context, extension.models)
@@ -163,8 +174,24 @@ def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = 
         sampler,
         kv_shape,
         policy,
+        connector,
         tracer,
     )
+
+
+def _scheme(config: EngineConfig, extension: Extension) -> QuantScheme | None:
+    if config.quantization in (None, NONE):
+        return None
+    scheme: QuantScheme = extension.find("quantization", str(config.quantization), option="quantization")
+    return scheme
+
+
+def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat], KVConnector] | None:
+    if config.kv_connector is None:
+        return None
+    name, _, argument = config.kv_connector.partition(":")
+    factory = extension.find("kv_connectors", name, option="kv_connector")
+    return lambda kv_format: factory(argument, kv_format)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
+from hotplug.core.engine.connect import connect
 from hotplug.core.engine.executables import captured, compiled, compiled_shapes
 from hotplug.core.errors import ConfigError, RequestError
 from hotplug.core.kv.groups import KVGroup
@@ -37,7 +38,8 @@ class EngineCore:
         num_blocks = _num_blocks(bound)
         cache = kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
         self._executable = _executable(bound, cache, shapes)
-        self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable)
+        transfer, connector = connect(bound, cache) or (None, None)
+        self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer)
         kv = KVManager(
             _kv_group(bound),
             num_blocks=num_blocks,
@@ -60,6 +62,7 @@ class EngineCore:
                 seed=config.seed,
             ),
             kv,
+            connector,
         )
         self._reference_ops = len(bound.plan.reference_sites) if bound.plan.accelerator else 0
         if self._reference_ops:
@@ -119,7 +122,10 @@ class EngineCore:
         plan = self._scheduler.schedule()
         if plan is None:
             return []
-        return self._scheduler.update(plan, self._runner.execute(plan).result())
+        deltas = self._scheduler.update(plan, self._runner.execute(plan).result())
+        if not self._scheduler.has_work:  # nobody knows when the next step will be
+            self._runner.save(self._scheduler.take_saves())
+        return deltas
 
     def wait_until_compiled(self) -> None:
         """Return when no step runs op by op for want of an executable. Raises PlatformError if compiling failed."""

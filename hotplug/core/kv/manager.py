@@ -130,17 +130,21 @@ class KVManager:
         full = lengths // np.int32(self.block_size)
         return np.flatnonzero(full > self._registered[rows]).astype(np.int32)
 
-    def register(self, row: int, digests: Sequence[bytes], num_blocks: int) -> None:
+    def register(self, row: int, digests: Sequence[bytes], num_blocks: int) -> list[tuple[int, bytes]]:
         """Put the first `num_blocks` blocks of a row, full and with known hashes, into the prefix cache.
 
-        Their K/V must be computed by a step already planned or being planned.
+        Their K/V must be computed by a step already planned or being planned. Returns those that were not
+        registered before, each with its hash.
         """
+        new = []
         first = int(self._registered[row])
         for column in range(first, num_blocks):
             block = int(self.tables[row, column])
             if block != NULL_BLOCK:
                 self.pool.cache(block, digests[column])
+                new.append((block, digests[column]))
         self._registered[row] = max(first, num_blocks)
+        return new
 
     def free(self, row: int) -> None:
         """Release all blocks of a row. Cached ones stay findable until they are allocated anew."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hotplug.core.layers.context import BuildContext
-from hotplug.core.layers.dense import Linear
+from hotplug.core.layers.dense import make_linear
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.ops.registry import Fact
 from hotplug.core.weights.config import ModelConfig
@@ -29,8 +29,8 @@ class Attention(nn.Module):
         self.layout = ctx.kv_layout
         self.eps = config.rms_norm_eps
 
-        self.qkv = Linear(ctx, f"{site}.qkv", config.hidden_size, sum(self.sizes), bias=config.attention_bias)
-        self.out = Linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
+        self.qkv = make_linear(ctx, f"{site}.qkv", config.hidden_size, sum(self.sizes), bias=config.attention_bias)
+        self.out = make_linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
         self.q_norm = ctx.weight(dim) if qk_norm else None
         self.k_norm = ctx.weight(dim) if qk_norm else None
         rotary: dict[str, Fact] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rotary_dim": dim}

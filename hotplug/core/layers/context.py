@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hotplug.core.ops.registry import Fact, Fn
+from hotplug.core.quant.scheme import QuantScheme
 
 
 class Binder(Protocol):
@@ -30,6 +31,8 @@ class BuildContext:
     kv_dtype: str
     static_steps: bool = False
     """Whether steps may run in static shapes, where kernels cannot read lengths on the host."""
+    scheme: QuantScheme | None = None
+    """How linear layers store their weights; None is plain floating point."""
     max_position: int
     """Positions the rotary table must cover."""
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from hotplug.core.layers.context import BuildContext
+from hotplug.core.layers.destination import Destination
+from hotplug.core.quant.scheme import NONE, QuantizedRows, QuantScheme
 
 
 class Embedding(nn.Module):
@@ -24,13 +29,49 @@ class Linear(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
-        self.site = site
         self.weight = ctx.weight(out_features, in_features)
         self.bias = ctx.weight(out_features) if bias else None
-        self.op = ctx.bind("linear", site, in_features=in_features, out_features=out_features, bias=bias, scheme="none")
+        self.op = ctx.bind("linear", site, in_features=in_features, out_features=out_features, bias=bias, scheme=NONE)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x, self.weight, self.bias)
+
+    def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
+        """Places for the checkpoint matrices that are stacked here, `sizes` rows each."""
+        return torch.split(self.weight, list(sizes))
+
+
+class QuantizedLinear(nn.Module):
+    """`Linear` with its weight stored as a quantization scheme has it."""
+
+    def __init__(
+        self, ctx: BuildContext, scheme: QuantScheme, site: str, in_features: int, out_features: int, *, bias: bool
+    ) -> None:
+        super().__init__()
+        self._scheme, self._in_features, self._dtype = scheme, in_features, ctx.dtype
+        self.stored = nn.ParameterList(
+            nn.Parameter(torch.empty(shape, dtype=dtype, device=ctx.device), requires_grad=False)
+            for shape, dtype in scheme.tensors(out_features, in_features).values()
+        )
+        self.bias = ctx.weight(out_features) if bias else None
+        self.op = ctx.bind(scheme.op.name, site, in_features=in_features, out_features=out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, *self.stored, self.bias)
+
+    def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
+        """Places that quantize the checkpoint matrices that are stacked here, `sizes` rows each."""
+        parts = zip(*(tensor.split(list(sizes)) for tensor in self.stored), strict=True)
+        return [QuantizedRows(self._scheme, part, self._in_features, self._dtype) for part in parts]
+
+
+def make_linear(
+    ctx: BuildContext, site: str, in_features: int, out_features: int, *, bias: bool
+) -> Linear | QuantizedLinear:
+    """A linear layer as the context's quantization scheme stores it."""
+    if ctx.scheme is None:
+        return Linear(ctx, site, in_features, out_features, bias=bias)
+    return QuantizedLinear(ctx, ctx.scheme, site, in_features, out_features, bias=bias)
 
 
 class RMSNorm(nn.Module):

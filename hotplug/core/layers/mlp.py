@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hotplug.core.layers.context import BuildContext
-from hotplug.core.layers.dense import Linear
+from hotplug.core.layers.dense import make_linear
 from hotplug.core.weights.config import ModelConfig
 
 
@@ -14,9 +14,10 @@ class GatedMLP(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, config: ModelConfig) -> None:
         super().__init__()
-        hidden, width = config.hidden_size, config.intermediate_size
-        self.gate_up = Linear(ctx, f"{site}.gate_up", hidden, 2 * width, bias=config.mlp_bias)
-        self.down = Linear(ctx, f"{site}.down", width, hidden, bias=config.mlp_bias)
+        self.hidden_size = hidden = config.hidden_size
+        self.width = width = config.intermediate_size
+        self.gate_up = make_linear(ctx, f"{site}.gate_up", hidden, 2 * width, bias=config.mlp_bias)
+        self.down = make_linear(ctx, f"{site}.down", width, hidden, bias=config.mlp_bias)
         self.gate = ctx.bind(f"{config.activation}_mul", f"{site}.act", width=width)
 
     def forward(self, x: Tensor) -> Tensor:

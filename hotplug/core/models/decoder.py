@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hotplug.core.layers.attention import Attention, KVBlocks
 from hotplug.core.layers.context import BuildContext
-from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, RMSNorm
+from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, QuantizedLinear, RMSNorm
 from hotplug.core.layers.destination import Destination
 from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.rope import rotary_table
@@ -103,18 +103,20 @@ def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str,
     yield f"{prefix}.input_layernorm.weight", layer.attn_norm.weight
     yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm.weight
     yield from _stacked(f"{prefix}.self_attn", ("q_proj", "k_proj", "v_proj"), attn.qkv, attn.sizes)
-    yield from _stacked(f"{prefix}.self_attn", ("o_proj",), attn.out, [attn.out.weight.shape[0]])
+    yield from _stacked(f"{prefix}.self_attn", ("o_proj",), attn.out, [mlp.hidden_size])
     if attn.q_norm is not None and attn.k_norm is not None:
         yield f"{prefix}.self_attn.q_norm.weight", attn.q_norm
         yield f"{prefix}.self_attn.k_norm.weight", attn.k_norm
-    half = mlp.gate_up.weight.shape[0] // 2
+    half = mlp.width
     yield from _stacked(f"{prefix}.mlp", ("gate_proj", "up_proj"), mlp.gate_up, [half, half])
-    yield from _stacked(f"{prefix}.mlp", ("down_proj",), mlp.down, [mlp.down.weight.shape[0]])
+    yield from _stacked(f"{prefix}.mlp", ("down_proj",), mlp.down, [mlp.hidden_size])
 
 
-def _stacked(prefix: str, names: Sequence[str], linear: Linear, sizes: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """The slices of a linear layer that stacks several checkpoint matrices along its outputs."""
-    for name, weight in zip(names, torch.split(linear.weight, sizes), strict=True):
+def _stacked(
+    prefix: str, names: Sequence[str], linear: Linear | QuantizedLinear, sizes: list[int]
+) -> Iterator[tuple[str, Destination]]:
+    """The parts of a linear layer that stacks several checkpoint matrices along its outputs."""
+    for name, weight in zip(names, linear.rows(sizes), strict=True):
         yield f"{prefix}.{name}.weight", weight
     if linear.bias is not None:
         for name, bias in zip(names, torch.split(linear.bias, sizes), strict=True):

@@ -78,7 +78,7 @@ class Limits:
     kv_dtypes: tuple[str, ...] = ()
     """Storage dtypes of the KV cache; empty means the compute dtypes."""
     quantization: tuple[str, ...] = ("none",)
-    """Weight schemes that `linear` serves; "none" is plain floating point."""
+    """Weight schemes served; "none" is plain floating point, "*" any other by its plain-PyTorch reference."""
     block_sizes: tuple[int, ...] = (16,)
     """Tokens in a KV block."""
     kv_layouts: tuple[KVLayout, ...] = (KVLayout.NHD,)

@@ -38,6 +38,9 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
     block_size = config.block_size or limits.block_sizes[0]
     if block_size not in limits.block_sizes:
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
+    scheme = config.quantization or "none"
+    if scheme not in limits.quantization and (scheme == "none" or "*" not in limits.quantization):
+        reasons.append(f"quantization {scheme} is not among {', '.join(limits.quantization)}")
     built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
     asked = "eager" if config.trace_ops else config.exec
     mode = ExecMode(asked) if asked != "auto" else (built or [ExecMode.EAGER])[0]

@@ -93,7 +93,7 @@ class CompiledSteps:
         self.shapes = tuple(entry.static.shape for entry in self._entries)
         self.eager_steps = 0
         """Steps that ran op by op because no shape was ready for them."""
-        self._thread = threading.Thread(target=self._compile_all, name="compile", daemon=True)
+        self._thread = threading.Thread(target=self._compile_all, name="compile")
         self._thread.start()
         if eager is None:
             self.wait()
@@ -136,7 +136,8 @@ class CompiledSteps:
         try:
             with torch.no_grad():
                 for entry in reversed(self._entries):
-                    self._compile(entry)
+                    if threading.main_thread().is_alive():  # the process waits at its end for one shape at most
+                        self._compile(entry)
         except BaseException:
             self._failure = traceback.format_exc()
 

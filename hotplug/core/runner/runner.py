@@ -18,6 +18,7 @@ from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.executable import Executable, StepOutputs
 from hotplug.core.sample.sampler import Logprobs, Sampled, Sampler
 from hotplug.core.scheduler.plan import StepPlan, StepResult
+from hotplug.core.transfer.blocks import BlockTransfer
 
 PROMPT_LOGPROB_ROWS = 256
 """Prompt positions scored at once: bounds the [rows, vocab] logits of a request that asks for them."""
@@ -58,7 +59,15 @@ class StepHandle:
 class Runner:
     """Runs steps of one model on one device."""
 
-    def __init__(self, model: Decoder, batch: Batch, sampler: Sampler, executable: Executable) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        batch: Batch,
+        sampler: Sampler,
+        executable: Executable,
+        transfer: BlockTransfer | None = None,
+    ) -> None:
+        self._transfer = transfer
         self._model = model
         self._batch = batch
         self._sampler = sampler
@@ -68,6 +77,9 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
         """Launch a step; returns at once where the device runs asynchronously."""
+        if self._transfer is not None:
+            self._transfer.save(plan.saves)
+            self._transfer.load(plan.loads)
         self._apply(plan)
         inputs = self._batch.inputs(plan)
         outputs = self._executable(inputs)
@@ -77,6 +89,12 @@ class Runner:
             sampled = self._sampler.sample(outputs.logits, rows)
             self._batch.last_tokens[self._batch.upload(rows)] = sampled.tokens.to(self._batch.last_tokens.dtype)
         return StepHandle(plan, sampled, self._score_prompts(plan, inputs, outputs))
+
+    @torch.inference_mode()
+    def save(self, blocks: list[tuple[int, bytes]]) -> None:
+        """Hand full blocks to the KV connector, outside of a step."""
+        if self._transfer is not None:
+            self._transfer.save(blocks)
 
     def _apply(self, plan: StepPlan) -> None:
         """Bring the persistent batch up to date."""

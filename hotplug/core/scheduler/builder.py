@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from hotplug.core.scheduler.plan import Admission, IntArray, StepPlan
@@ -21,6 +23,7 @@ class StepBuilder:
         self.num_tokens = len(decode_rows)
         """Tokens of the budget used so far."""
         self.admitted: list[Admission] = []
+        self.loads: list[tuple[int, Any]] = []
 
     @property
     def num_requests(self) -> int:
@@ -38,7 +41,9 @@ class StepBuilder:
         self._samples.append(last)
         self.num_tokens += end - start
 
-    def build(self, released: list[int], changes: tuple[IntArray, IntArray, IntArray]) -> StepPlan:
+    def build(
+        self, released: list[int], changes: tuple[IntArray, IntArray, IntArray], saves: list[tuple[int, bytes]]
+    ) -> StepPlan:
         """The plan, with the rows freed before it and the changed block-table cells (rows, columns, ids)."""
         n = len(self._decode_rows)
         rows, start = self._decode_rows, self._decode_start
@@ -59,4 +64,6 @@ class StepBuilder:
             block_rows=changes[0],
             block_cols=changes[1],
             block_ids=changes[2],
+            saves=saves,
+            loads=self.loads,
         )

@@ -8,6 +8,7 @@ is described by a few small arrays and nothing per request.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +38,8 @@ class Admission:
 class StepPlan:
     """One step. Arrays of length R run over the scheduled requests, decodes first.
 
-    The runner applies it in this order: `released`, `admitted`, new blocks, then the forward pass over
-    positions [start, start + num_tokens) of each row. Key and value of every token in the step are written
+    The runner applies it in this order: `saves`, `loads`, `released`, `admitted`, new blocks, then the forward pass
+    over positions [start, start + num_tokens) of each row. Key and value of every token in the step are written
     before any query of the step reads them (layer by layer), so a request may share blocks that another one
     fills in the same step.
     """
@@ -60,6 +61,10 @@ class StepPlan:
     """[B] with `block_cols` and `block_ids`: entries of the block tables that change in this step."""
     block_cols: IntArray
     block_ids: IntArray
+    saves: list[tuple[int, bytes]] = field(default_factory=list)
+    """Blocks that earlier steps filled, with their hashes, for the KV connector; before anything is written."""
+    loads: list[tuple[int, Any]] = field(default_factory=list)
+    """Blocks that the KV connector fetched, each with its host tensor; written before the forward pass."""
 
     @property
     def total_tokens(self) -> int:

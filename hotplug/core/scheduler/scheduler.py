@@ -13,8 +13,10 @@ a block are looped over. `ci/bench/scheduler.py` measures it: schedule and updat
 from __future__ import annotations
 
 import time
+import typing
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -78,10 +80,20 @@ class _InFlight:
     """By index in the plan: requests that lost their row since."""
 
 
+class Store(Protocol):
+    """What the scheduler needs of a KV connector (`hotplug.core.transfer.connector`)."""
+
+    def contains(self, digest: bytes) -> bool: ...
+
+    def fetch(self, digests: list[bytes]) -> typing.Sequence[Any]: ...
+
+
 class Scheduler:
     """Plans steps over the requests it was given; see the module's docstring for the protocol."""
 
-    def __init__(self, config: SchedulerConfig, kv: KVManager) -> None:
+    def __init__(self, config: SchedulerConfig, kv: KVManager, connector: Store | None = None) -> None:
+        self._connector = connector
+        self._saves: list[tuple[int, bytes]] = []
         self.config = config
         self.kv = kv
         # The last token of a sequence needs no KV. A sequence that has the pool to itself always fits: this is
@@ -188,7 +200,7 @@ class Scheduler:
             self._admit(builder)
         if not builder.num_tokens:
             return None
-        plan = builder.build(self._released, self.kv.take_changes())
+        plan = builder.build(self._released, self.kv.take_changes(), self.take_saves())
         self._released = []
         self._in_flight.append(_InFlight(plan, self._batch.generation[plan.rows]))
         self._last_was_prefill = builder.has_prefill
@@ -241,6 +253,8 @@ class Scheduler:
             row = self._batch.place(seq)
             end = min(total, cached + budget)
             self.kv.admit(row, matched)
+            if self._connector is not None:
+                cached += self._fetch(seq, row, cached, builder)
             self.kv.extend(np.array([row], np.int32), np.array([end], np.int32))
             self._batch.computed[row] = end
             self._prefilling.append(row)
@@ -271,7 +285,31 @@ class Scheduler:
         if self.kv.enable_prefix_cache:
             full = num_tokens // self.kv.block_size
             hashes = self._batch.owner(row).hashes
-            self.kv.register(row, hashes.extend(self._batch.history[row], full), full)
+            new = self.kv.register(row, hashes.extend(self._batch.history[row], full), full)
+            if self._connector is not None:
+                self._saves += [(block, digest) for block, digest in new if not self._connector.contains(digest)]
+
+    def _fetch(self, seq: Sequence, row: int, cached: int, builder: StepBuilder) -> int:
+        """Take what the connector has after the first `cached` tokens of a row; returns how many tokens that is."""
+        assert self._connector is not None
+        size = self.kv.block_size
+        first, full = cached // size, (len(seq.token_ids) - 1) // size
+        if not seq.may_use_cache or first >= full:
+            return 0
+        digests = seq.hashes.extend(seq.token_ids, full)[:full]
+        blocks = self._connector.fetch(digests[first:])
+        if not blocks:
+            return 0
+        end = first + len(blocks)
+        self.kv.extend(np.array([row], np.int32), np.array([end * size], np.int32))
+        builder.loads += zip(self.kv.tables[row, first:end].tolist(), blocks, strict=True)
+        self.kv.register(row, digests, end)
+        return len(blocks) * size
+
+    def take_saves(self) -> list[tuple[int, bytes]]:
+        """Blocks to hand to the connector, with their hashes, before any later step is run."""
+        saves, self._saves = self._saves, []
+        return saves
 
     def _count_admission(self, seq: Sequence, cached: int) -> None:
         seq.num_cached = cached

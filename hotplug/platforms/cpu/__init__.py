@@ -36,6 +36,7 @@ class CpuPlatform:
             dtypes=("float32", "bfloat16", "float16"),
             auto_dtype="float32" if narrow_is_slow else None,
             kv_dtypes=("float32", "bfloat16", "float16", "fp8_e4m3"),
+            quantization=("none", "*"),
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
             shared_host_memory=True,

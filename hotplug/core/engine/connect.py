@@ -1,0 +1,52 @@
+"""An engine's KV connector: made for the format of its blocks, and joined to its caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+
+from torch import Tensor
+
+from hotplug.core.engine.bind import Bound
+from hotplug.core.errors import FeatureError
+from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.platform.optional import HasKV
+from hotplug.core.transfer.blocks import BlockTransfer
+from hotplug.core.transfer.connector import KVConnector, KVFormat
+
+
+def connect(bound: Bound, kv: list[KVBlocks]) -> tuple[BlockTransfer, KVConnector] | None:
+    """What moves blocks, and what keeps them; None without a connector. Raises FeatureError, ConfigError."""
+    if bound.connector is None:
+        return None
+    model = bound.checkpoint.config
+    if len(model.sliding_layers) == model.num_layers:
+        raise FeatureError("a KV connector cannot serve a model that slides in every layer",
+                           why="blocks behind the window are gone", hint="Leave out --kv-connector.")  # fmt: skip
+    kv_format = block_format(bound, kv)
+    connector = bound.connector(kv_format)
+    platform = bound.selection.platform
+    copy = platform.copy if isinstance(platform, HasKV) else _copy
+    return BlockTransfer(kv, connector, kv_format, copy), connector
+
+
+def block_format(bound: Bound, kv: list[KVBlocks]) -> KVFormat:
+    """The format of an engine's blocks. The namespace follows from all that their contents do, kernels apart."""
+    cache = kv[0][0]
+    config = bound.config
+    facts = {
+        "model": dataclasses.asdict(bound.checkpoint.config),
+        "weights": [[file.name, file.stat().st_size] for file in bound.checkpoint.files],
+        "drawn": [config.seed, str(bound.limits.dtypes)] if config.load_format == "dummy" else None,
+        "quantization": config.quantization,
+        "dtype": bound.resolved.dtype,
+        "kv": [bound.resolved.kv_dtype, str(bound.resolved.kv_layout), bound.resolved.block_size],
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    namespace = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return KVFormat(namespace, (len(kv), 2, *cache.shape[1:]), cache.dtype)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)

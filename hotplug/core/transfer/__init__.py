@@ -1,0 +1,1 @@
+"""KV cache blocks from and to elsewhere: connectors, which plugins bring."""
