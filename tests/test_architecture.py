@@ -36,6 +36,7 @@ RANKS = {
     "hotplug.core.runner": 6,
     "hotplug.plugins": 7,
     "hotplug.core.engine": 8,
+    "hotplug.plugins.conformance": 9,
     "hotplug.server": 9,
     "hotplug.cli": 10,
     "hotplug.vendor": 3,  # shows plugins what platform, ops and errors offer
@@ -119,7 +120,7 @@ def all_imports(modules: Mapping[str, str]) -> list[Import]:
 
 def package(module: str) -> str:
     """The ranked package that a module belongs to; empty for the bare `hotplug`."""
-    return next((p for p in RANKS if module == p or module.startswith(p + ".")), "")
+    return max((p for p in RANKS if module == p or module.startswith(p + ".")), key=len, default="")
 
 
 def wrong_arrows(modules: Mapping[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hotplug.cli import bench, bisect, chat, devices, doctor, explain, pull, run, serve, version
+from hotplug.cli import bench, bisect, chat, conform, devices, doctor, explain, pull, run, serve, version
 from hotplug.cli.options import SectionedCommand
 from hotplug.core.errors import ConfigError, HotplugError, RequestError
 
@@ -69,6 +69,7 @@ app.command("run", cls=SectionedCommand)(run.run)
 app.add_typer(bench.app, name="bench")
 app.command("explain", cls=SectionedCommand)(explain.explain)
 app.command("bisect", cls=SectionedCommand)(bisect.bisect)
+app.command("conform")(conform.conform)
 app.command("devices")(devices.devices)
 app.command("pull")(pull.pull)
 app.command("doctor")(doctor.doctor)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from hotplug.core.ops.plan import Plan
 from hotplug.core.ops.registry import Observe
 from hotplug.core.ops.trace import Tracer, synchronizer
 from hotplug.core.platform.base import ExecMode, Limits
-from hotplug.core.platform.discovery import discover
+from hotplug.core.platform.discovery import Candidate, discover
 from hotplug.core.platform.features import Resolved, resolve
 from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.scheme import NONE, QuantScheme
@@ -97,13 +97,20 @@ class Bound:
         }
 
 
-def bind(config: EngineConfig, *, meta: bool = False, observe: Observe | None = None) -> Bound:
+def bind(
+    config: EngineConfig,
+    *,
+    meta: bool = False,
+    observe: Observe | None = None,
+    candidates: Sequence[Candidate] | None = None,
+) -> Bound:
     """Choose the device, check the configuration against it, and bind every call site of the model.
 
-    With `meta` no memory is taken. `observe` stands in front of every bound callable. Raises ConfigError,
+    With `meta` no memory is taken. `observe` stands in front of every bound callable. `candidates` are the platforms
+    to choose from (default: all that are installed). Raises ConfigError,
     PlatformError, FeatureError, SourceError, ModelError or PlanError.
     """
-    selection = select(config.device, discover())
+    selection = select(config.device, discover() if candidates is None else candidates)
     limits = selection.platform.limits(selection.device)
     extension = gather()
     policy = extension.find("scheduling", config.scheduling, option="scheduling")

@@ -17,6 +17,7 @@ from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.loader import load_weights
 from hotplug.core.ops.registry import Observe
 from hotplug.core.platform.base import ExecMode
+from hotplug.core.platform.discovery import Candidate
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory
 from hotplug.core.runner.capture import CapturedSteps
@@ -31,8 +32,14 @@ from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 class EngineCore:
     """One model on one device: the scheduler, the runner, and the step that ties them."""
 
-    def __init__(self, config: EngineConfig, *, observe: Observe | None = None) -> None:
-        self.bound = bound = bind(config, observe=observe)
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        observe: Observe | None = None,
+        candidates: Sequence[Candidate] | None = None,
+    ) -> None:
+        self.bound = bound = bind(config, observe=observe, candidates=candidates)
         shapes, bounds = compiled_shapes(bound) or ((), None)
         load_weights(bound.model, bound.checkpoint)
         num_blocks = _num_blocks(bound)

@@ -26,6 +26,8 @@ def attention(
 ) -> Tensor:
     """Decodes as one padded batch, prompt chunks one request at a time, through PyTorch's fused attention."""
     decodes = step.num_decodes
+    if not q.shape[0]:
+        return torch.empty_like(q)
     if decodes == q.shape[0]:
         return _decode(q, k_cache, v_cache, step, scale, window)
     out = torch.empty_like(q)

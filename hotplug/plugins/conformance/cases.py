@@ -1,0 +1,215 @@
+"""Generated calls of ops: arguments on the host, from an op's facts and the lengths of a step.
+
+KV blocks beyond a sequence's end, and those of nobody, hold large values: what reads them is far off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotplug.core.ops.attention import AttentionInputs, kv_write
+from hotplug.core.ops.registry import Fact
+
+TORCH_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn,
+    "int32": torch.int32, "int64": torch.int64,
+}  # fmt: skip
+POISON = 96.0
+"""Within reach of every dtype, far from a standard normal value."""
+
+Lens = Sequence[tuple[int, int]]
+"""(query tokens, sequence tokens) of each request, decodes first."""
+
+
+@dataclass
+class Call:
+    """Arguments of one call, and how much of its first result means something."""
+
+    args: tuple[Any, ...]
+    rows: int | None = None
+    """Rows of the result that are not padding; None = all."""
+
+
+class Builder:
+    """Makes calls of one dtype from a seed."""
+
+    def __init__(self, dtype: str, index_dtype: str, seed: int) -> None:
+        self.dtype = TORCH_DTYPES[dtype]
+        self.index = TORCH_DTYPES[index_dtype]
+        self.random = torch.Generator().manual_seed(seed)
+
+    def call(self, op: str, facts: Mapping[str, Fact], lens: Lens, *, view: bool = False) -> Call | None:
+        """A call of `op` for a step of `lens`; None for an op that this kit does not know.
+
+        With `view`, tensors are slices of larger ones, as a model's fused projections make them.
+        """
+        build = getattr(self, f"_{op}", None)
+        return None if build is None else build(facts, lens, view)
+
+    # --- dense -----------------------------------------------------------------------------------
+
+    def _embed(self, facts: Any, lens: Lens, view: bool) -> Call:
+        ids = self._ints(_tokens(lens), facts["vocab"])
+        return Call((ids, self._normal(facts["vocab"], facts["hidden"])))
+
+    def _linear(self, facts: Any, lens: Lens, view: bool) -> Call:
+        wide, out = facts["in_features"], facts["out_features"]
+        bias = self._normal(out) if facts["bias"] else None
+        return Call((self._normal(_tokens(lens), wide, view=view), self._normal(out, wide) * wide**-0.5, bias))
+
+    def _logits(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return self._linear({**facts, "in_features": facts["hidden"], "out_features": facts["vocab"]}, lens, view)
+
+    def _silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return Call((self._normal(_tokens(lens), 2 * facts["width"], view=view),))
+
+    def _rms_norm(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return Call((self._normal(_tokens(lens), facts["width"], view=view), self._normal(facts["width"]), 1e-5))
+
+    def _add_rms_norm(self, facts: Any, lens: Lens, view: bool) -> Call:
+        x, residual = (self._normal(_tokens(lens), facts["width"], view=view) for _ in range(2))
+        return Call((x, residual, self._normal(facts["width"]), 1e-5))
+
+    # --- attention -------------------------------------------------------------------------------
+
+    def _rope(self, facts: Any, lens: Lens, view: bool) -> Call:
+        q, k = self._heads(facts, lens, view)
+        return Call((q, k, self._positions(lens), self._cos_sin(facts, lens)))
+
+    def _qk_norm_rope(self, facts: Any, lens: Lens, view: bool) -> Call:
+        q, k = self._heads(facts, lens, view)
+        q_weight, k_weight = self._normal(facts["head_dim"]), self._normal(facts["head_dim"])
+        return Call((q, k, q_weight, k_weight, 1e-6, self._positions(lens), self._cos_sin(facts, lens)))
+
+    def _kv_write(self, facts: Any, lens: Lens, view: bool) -> Call:
+        tokens, block = _tokens(lens), facts["block_size"]
+        caches = self._caches(facts, tokens // block + 3)
+        slots = torch.randperm(caches[0].shape[0] * block - block, generator=self.random)[:tokens] + block
+        width = (facts["num_kv_heads"], facts["head_dim"])
+        k, v = (self._normal(tokens, *width, view=view) for _ in range(2))
+        return Call((k, v, *caches, slots.to(self.index), facts["layout"]))
+
+    def _attention(self, facts: Any, lens: Lens, view: bool) -> Call:
+        block, layout = facts["block_size"], facts["layout"]
+        widths = [-(-seq // block) for _, seq in lens]
+        k_cache, v_cache = self._caches(facts, sum(widths) + 3)
+        ids = torch.randperm(len(k_cache) - 1, generator=self.random) + 1
+        table = torch.zeros((len(lens), max(widths, default=1)), dtype=self.index)
+        used = 0
+        for i, (width, (_, seq)) in enumerate(zip(widths, lens, strict=True)):
+            blocks = ids[used : used + width]
+            table[i, :width], used = blocks, used + width
+            k, v = (self._normal(seq, facts["num_kv_heads"], facts["head_dim"]) for _ in range(2))
+            position = torch.arange(seq)
+            kv_write(k, v, k_cache, v_cache, blocks[position // block] * block + position % block, layout)
+        q = self._normal(_tokens(lens), facts["num_heads"], facts["head_dim"], view=view)
+        step, rows = self._step(lens, table), None
+        if facts["static"]:
+            q, step, rows = self._padded(q, step)
+        return Call((q, k_cache, v_cache, step, facts["head_dim"] ** -0.5, facts["window"], layout), rows)
+
+    def _step(self, lens: Lens, table: Tensor) -> AttentionInputs:
+        queries, seqs = [q for q, _ in lens], [s for _, s in lens]
+        return AttentionInputs(
+            block_table=table,
+            query_start=torch.tensor([0, *queries]).cumsum(0).to(self.index),
+            seq_lens=torch.tensor(seqs, dtype=self.index),
+            query_lens_host=queries,
+            seq_lens_host=seqs,
+            num_decodes=next((i for i, n in enumerate(queries) if n > 1), len(lens)),
+            max_query_len=max(queries, default=0),
+            max_seq_len=max(seqs, default=0),
+        )
+
+    def _padded(self, q: Tensor, step: AttentionInputs) -> tuple[Tensor, AttentionInputs, int]:
+        """The same step in a static shape: two requests and, for prompt chunks, three tokens of padding."""
+        rows, spare = len(q), 2
+        decodes = step.max_query_len <= 1
+        tokens = rows + spare if decodes else rows + spare + 3
+        table = torch.cat((step.block_table, torch.zeros_like(step.block_table[:1]).expand(spare, -1)))
+        starts = torch.arange(len(table) + 1) if decodes else torch.cat(
+            (step.query_start, torch.full((spare,), rows, dtype=self.index)))  # fmt: skip
+        seq_lens = torch.cat((step.seq_lens, torch.ones(spare, dtype=self.index)))
+        padded = AttentionInputs.from_node(table, starts.to(self.index), seq_lens, 1 if decodes else tokens)
+        return torch.cat((q, self._normal(tokens - rows, *q.shape[1:]))), padded, rows
+
+    # --- sampling --------------------------------------------------------------------------------
+
+    def _sample(self, facts: Any, lens: Lens, view: bool) -> Call:
+        rows, vocab = max(len(lens), 1), facts["vocab"]
+        logits = torch.randn((rows, vocab), generator=self.random) * 3
+        some = torch.rand((4, rows), generator=self.random)
+        top_k = (some[0] * min(vocab, 40)).to(torch.int64)
+        seeds = torch.randint(0, 2**40, (rows,), generator=self.random)
+        counters = torch.arange(rows)
+        return Call((logits, some[1] + 0.1, top_k, some[2].clamp(0.1), some[3] * 0.2, seeds, counters))
+
+    def _logprobs(self, facts: Any, lens: Lens, view: bool) -> Call:
+        logits = torch.randn((max(len(lens), 1), facts["vocab"]), generator=self.random)
+        return Call((logits, logits.argmax(-1), min(5, facts["vocab"])))
+
+    def _penalties(self, facts: Any, lens: Lens, view: bool) -> Call:
+        rows, vocab = max(len(lens), 1), facts["vocab"]
+        logits = torch.randn((rows, vocab), generator=self.random)
+        seen = torch.rand((rows, vocab), generator=self.random) < 0.3
+        counts = torch.randint(0, 3, (rows, vocab), generator=self.random, dtype=torch.int32)
+        factors = torch.rand((3, rows), generator=self.random) + 0.5
+        return Call((logits, seen, counts, *factors))
+
+    def _prepare_inputs(self, facts: Any, lens: Lens, view: bool) -> Call:
+        rows = len(lens) + 2
+        order = torch.randperm(rows, generator=self.random)[: len(lens)]
+        starts = torch.tensor([seq - query for query, seq in lens], dtype=self.index)
+        query_start = torch.tensor([0, *(q for q, _ in lens)]).cumsum(0).to(self.index)
+        ids = self._ints(_tokens(lens), 100)
+        ids[::3] = -1
+        widest = max((-(-seq // facts["block_size"]) for _, seq in lens), default=1)
+        tables = torch.randint(1, 99, (rows, widest), generator=self.random).to(self.index)
+        last = self._ints(rows, 100)
+        return Call((ids, order.to(self.index), query_start, starts, last, tables, facts["block_size"]))
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _normal(self, *shape: int, view: bool = False) -> Tensor:
+        if view:  # columns of a wider tensor
+            wide = torch.randn((*shape[:-2], *shape[-2:-1], 2 * shape[-1]), generator=self.random)
+            return wide.to(self.dtype)[..., : shape[-1]]
+        return torch.randn(shape, generator=self.random).to(self.dtype)
+
+    def _ints(self, count: int, high: int) -> Tensor:
+        return torch.randint(0, high, (count,), generator=self.random).to(self.index)
+
+    def _heads(self, facts: Any, lens: Lens, view: bool) -> tuple[Tensor, Tensor]:
+        """Queries and keys as parts of one fused projection, or tensors of their own."""
+        heads, kv_heads = facts["num_heads"], facts["num_kv_heads"]
+        both = self._normal(_tokens(lens), heads + 2 * kv_heads, facts["head_dim"])
+        q, k, _ = both.split((heads, kv_heads, kv_heads), dim=1)
+        return (q, k) if view else (q.contiguous(), k.contiguous())
+
+    def _positions(self, lens: Lens) -> Tensor:
+        parts = [torch.arange(seq - query, seq) for query, seq in lens]
+        return (torch.cat(parts) if parts else torch.zeros(0)).to(self.index)
+
+    def _cos_sin(self, facts: Any, lens: Lens) -> Tensor:
+        half = facts["rotary_dim"] // 2
+        angles = torch.outer(
+            torch.arange(max((s for _, s in lens), default=0) + 1.0), 10000.0 ** -(torch.arange(half) / half)
+        )
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+    def _caches(self, facts: Any, blocks: int) -> tuple[Tensor, Tensor]:
+        inner = (facts["block_size"], facts["num_kv_heads"], facts["head_dim"])
+        if facts["layout"] == "HND":
+            inner = (inner[1], inner[0], inner[2])
+        dtype = TORCH_DTYPES[facts["kv_dtype"]]
+        k, v = (torch.full((blocks, *inner), POISON).to(dtype) for _ in range(2))
+        return k, v
+
+
+def _tokens(lens: Lens) -> int:
+    return sum(query for query, _ in lens)

@@ -1,0 +1,208 @@
+"""Whole models: the references' greedy tokens, however requests are scheduled and steps are executed."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hotplug.core.config import EngineConfig
+from hotplug.core.engine.bind import bind
+from hotplug.core.engine.core import EngineCore
+from hotplug.core.errors import FeatureError
+from hotplug.core.platform.base import DTYPES, KV_DTYPES, ExecMode, Feature
+from hotplug.core.platform.optional import HasCompile
+from hotplug.core.request import Request, SamplingParams
+from hotplug.plugins.conformance.engine_runs import (
+    MAX_LEN,
+    Output,
+    config,
+    first_difference,
+    generate,
+    op_by_op,
+    prompts,
+    small_model,
+    start,
+    trusted,
+)
+from hotplug.plugins.conformance.report import Report, Skipped
+from hotplug.plugins.conformance.target import Target
+
+RANDOM_STEPS = 1000
+
+
+def end_to_end(target: Target, report: Report) -> None:
+    """Greedy tokens are the references': alone, together, in chunks, after a prefix hit, preempted, with a window."""
+    tokens = 12 if target.options.quick else 32
+    model, sliding = small_model(target.folder), small_model(target.folder, window=24)
+    asked = prompts(8)
+    expected = generate(start(target, trusted(target, model)), asked, tokens)
+    windowed = generate(start(target, trusted(target, sliding)), asked, tokens)
+    one_by_one = {"max_num_seqs": 1}
+    _scenario(target, report, "one after the other", model, asked, expected, tokens, one_by_one)
+    _scenario(target, report, "eight together", model, asked, expected, tokens, {})
+    _scenario(target, report, "in chunks of 16 tokens", model, asked, expected, tokens, {"max_num_batched_tokens": 16})
+    _scenario(target, report, "after a prefix hit", model, asked, expected, tokens, {}, again=True)
+    growing = prompts(8, longest=12)
+    grown = generate(start(target, trusted(target, model)), growing, 64)
+    _scenario(target, report, "preempted", model, growing, grown, 64, _tight(target, model))
+    _scenario(target, report, "with a sliding window", sliding, asked, windowed, tokens, {})
+    if target.options.model is not None:
+        real = Path(target.options.model)
+        few = {name: ids[:40] for name, ids in list(asked.items())[:4]}
+        want = generate(start(target, trusted(target, real)), few, tokens)
+        _scenario(target, report, f"with {real.name}", real, few, want, tokens, {})
+
+
+def _tight(target: Target, model: Path) -> dict[str, Any]:
+    """A cache that holds one and a half of the longest requests."""
+    shape = bind(config(target, model), meta=True, candidates=target.candidates).kv_shape
+    blocks = 2 + MAX_LEN * 3 // 2 // shape.block_size
+    return {"kv_cache_memory": blocks * shape.block_bytes}
+
+
+def _scenario(
+    target: Target, report: Report, words: str, model: Path, asked: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Output], tokens: int, options: dict[str, Any], *, again: bool = False,
+) -> None:  # fmt: skip
+    core = start(target, config(target, model, exec=op_by_op(target), **options))
+    found = generate(core, asked, tokens)
+    if again:
+        hits = core.stats().prefix_hits
+        found = generate(core, asked, tokens)
+        if core.stats().prefix_hits == hits:
+            raise RuntimeError("the second run of the same prompts met no cached prefix")
+    if words == "preempted" and not core.stats().preemptions:
+        raise RuntimeError("the cache was too large for anything to be preempted")
+    report.cases += len(asked)
+    difference = first_difference(found, expected, target.limits.dtypes[0])
+    if difference:
+        report.fail(f"greedy tokens differ from the references' {words}: {difference}; "
+                    f"`hotplug bisect MODEL --platform {target.platform.name}` finds the kernel")  # fmt: skip
+
+
+def executables(target: Target, report: Report) -> None:
+    """Captured and compiled steps give the op-by-op tokens in every shape, and never compile while serving."""
+    modes = [mode for mode in target.limits.exec_modes if mode is not ExecMode.EAGER]
+    if not modes:
+        raise Skipped("the platform runs op by op only")
+    model = small_model(target.folder)
+    # Op by op on the platform itself where it can, so that a wrong kernel is not held against the executable.
+    eager = (
+        config(target, model, exec="eager") if ExecMode.EAGER in target.limits.exec_modes else trusted(target, model)
+    )
+    before = os.environ.get("HOTPLUG_CACHE")
+    os.environ["HOTPLUG_CACHE"] = str(target.folder / "artifacts")
+    try:
+        for mode in modes:
+            _mode(target, report, mode, eager, config(target, model, exec=str(mode)))
+    finally:
+        if before is None:
+            del os.environ["HOTPLUG_CACHE"]
+        else:
+            os.environ["HOTPLUG_CACHE"] = before
+
+
+def _mode(target: Target, report: Report, mode: ExecMode, eager: EngineConfig, whole: EngineConfig) -> None:
+    tokens = 6 if target.options.quick else 16
+    core, plain = start(target, whole), start(target, eager)
+    shapes = core.report()["shapes"]
+    report.data[str(mode)] = {"shapes": shapes}
+    for num_tokens, num_requests in shapes:
+        # Prompts of other lengths each time: what a recording baked in would show.
+        for seed in (num_tokens, num_tokens + 1):
+            asked = prompts(num_requests, longest=min(max(num_tokens - num_requests, 20), 90), seed=seed)
+            want, got = generate(plain, asked, tokens), generate(core, asked, tokens)
+            report.cases += 1
+            if difference := first_difference(got, want, target.limits.dtypes[0]):
+                report.fail(
+                    f"{mode}: steps of shape ({num_tokens}, {num_requests}) give other tokens than op by op "
+                    f"({difference}); a value of the first run, such as a length, may be baked in"
+                )
+                break
+    before = _compiled(target)
+    steps = _random_load(core, RANDOM_STEPS // 10 if target.options.quick else RANDOM_STEPS)
+    report.data[str(mode)]["steps"] = steps
+    recompiles = max(core.stats().recompiles, _compiled(target) - before)
+    if recompiles:
+        report.fail(
+            f"{mode}: {recompiles} compilations while serving {steps} random steps: a step must compile nothing"
+        )
+    if mode is ExecMode.COMPILE:
+        before = _compiled(target)
+        start(target, whole)
+        if _compiled(target) != before:
+            report.fail(f"{mode}: a second start compiled {_compiled(target) - before} programs again, with all "
+                        "artifacts in the cache folder")  # fmt: skip
+
+
+def _compiled(target: Target) -> int:
+    return target.platform.num_compiled() if isinstance(target.platform, HasCompile) else 0
+
+
+def _random_load(core: EngineCore, steps: int) -> int:
+    """Run requests that come at random until so many steps are done."""
+    rng = random.Random(0)
+    begin, number = core.stats().steps, 0
+    while core.stats().steps - begin < steps:
+        for _ in range(rng.choice((0, 0, 1, 3))):
+            params = SamplingParams(temperature=rng.choice((0.0, 0.8)), max_tokens=rng.randint(1, 40), ignore_eos=True)
+            prompt = [rng.randrange(1, 300) for _ in range(rng.randint(1, 90))]
+            core.add(Request(id=f"random-{number}", prompt_token_ids=prompt, sampling=params))
+            number += 1
+        core.step()
+    while core.has_work:
+        core.step()
+    return core.stats().steps - begin
+
+
+def features(target: Target, report: Report) -> None:
+    """What is declared works; what is not is refused before weights load."""
+    model = small_model(target.folder)
+    limits = target.limits
+    asked = prompts(3, longest=40)
+    for option, value in _declared(target):
+        report.cases += 1
+        words = f"{option} {value}"
+        try:
+            wanted = trusted(target, model, **{option: value} if option != "exec" else {})
+            got = generate(start(target, config(target, model, **{option: value})), asked, 6)
+        except Exception as e:
+            report.fail(f"{words} is declared but does not work: {type(e).__name__}: {e}")
+            continue
+        dtype = str(value) if option == "dtype" else limits.dtypes[0]
+        loose = "bfloat16" if str(value).startswith(("fp8", "bfloat", "float16")) else dtype
+        want = generate(start(target, wanted), asked, 6)
+        if difference := first_difference(got, want, loose):
+            report.fail(f"{words} is declared but gives other tokens than the references: {difference}")
+    for option, value in _undeclared(target):
+        report.cases += 1
+        try:
+            bind(config(target, model, **{option: value}), meta=True, candidates=target.candidates)
+        except FeatureError:
+            continue
+        report.fail(f"{option} {value} is not declared and yet not refused")
+    if Feature.FP8_KV in limits.features and "fp8_e4m3" not in limits.kv_dtypes:
+        report.fail("the feature fp8_kv is declared, but fp8_e4m3 is not among kv_dtypes")
+
+
+def _declared(target: Target) -> list[tuple[str, Any]]:
+    limits = target.limits
+    sizes = limits.block_sizes[:2] if target.options.quick else limits.block_sizes
+    kv = [("kv_cache_dtype", dtype) for dtype in limits.kv_dtypes[: 1 if target.options.quick else None]]
+    modes = [("exec", str(mode)) for mode in limits.exec_modes]
+    dtypes = [("dtype", dtype) for dtype in limits.dtypes[: 1 if target.options.quick else None]]
+    return [*dtypes, *kv, *(("block_size", size) for size in sizes), *modes]
+
+
+def _undeclared(target: Target) -> list[tuple[str, Any]]:
+    limits = target.limits
+    kv_dtypes = limits.kv_dtypes or limits.dtypes
+    return [
+        *(("dtype", dtype) for dtype in DTYPES if dtype not in limits.dtypes),
+        *(("kv_cache_dtype", dtype) for dtype in KV_DTYPES if dtype not in kv_dtypes),
+        *(("block_size", size) for size in (3, 16, 48, 512) if size not in limits.block_sizes),
+        *(("exec", str(mode)) for mode in ExecMode if mode not in limits.exec_modes),
+    ]

@@ -1,0 +1,126 @@
+"""Which call sites and steps the op checks generate: usual ones one by one, and unusual ones by chance."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hotplug.core.ops.registry import Fact
+from hotplug.core.platform.base import Limits
+from hotplug.plugins.conformance.cases import Lens
+
+HEADS = ((4, 4, 64), (8, 2, 64), (9, 3, 64), (6, 2, 32), (4, 1, 128))
+"""(query heads, key/value heads, head dim)."""
+WINDOWS = (None, 7, 1)
+
+
+def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fact]]:
+    """The facts of usual call sites of an op; nothing for an op that this kit does not know."""
+    heads = HEADS[:3] if quick else HEADS
+    match op:
+        case "embed":
+            yield from ({"vocab": v, "hidden": h} for v, h in ((97, 64), (1000, 130)))
+        case "linear":
+            for i, o, b in ((64, 48, True), (130, 33, False), (128, 384, False)):
+                yield {"in_features": i, "out_features": o, "bias": b, "scheme": "none"}
+        case "logits":
+            yield {"hidden": 64, "vocab": 257, "bias": False, "scheme": "none"}
+        case "rms_norm" | "add_rms_norm" | "silu_mul":
+            yield from ({"width": width} for width in (64, 96, 130))
+        case "rope" | "qk_norm_rope":
+            for h, kv, dim in heads:
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim}
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // 2}
+        case "kv_write":
+            for (_, kv, dim), cache in itertools.product(heads, _caches(limits, quick)):
+                yield {"num_kv_heads": kv, "head_dim": dim, **cache}
+        case "attention":
+            windows = WINDOWS[:2] if quick else WINDOWS
+            for (h, kv, dim), window, static, cache in itertools.product(
+                heads, windows, (False, True), _caches(limits, quick)
+            ):
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": window, "static": static, **cache}
+        case "sample" | "logprobs" | "penalties":
+            yield from ({"vocab": vocab} for vocab in (257, 1000))
+        case "prepare_inputs":
+            yield from ({"block_size": size} for size in limits.block_sizes[:2])
+
+
+def _caches(limits: Limits, quick: bool) -> Sequence[dict[str, Fact]]:
+    sizes = limits.block_sizes[: 1 if quick else 2]
+    dtypes = limits.kv_dtypes or limits.dtypes
+    return [
+        {"block_size": size, "layout": str(layout), "kv_dtype": dtype}
+        for size, layout, dtype in itertools.product(sizes, limits.kv_layouts, dtypes[:1] if quick else dtypes)
+    ]
+
+
+def steps(op: str, facts: Mapping[str, Fact], *, quick: bool) -> Sequence[tuple[str, Lens]]:
+    """Steps to try at a call site, each with a name."""
+    if op == "attention":
+        block = int(facts["block_size"] or 16)
+        found: list[tuple[str, Lens]] = [
+            ("no token", []),
+            ("one token", [(1, 1)]),
+            ("decodes at and around the end of a block", [(1, block), (1, block + 1), (1, 2 * block - 1)]),
+            ("a prompt", [(2 * block + 3, 2 * block + 3)]),
+            ("a chunk of a prompt", [(7, block + 12)]),
+            ("decodes and chunks together", [(1, 40), (1, 3), (3, 20), (block, block)]),
+        ]
+        if facts["static"]:  # decodes and chunks of static steps come in shapes of their own
+            found = [step for step in found if step[0] != "no token"]
+        return found if quick else [*found, ("a long context", [(1, 700), (64, 500)])]
+    found = [
+        ("no token", []),
+        ("one token", [(1, 1)]),
+        ("an odd number of tokens", [(1, 9), (1, 2), (34, 34)]),
+    ]
+    if op in ("sample", "logprobs", "penalties"):
+        return found[1:]
+    return found if quick else [*found, ("many tokens", [(513, 513)])]
+
+
+class Fuzz:
+    """Call sites by chance, among what the plan could ask on a device."""
+
+    def __init__(self, limits: Limits, seed: int) -> None:
+        self._limits = limits
+        self._random = random.Random(seed)
+
+    def facts(self, op: str, names: Sequence[str]) -> dict[str, Fact]:
+        """Facts of `op`, which declares `names`."""
+        pick = self._random.choice
+        kv_heads, dim = pick((1, 2, 3, 5, 8)), pick((8, 16, 30, 40, 64, 80, 96, 112, 128, 192, 256))
+        pool: dict[str, Any] = {
+            "num_heads": kv_heads * pick((1, 2, 3, 4, 7)),
+            "num_kv_heads": kv_heads,
+            "head_dim": dim,
+            "rotary_dim": pick((dim, dim // 4 * 2)),
+            "block_size": pick(self._limits.block_sizes),
+            "layout": str(pick(self._limits.kv_layouts)),
+            "kv_dtype": pick(self._limits.kv_dtypes or self._limits.dtypes),
+            "window": pick((None, None, 1, 5, 64)),
+            "static": pick((False, True)),
+            "vocab": pick((2, 31, 257, 1000)),
+            "hidden": pick((8, 33, 64, 130)),
+            "width": pick((2, 7, 64, 96, 1000)),
+            "in_features": pick((8, 33, 64, 130)),
+            "out_features": pick((1, 7, 48, 256)),
+            "bias": pick((False, True)),
+            "scheme": "none",
+        }
+        return {name: pool[name] for name in names}
+
+    def dtype(self) -> str:
+        return self._random.choice(self._limits.dtypes)
+
+    def lens(self, *, static: bool) -> Lens:
+        """A step: decodes first; a static one of decodes or of chunks."""
+        pick = self._random.randint
+        decodes = [(1, pick(1, 40)) for _ in range(pick(0, 3))]
+        chunks = [(n, n + pick(0, 30)) for n in (pick(1, 20) for _ in range(pick(0, 2)))]
+        if static and self._random.random() < 0.5:
+            return decodes or [(1, 1)]
+        return (decodes + chunks) or [(1, 1)]
