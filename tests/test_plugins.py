@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 from throwaway import run_python, write_distribution
 
-from hotplug.core.errors import PlatformError
+import hotplug.plugins
+from hotplug.core.config import EngineConfig
+from hotplug.core.engine.bind import bind
+from hotplug.core.errors import ConfigError, PlatformError
 from hotplug.core.models.decoder import MODELS, Decoder
 from hotplug.core.ops.registry import Op
 from hotplug.core.platform.discovery import Loaded
+from hotplug.core.scheduler.policy import FCFS, POLICIES
+from hotplug.core.weights.hf_config import parse_hf_config
 from hotplug.plugins.extension import Extension, gather
 
 
@@ -23,15 +28,24 @@ def double(x: int) -> int:
     return 2 * x
 
 
-def test_without_plugins_the_built_in_models_are_there() -> None:
-    assert gather([]) == Extension(MODELS, ())
+def policy(name: str = "quickest") -> Extension:
+    return Extension(scheduling={name: FCFS})
 
 
-def test_a_plugin_adds_models_and_ops() -> None:
+def test_without_plugins_the_built_in_entries_are_there() -> None:
+    extension = gather([])
+    assert (extension.models, extension.scheduling, extension.ops) == (MODELS, POLICIES, ())
+    assert set(extension.tool_parsers) == {"hermes"}
+    assert set(extension.reasoning_parsers) == {"think"}
+
+
+def test_a_plugin_adds_models_ops_and_policies() -> None:
     op = Op("double", double)
-    extension = gather([loaded(Extension({"NewForCausalLM": Decoder}, (op,)))])
+    brought = Extension(models={"NewForCausalLM": Decoder}, ops=(op,), scheduling={"quickest": FCFS})
+    extension = gather([loaded(brought)])
     assert extension.models == {**MODELS, "NewForCausalLM": Decoder}
     assert extension.ops == (op,)
+    assert extension.scheduling == {**POLICIES, "quickest": FCFS}
 
 
 def test_a_plugin_that_fails_to_load_is_an_error_with_its_reason() -> None:
@@ -44,32 +58,54 @@ def test_a_plugin_that_returns_something_else_is_an_error() -> None:
         gather([loaded({})])
 
 
-def test_a_built_in_architecture_cannot_be_replaced() -> None:
-    with pytest.raises(PlatformError, match="the architecture LlamaForCausalLM is already provided"):
-        gather([loaded(Extension({"LlamaForCausalLM": Decoder}))])
+def test_a_config_reader_without_its_model_is_an_error() -> None:
+    with pytest.raises(PlatformError, match="reads the config of OddForCausalLM, which is not among its models"):
+        gather([loaded(Extension(config_readers={"OddForCausalLM": parse_hf_config}))])
 
 
-def test_two_plugins_cannot_bring_one_architecture() -> None:
-    one, two = (loaded(Extension({"NewForCausalLM": Decoder}), name=n) for n in ("one", "two"))
-    with pytest.raises(PlatformError, match=r"plugin two .*NewForCausalLM is already provided"):
-        gather([one, two])
+@pytest.mark.parametrize(
+    ("brought", "title"),
+    [
+        (Extension(models={"LlamaForCausalLM": Decoder}), "architecture LlamaForCausalLM"),
+        (Extension(ops=(Op("attention", double),)), "op attention"),
+        (policy("fcfs"), "scheduling policy fcfs"),
+    ],
+)
+def test_what_is_built_in_cannot_be_replaced(brought: Extension, title: str) -> None:
+    with pytest.raises(PlatformError, match=rf"(?s)the {title} is provided twice.*hotplug itself.*extra-dist 1.0"):
+        gather([loaded(brought)])
 
 
-def test_a_built_in_op_cannot_be_replaced() -> None:
-    with pytest.raises(PlatformError, match=r"plugin extra .*the op attention is already defined"):
-        gather([loaded(Extension(ops=(Op("attention", double),)))])
+@pytest.mark.parametrize(
+    ("brought", "title"),
+    [
+        (Extension(models={"NewForCausalLM": Decoder}), "architecture NewForCausalLM"),
+        (Extension(ops=(Op("double", double),)), "op double"),
+        (policy(), "scheduling policy quickest"),
+    ],
+)
+def test_two_packages_cannot_bring_one_name(brought: Extension, title: str) -> None:
+    with pytest.raises(PlatformError, match=rf"(?s)the {title} is provided twice.*one-dist 1.0.*two-dist 1.0"):
+        gather([loaded(brought, name="one"), loaded(brought, name="two")])
 
 
-def test_two_plugins_cannot_bring_one_op() -> None:
-    one, two = (loaded(Extension(ops=(Op("double", double),)), name=n) for n in ("one", "two"))
-    with pytest.raises(PlatformError, match=r"plugin two .*the op double is already defined"):
-        gather([one, two])
+def test_an_unknown_name_is_an_error_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)--scheduling: there is no scheduling policy 'quikest'.*'quickest'"):
+        gather([loaded(policy())]).find("scheduling", "quikest", option="--scheduling")
+
+
+def test_an_unknown_scheduling_policy_is_refused_before_the_model_is_looked_for() -> None:
+    with pytest.raises(ConfigError, match=r"no scheduling policy 'prioritty'.*'priority'"):
+        bind(EngineConfig(model="/no/such/model", scheduling="prioritty"))
+
+
+def test_every_name_of_the_plugin_interface_is_there() -> None:
+    assert sorted(hotplug.plugins.__all__) == sorted(hotplug.plugins._MODULE_OF)
+    assert [name for name in hotplug.plugins.__all__ if getattr(hotplug.plugins, name, None) is None] == []
 
 
 PLUGIN = '''
-from hotplug.core.models.decoder import Decoder
-from hotplug.core.ops.registry import Op
-from hotplug.plugins.extension import Extension
+from hotplug.plugins import Decoder, Extension, Op
 
 def soft_cap(logits, cap):
     """cap * tanh(logits / cap)"""
@@ -84,7 +120,7 @@ class CappedDecoder(Decoder):
         return self.cap(super().logits(hidden), self.config.raw["cap"])
 
 def plugin():
-    return Extension({"CappedForCausalLM": CappedDecoder}, (Op("soft_cap", soft_cap, facts=("vocab",)),))
+    return Extension(models={"CappedForCausalLM": CappedDecoder}, ops=(Op("soft_cap", soft_cap, facts=("vocab",)),))
 '''
 GENERATE = """
 import json, sys, torch

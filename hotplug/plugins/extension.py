@@ -17,57 +17,54 @@ if TYPE_CHECKING:
     from hotplug.core.models.decoder import Decoder
     from hotplug.core.ops.registry import Op
     from hotplug.core.quant.scheme import QuantScheme
-    from hotplug.core.sample.processors import LogitsProcessor
+    from hotplug.core.sample.processors import Factory as ProcessorFactory
     from hotplug.core.scheduler.policy import SchedulingPolicy
     from hotplug.core.text.parsers import ReasoningParser, ToolParser
-    from hotplug.core.transfer.connector import KVConnector, KVFormat
+    from hotplug.core.transfer.connector import Factory as ConnectorFactory
     from hotplug.core.weights.hf_config import ConfigReader
 
 PLUGIN_GROUP = "hotplug.plugins"
-
-_KINDS = {
-    "models": "architecture",
-    "ops": "op",
-    "config_readers": "config reader",
-    "quantization": "quantization scheme",
-    "kv_connectors": "KV connector",
-    "logits_processors": "logits processor",
-    "scheduling": "scheduling policy",
-    "tool_parsers": "tool parser",
-    "reasoning_parsers": "reasoning parser",
-}
+BUILT_IN = "hotplug itself"
 
 
-@dataclass(frozen=True, slots=True)
+def _kind(title: str, default: Any = dict) -> Any:
+    """A field of entries by name; `title` is what messages call one."""
+    return field(default_factory=default, metadata={"title": title})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Extension:
     """What one package adds, by name. Names are unique over all installed packages and the built-in ones."""
 
-    models: Mapping[str, type[Decoder]] = field(default_factory=dict)
+    models: Mapping[str, type[Decoder]] = _kind("architecture")
     """Model classes by architecture name (config.json's `architectures`)."""
-    ops: tuple[Op, ...] = ()
+    ops: tuple[Op, ...] = _kind("op", tuple)
     """Ops with their references, for models to bind and for kernels to claim."""
-    config_readers: Mapping[str, ConfigReader] = field(default_factory=dict)
+    config_readers: Mapping[str, ConfigReader] = _kind("config reader")
     """By architecture, for a config.json that the built-in reader does not understand."""
-    quantization: Mapping[str, QuantScheme] = field(default_factory=dict)
+    quantization: Mapping[str, QuantScheme] = _kind("quantization scheme")
     """What `--quantization` may name."""
-    kv_connectors: Mapping[str, Callable[[str, KVFormat], KVConnector]] = field(default_factory=dict)
+    kv_connectors: Mapping[str, ConnectorFactory] = _kind("KV connector")
     """What `--kv-connector` may name; called once an engine with the argument and the format of its blocks."""
-    logits_processors: Mapping[str, Callable[..., LogitsProcessor]] = field(default_factory=dict)
-    """Called once a request, with the arguments that it gives."""
-    scheduling: Mapping[str, SchedulingPolicy] = field(default_factory=dict)
+    logits_processors: Mapping[str, ProcessorFactory] = _kind("logits processor")
+    """What a request's `logits_processors` may name; called once a request with the arguments that it gives."""
+    scheduling: Mapping[str, SchedulingPolicy] = _kind("scheduling policy")
     """What `--scheduling` may name."""
-    tool_parsers: Mapping[str, Callable[[], ToolParser]] = field(default_factory=dict)
+    tool_parsers: Mapping[str, Callable[[], ToolParser]] = _kind("tool parser")
     """What `--tool-parser` may name; called once a completion."""
-    reasoning_parsers: Mapping[str, Callable[[str], ReasoningParser]] = field(default_factory=dict)
+    reasoning_parsers: Mapping[str, Callable[[str], ReasoningParser]] = _kind("reasoning parser")
     """What `--reasoning-parser` may name; called once a completion with the end of its prompt."""
 
     def find(self, kind: str, name: str, *, option: str) -> Any:
         """An entry of one field by name. Raises ConfigError naming the option that asked for it."""
         entries: Mapping[str, Any] = getattr(self, kind)
         if name not in entries:
-            raise ConfigError(f"there is no {_KINDS[kind]} {name!r}", where=option,
-                              hint=nearest(name, entries) if entries else "None is installed.")  # fmt: skip
+            hint = nearest(name, entries) if entries else "None is installed."
+            raise ConfigError(f"there is no {_TITLES[kind]} {name!r}", where=option, hint=hint)
         return entries[name]
+
+
+_TITLES = {f.name: f.metadata["title"] for f in dataclasses.fields(Extension)}
 
 
 def gather(loaded: Iterable[Loaded] | None = None, *, builtin: Extension | None = None) -> Extension:
@@ -79,22 +76,22 @@ def gather(loaded: Iterable[Loaded] | None = None, *, builtin: Extension | None 
         from hotplug.plugins.builtin import everything
 
         builtin = everything()
-    merged: dict[str, dict[str, Any]] = {kind: dict(_entries(builtin, kind)) for kind in _KINDS}
-    owners = {(kind, name): "hotplug" for kind, entries in merged.items() for name in entries}
+    merged: dict[str, dict[str, Any]] = {kind: dict(_entries(builtin, kind)) for kind in _TITLES}
+    owners = {(kind, name): BUILT_IN for kind, entries in merged.items() for name in entries}
     for item in load_group(PLUGIN_GROUP) if loaded is None else loaded:
         owner = f"{item.name} ({item.distribution or item.target})"
         extension = _checked(item, f"plugin {owner}")
-        for kind, title in _KINDS.items():
+        for kind, title in _TITLES.items():
             for name, entry in _entries(extension, kind).items():
-                if (other := owners.get((kind, name))) is not None:
+                other = owners.setdefault((kind, name), owner)
+                if other is not owner:
                     raise PlatformError(
                         f"the {title} {name} is provided twice",
                         why=[f"by {other}", f"by {owner}"],
-                        hint="Uninstall one of the two." if other != "hotplug" else "Give it another name.",
+                        hint="Give it another name." if other is BUILT_IN else "Uninstall one of the two.",
                     )
-                owners[kind, name] = owner
                 merged[kind][name] = entry
-    ops = tuple(op for name, op in merged.pop("ops").items() if owners["ops", name] != "hotplug")
+    ops = tuple(op for name, op in merged.pop("ops").items() if owners["ops", name] is not BUILT_IN)
     return Extension(ops=ops, **merged)
 
 
@@ -114,6 +111,3 @@ def _entries(extension: Extension, kind: str) -> Mapping[str, Any]:
     if kind == "ops":
         return {op.name: op for op in extension.ops}
     return getattr(extension, kind)
-
-
-assert set(_KINDS) == {f.name for f in dataclasses.fields(Extension)}

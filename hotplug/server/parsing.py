@@ -87,8 +87,10 @@ def find_parsers(tool: str | None, reasoning: str | None) -> Parsers:
     if any(name is not None and name not in getattr(known, kind) for kind, name in names.items()):
         known = gather(builtin=known)
     return Parsers(
-        tool=None if tool is None else known.find("tool_parsers", tool, option="tool_parser"),
-        reasoning=None if reasoning is None else known.find("reasoning_parsers", reasoning, option="reasoning_parser"),
+        tool=None if tool is None else known.find("tool_parsers", tool, option="--tool-parser"),
+        reasoning=None
+        if reasoning is None
+        else known.find("reasoning_parsers", reasoning, option="--reasoning-parser"),
     )
 
 

@@ -113,7 +113,7 @@ def bind(
     selection = select(config.device, discover() if candidates is None else candidates)
     limits = selection.platform.limits(selection.device)
     extension = gather()
-    policy = extension.find("scheduling", config.scheduling, option="scheduling")
+    policy = extension.find("scheduling", config.scheduling, option="--scheduling")
     scheme = _scheme(config, extension)
     connector = _connector(config, extension)
     path = resolve_source(config.model)
@@ -189,7 +189,7 @@ def bind(
 def _scheme(config: EngineConfig, extension: Extension) -> QuantScheme | None:
     if config.quantization in (None, NONE):
         return None
-    scheme: QuantScheme = extension.find("quantization", str(config.quantization), option="quantization")
+    scheme: QuantScheme = extension.find("quantization", str(config.quantization), option="--quantization")
     return scheme
 
 
@@ -197,7 +197,7 @@ def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat
     if config.kv_connector is None:
         return None
     name, _, argument = config.kv_connector.partition(":")
-    factory = extension.find("kv_connectors", name, option="kv_connector")
+    factory = extension.find("kv_connectors", name, option="--kv-connector")
     return lambda kv_format: factory(argument, kv_format)
 
 

@@ -33,7 +33,7 @@ class Destination(Protocol):
 class Converted:
     """A place that stores `convert(source)` in `target`, of the same shape."""
 
-    def __init__(self, target: Tensor, convert: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, target: Destination, convert: Callable[[Tensor], Tensor]) -> None:
         self.target = target
         self.convert = convert
 

@@ -72,16 +72,12 @@ class Decoder(nn.Module):
 
         The caches are the ones given unless a whole-step program is being made (`kv_write`).
         """
-        x, residual = self.embeddings(step.token_ids), None
+        x, residual = self.embed(step.token_ids), None
         written = []
         for layer, blocks in zip(self.layers, kv, strict=True):
             x, residual, blocks = layer(x, residual, step, self.cos_sin, blocks)
             written.append(blocks)
         return self.norm(x, residual)[0], written
-
-    def embeddings(self, token_ids: Tensor) -> Tensor:
-        """The first hidden states [num_tokens, hidden] of `token_ids` [num_tokens]."""
-        return self.embed(token_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 [num_rows, vocab] of hidden states [num_rows, hidden]."""

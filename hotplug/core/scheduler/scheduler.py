@@ -125,6 +125,8 @@ class Scheduler:
         if len(self._waiting) >= self.config.max_queue + self._batch.num_free:
             batches = len(self._waiting) // self.config.max_num_seqs
             raise QueueFullError(f"{len(self._waiting)} requests are waiting", retry_after=1 + batches)
+        if not request.arrival:
+            request = msgspec.structs.replace(request, arrival=time.monotonic())
         rank = rank_of(self.config.policy, request)
         seed = request.sampling.seed
         self._arrivals += 1
@@ -133,7 +135,7 @@ class Scheduler:
             prompt,
             key=(rank, self._arrivals),
             seed=int(self._random.integers(2**63)) if seed is None else seed,
-            arrival=request.arrival or time.monotonic(),
+            arrival=request.arrival,
             max_model_len=self.max_model_len,
             hashes=BlockHashes(self.kv.block_size, request.cache_salt),
         )
