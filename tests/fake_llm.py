@@ -68,6 +68,8 @@ class FakeLLM:
         """Raised after so many tokens."""
         self.hang_after: int | None = None
         """Wait for ever after so many tokens; only closing the stream ends it."""
+        self.says: str | None = None
+        """Text of every answer, a character a token, in the place of the alphabet."""
         self.hanging = threading.Event()
         self.aborted = threading.Event()
         self.closed = threading.Event()
@@ -105,6 +107,12 @@ class FakeLLM:
         self.seen.append((prompt_token_ids, params, priority, cache_salt))
         if self.refuse is not None:
             raise self.refuse
+        if self.says is not None:
+            for i, letter in enumerate(self.says):
+                last = i + 1 == len(self.says)
+                for index in range(params.n):
+                    yield CompletionChunk(index, letter, [ord(letter)], finish_reason="stop" if last else None)
+            return
         limit = params.max_tokens or self.max_model_len - len(prompt_token_ids)
         written = [""] * params.n
         live = set(range(params.n))

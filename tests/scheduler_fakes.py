@@ -7,6 +7,7 @@ alone: the output of a request must be the same whatever else ran.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import numpy as np
@@ -52,10 +53,28 @@ def hash_of_salt(salt: str) -> int:
     return sum((i + 1) * ord(c) for i, c in enumerate(salt)) + 1
 
 
+class FakeConnector:
+    """Keeps blocks by hash; now and then it has fewer than it could."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[bytes, list[int]] = {}
+        self.fetched = 0
+
+    def contains(self, digest: bytes) -> bool:
+        return digest in self.blocks
+
+    def fetch(self, digests: list[bytes]) -> list[list[int]]:
+        found = list(itertools.takewhile(self.contains, digests))
+        found = found[: len(found) - self.fetched % 2]
+        self.fetched += len(found)
+        return [self.blocks[digest] for digest in found]
+
+
 class FakeDevice:
     """Executes plans at once, in order, as a device stream would. `salts` maps a request's seed to its salt."""
 
-    def __init__(self, kv: KVManager, salts: dict[int, str]) -> None:
+    def __init__(self, kv: KVManager, salts: dict[int, str], connector: FakeConnector | None = None) -> None:
+        self.connector = connector
         self.block_size, self.window = kv.block_size, kv.group.window
         self.tables = np.full_like(kv.tables, -1)
         self.slots: dict[int, int] = {}
@@ -65,7 +84,16 @@ class FakeDevice:
         self.admitted_len: dict[int, int] = {}
         self.computed_tokens = 0
 
+    def save(self, blocks: list[tuple[int, bytes]]) -> None:
+        for block, digest in blocks:
+            assert self.connector is not None
+            first = block * self.block_size
+            self.connector.blocks.setdefault(digest, [self.slots[first + i] for i in range(self.block_size)])
+
     def execute(self, plan: StepPlan) -> StepResult:
+        self.save(plan.saves)
+        for block, contents in plan.loads:
+            self.slots.update({block * self.block_size + i: content for i, content in enumerate(contents)})
         self._apply(plan)
         entries = list(zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True))
         for row, start, n in entries:
@@ -127,6 +155,7 @@ class FakeEngine:
         window: int | None = None,
         depth: int = 0,
         prefix_cache: bool = True,
+        connector: FakeConnector | None = None,
         **config: object,
     ) -> None:
         defaults: dict[str, object] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64}
@@ -138,9 +167,9 @@ class FakeEngine:
             max_model_len=self.config.max_model_len,
             enable_prefix_cache=prefix_cache,
         )
-        self.scheduler = Scheduler(self.config, self.kv)
+        self.scheduler = Scheduler(self.config, self.kv, connector)
         self.salts: dict[int, str] = {}
-        self.device = FakeDevice(self.kv, self.salts)
+        self.device = FakeDevice(self.kv, self.salts, connector)
         self.depth = depth
         self.pending: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}

@@ -8,7 +8,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_fakes import EOS, VOCAB, FakeEngine
+from scheduler_fakes import EOS, VOCAB, FakeConnector, FakeEngine
 
 from hotplug.core.errors import QueueFullError, RequestError
 from hotplug.core.scheduler.policy import FCFS, PRIORITY
@@ -30,12 +30,15 @@ def engines(draw: st.DrawFn) -> FakeEngine:
     least = max(max_num_seqs if mixed else 1, 1 if chunked else max_model_len)
     # Pools from hopeless to just enough for one long sequence and a half.
     tokens = draw(st.integers(1, max_model_len + max_model_len // 2))
+    window = draw(st.sampled_from([None, None, 1, 3, 5, 16]))
+    prefix_cache = draw(st.sampled_from([True, True, True, False]))
     return FakeEngine(
         num_blocks=2 + tokens // block_size,
         block_size=block_size,
-        window=draw(st.sampled_from([None, None, 1, 3, 5, 16])),
+        window=window,
         depth=draw(st.sampled_from([0, 1, 1, 2])),
-        prefix_cache=draw(st.sampled_from([True, True, True, False])),
+        prefix_cache=prefix_cache,
+        connector=FakeConnector() if prefix_cache and window is None and draw(st.booleans()) else None,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=least + draw(st.integers(0, 24)),
         max_model_len=max_model_len,

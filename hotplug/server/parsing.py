@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hotplug.core.text.parsers import ReasoningParser, ToolCall, ToolParser
@@ -86,12 +86,12 @@ def find_parsers(tool: str | None, reasoning: str | None) -> Parsers:
     names = {"tool_parsers": tool, "reasoning_parsers": reasoning}
     if any(name is not None and name not in getattr(known, kind) for kind, name in names.items()):
         known = gather(builtin=known)
-    return Parsers(
-        tool=None if tool is None else known.find("tool_parsers", tool, option="--tool-parser"),
-        reasoning=None
-        if reasoning is None
-        else known.find("reasoning_parsers", reasoning, option="--reasoning-parser"),
-    )
+    found = Parsers()
+    if tool is not None:
+        found = replace(found, tool=known.find("tool_parsers", tool, option="--tool-parser"))
+    if reasoning is not None:
+        found = replace(found, reasoning=known.find("reasoning_parsers", reasoning, option="--reasoning-parser"))
+    return found
 
 
 def render_call(call: ToolCall) -> dict[str, Any]:

@@ -191,6 +191,7 @@ class Scheduler:
         return self._plan(decode=decode, prefill=not decode) or self._plan(decode=not decode, prefill=decode)
 
     def _plan(self, *, decode: bool, prefill: bool) -> StepPlan | None:
+        saves = self.take_saves()  # what this step fills is saved before the next one
         rows, ends, n = self._running_work(decode, prefill)
         start = self._batch.computed[rows]
         self.kv.extend(rows, ends)
@@ -201,8 +202,9 @@ class Scheduler:
         if prefill:
             self._admit(builder)
         if not builder.num_tokens:
+            self._saves = saves
             return None
-        plan = builder.build(self._released, self.kv.take_changes(), self.take_saves())
+        plan = builder.build(self._released, self.kv.take_changes(), saves)
         self._released = []
         self._in_flight.append(_InFlight(plan, self._batch.generation[plan.rows]))
         self._last_was_prefill = builder.has_prefill
@@ -253,10 +255,10 @@ class Scheduler:
                 return
             self._waiting.pop()
             row = self._batch.place(seq)
-            end = min(total, cached + budget)
             self.kv.admit(row, matched)
             if self._connector is not None:
                 cached += self._fetch(seq, row, cached, builder)
+            end = min(total, cached + budget)
             self.kv.extend(np.array([row], np.int32), np.array([end], np.int32))
             self._batch.computed[row] = end
             self._prefilling.append(row)
