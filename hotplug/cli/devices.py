@@ -46,6 +46,7 @@ def _describe(candidate: Candidate) -> dict[str, Any]:
         "state": state,
         "reason": candidate.reason,
         "distribution": candidate.distribution,
+        "api_version": candidate.api_version,
         "devices": found,
     }
 

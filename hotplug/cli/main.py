@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hotplug.cli import bench, bisect, chat, conform, devices, doctor, explain, pull, run, serve, version
+from hotplug.cli import bench, bisect, chat, conform, devices, doctor, explain, plugin, pull, run, serve, version
 from hotplug.cli.options import SectionedCommand
 from hotplug.core.errors import ConfigError, HotplugError, RequestError
 
@@ -71,6 +71,7 @@ app.command("explain", cls=SectionedCommand)(explain.explain)
 app.command("bisect", cls=SectionedCommand)(bisect.bisect)
 app.command("conform")(conform.conform)
 app.command("devices")(devices.devices)
+app.add_typer(plugin.app, name="plugin")
 app.command("pull")(pull.pull)
 app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)

@@ -63,6 +63,8 @@ class Candidate:
     devices: tuple[DeviceInfo, ...] = ()
     reason: str = ""
     """Why it cannot be used; empty if it can."""
+    api_version: str = ""
+    """The interface that it was written for, where that could be asked."""
     broken: bool = False
     """True where the plugin itself is at fault, false where the hardware is absent."""
 
@@ -84,8 +86,10 @@ def discover(loaded: Iterable[Loaded] | None = None) -> list[Candidate]:
 
 
 def _probe(item: Loaded) -> Candidate:
+    version = ""
+
     def broken(reason: str) -> Candidate:
-        return Candidate(item.name, item.distribution, None, reason=reason, broken=True)
+        return Candidate(item.name, item.distribution, None, reason=reason, api_version=version, broken=True)
 
     if item.error:
         return broken(f"the plugin failed to load ({item.target}): {item.error}")
@@ -94,7 +98,7 @@ def _probe(item: Loaded) -> Candidate:
                if not hasattr(platform, m)]  # fmt: skip
     if missing:
         return broken(f"the plugin lacks required members: {', '.join(missing)}")
-    version = getattr(platform, "api_version", "1.0")
+    version = str(getattr(platform, "api_version", "1.0"))
     reason = incompatible(version)
     if reason:
         return broken(reason)
@@ -106,7 +110,7 @@ def _probe(item: Loaded) -> Candidate:
         reason = "" if devices else _absence(platform)
     except Exception as e:
         return broken(f"diagnose failed: {type(e).__name__}: {e}")
-    return Candidate(platform.name, item.distribution, platform, devices, reason)
+    return Candidate(platform.name, item.distribution, platform, devices, reason, version)
 
 
 def _absence(platform: Platform) -> str:
