@@ -1,4 +1,4 @@
-"""A platform that records decode steps and replays them: the host's memory, reference operations, one recorder."""
+"""A platform that records decode steps and replays them, on tensors of a device type of its own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hotplug.vendor import DeviceInfo, ExecMode, Limits, MemoryInfo, OpRegistry
 
 class ToyCapture:
     name = "toy_capture"
-    torch_device = "cpu"
+    torch_device = "toy"
 
     def probe(self) -> Sequence[DeviceInfo]:
         return [DeviceInfo(index=0, name="Toy Capture", arch="toy")]
 
     def limits(self, device: DeviceInfo) -> Limits:
+        import toy_capture.device  # noqa: F401  (sets the device type up, before anybody makes a tensor of it)
+
         return Limits(
             dtypes=("float32",),
             exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hotplug.vendor import PlatformError
+from toy_capture.device import NAME, memory
 
 HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal"}
 """Operations whose result, or its shape, the host must read: a replay could not follow it."""
@@ -70,9 +71,9 @@ def _has_mask(args: Any) -> bool:
 
 def _aliases(result: Any, inputs: Any) -> bool:
     """Whether the result looks at the memory of an input (or holds none at all)."""
-    memory = {t.untyped_storage().data_ptr() for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)}
+    known = {memory(t) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.device.type == NAME}
     made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.numel()]
-    return all(t.untyped_storage().data_ptr() in memory for t in made)
+    return all(memory(t) in known for t in made)
 
 
 def _out_form(func: Any) -> tuple[Any, list[str]]:

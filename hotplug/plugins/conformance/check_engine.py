@@ -16,7 +16,6 @@ from hotplug.core.platform.base import DTYPES, KV_DTYPES, ExecMode, Feature
 from hotplug.core.platform.optional import HasCompile
 from hotplug.core.request import Request, SamplingParams
 from hotplug.plugins.conformance.engine_runs import (
-    MAX_LEN,
     Output,
     config,
     first_difference,
@@ -35,19 +34,20 @@ RANDOM_STEPS = 1000
 
 def end_to_end(target: Target, report: Report) -> None:
     """Greedy tokens are the references': alone, together, in chunks, after a prefix hit, preempted, with a window."""
-    tokens = 12 if target.options.quick else 32
+    quick = target.options.quick
+    tokens = 8 if quick else 32
     model, sliding = small_model(target.folder), small_model(target.folder, window=24)
-    asked = prompts(8)
+    asked = prompts(5 if quick else 8)
     expected = generate(start(target, trusted(target, model)), asked, tokens)
     windowed = generate(start(target, trusted(target, sliding)), asked, tokens)
     one_by_one = {"max_num_seqs": 1}
     _scenario(target, report, "one after the other", model, asked, expected, tokens, one_by_one)
-    _scenario(target, report, "eight together", model, asked, expected, tokens, {})
+    _scenario(target, report, "together", model, asked, expected, tokens, {})
     _scenario(target, report, "in chunks of 16 tokens", model, asked, expected, tokens, {"max_num_batched_tokens": 16})
     _scenario(target, report, "after a prefix hit", model, asked, expected, tokens, {}, again=True)
-    growing = prompts(8, longest=12)
-    grown = generate(start(target, trusted(target, model)), growing, 64)
-    _scenario(target, report, "preempted", model, growing, grown, 64, _tight(target, model))
+    growing, longer = prompts(8, longest=12), 24 if quick else 64
+    grown = generate(start(target, trusted(target, model)), growing, longer)
+    _scenario(target, report, "preempted", model, growing, grown, longer, _tight(target, model, len(growing) * longer))
     _scenario(target, report, "with a sliding window", sliding, asked, windowed, tokens, {})
     if target.options.model is not None:
         real = Path(target.options.model)
@@ -56,11 +56,10 @@ def end_to_end(target: Target, report: Report) -> None:
         _scenario(target, report, f"with {real.name}", real, few, want, tokens, {})
 
 
-def _tight(target: Target, model: Path) -> dict[str, Any]:
-    """A cache that holds one and a half of the longest requests."""
+def _tight(target: Target, model: Path, tokens: int) -> dict[str, Any]:
+    """A cache for half of so many tokens."""
     shape = bind(config(target, model), meta=True, candidates=target.candidates).kv_shape
-    blocks = 2 + MAX_LEN * 3 // 2 // shape.block_size
-    return {"kv_cache_memory": blocks * shape.block_bytes}
+    return {"kv_cache_memory": (2 + tokens // 2 // shape.block_size) * shape.block_bytes}
 
 
 def _scenario(
@@ -123,7 +122,7 @@ def _mode(target: Target, report: Report, mode: ExecMode, eager: EngineConfig, w
                 )
                 break
     before = _compiled(target)
-    steps = _random_load(core, RANDOM_STEPS // 10 if target.options.quick else RANDOM_STEPS)
+    steps = _random_load(core, RANDOM_STEPS // 20 if target.options.quick else RANDOM_STEPS)
     report.data[str(mode)]["steps"] = steps
     recompiles = max(core.stats().recompiles, _compiled(target) - before)
     if recompiles:
@@ -148,7 +147,7 @@ def _random_load(core: EngineCore, steps: int) -> int:
     begin, number = core.stats().steps, 0
     while core.stats().steps - begin < steps:
         for _ in range(rng.choice((0, 0, 1, 3))):
-            params = SamplingParams(temperature=rng.choice((0.0, 0.8)), max_tokens=rng.randint(1, 40), ignore_eos=True)
+            params = SamplingParams(temperature=rng.choice((0.0, 0.8)), max_tokens=rng.randint(1, 20), ignore_eos=True)
             prompt = [rng.randrange(1, 300) for _ in range(rng.randint(1, 90))]
             core.add(Request(id=f"random-{number}", prompt_token_ids=prompt, sampling=params))
             number += 1
