@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Made anew only when what it is made from changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-slow lint format bench-cpu clean
+.PHONY: serve test test-slow lint format docs bench-cpu clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -42,6 +42,9 @@ lint: $(STAMP) ## ruff and mypy
 format: $(STAMP) ## let ruff format and repair what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: $(STAMP) ## write docs/ops.md anew
+	$(BIN)/python ci/docs/ops.py
 
 bench-cpu: $(STAMP) ## the figures of one small model on this processor, against their bars
 	$(BIN)/python ci/bench/first_light.py $(ARGS)

@@ -158,3 +158,12 @@ def test_a_strided_tensor_keeps_its_strides() -> None:
     assert torch.equal(moved, x)
     assert moved.stride() == x.stride()
     assert moved.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("name", ["cpu", "toy_eager", "toy_capture", "toy_compile"])
+def test_platforms_conform_with_every_case(examples: Path, name: str) -> None:
+    done = run_python(examples, "-m", "hotplug.cli", "conform", "--platform", name, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("conforms")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def test_every_field_of_limits_and_impl_is_explained(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(hotplug.vendor.__all__))
 def test_every_name_of_the_vendor_interface_is_mentioned(name: str) -> None:
     assert re.search(rf"`{name}\b", PLATFORMS) or re.search(rf"\b{name}\b", "".join(FILES.values()))
+
+
+def test_the_page_of_operations_is_what_the_code_says() -> None:
+    spec = importlib.util.spec_from_file_location("docs_ops", DOCS.parent / "ci" / "docs" / "ops.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)

@@ -28,7 +28,9 @@ def write_distribution(
         file.write_text(source)
 
 
-def run_python(folder: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(
+    folder: Path, *arguments: str, cwd: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
     """Run Python with `folder` on its path, and a cache of its own: stevedore keeps entry points on disk."""
     inherited = os.environ.get("PYTHONPATH")
     environment = {
@@ -38,5 +40,5 @@ def run_python(folder: Path, *arguments: str, cwd: Path | None = None) -> subpro
     }
     return subprocess.run(
         [sys.executable, *arguments],
-        env=environment, cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+        env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip

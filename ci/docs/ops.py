@@ -1,0 +1,69 @@
+"""Writes docs/ops.md from the built-in ops: signature, reference's docstring, facts, parts. `make docs`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from hotplug.core.ops.attention import AttentionInputs
+from hotplug.core.ops.builtin import builtin_ops
+from hotplug.core.ops.registry import Op
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "ops.md"
+HEAD = """# Operations
+
+Every operation that a kernel may claim, with the signature of its plain-PyTorch reference, which a kernel has too, and
+the static facts that its call sites state (`spec["head_dim"]` in `check`). Written by `make docs` from
+`hotplug/core/ops/`; a test keeps it so. What a kernel may rely on is in [platforms.md](platforms.md#kernels).
+
+A KV cache is [num_blocks, block_size, kv_heads, head_dim] in layout `NHD`, [num_blocks, kv_heads, block_size, head_dim] in
+`HND`; block 0 belongs to nobody. Positions, slots, block tables and lengths have `Limits.index_dtype`.
+
+"""
+FACTS = {
+    "vocab": "vocabulary size",
+    "hidden": "width of the hidden state",
+    "width": "size of the last dimension (of the result, for a gate)",
+    "in_features": "columns of the weight",
+    "out_features": "rows of the weight",
+    "bias": "whether there is a bias",
+    "scheme": "weight scheme, `none` for floating point",
+    "num_heads": "query heads",
+    "num_kv_heads": "key/value heads",
+    "head_dim": "elements of a head",
+    "rotary_dim": "leading elements of a head that are rotated",
+    "window": "tokens that a query sees, itself included; None = all before it",
+    "static": "whether steps may have a static shape: then lengths are on the device only",
+    "block_size": "tokens in a KV block",
+    "layout": "`NHD` or `HND`",
+    "kv_dtype": "storage dtype of the KV cache",
+}
+
+
+def page() -> str:
+    """The text of docs/ops.md."""
+    sections = [_section(op) for op in sorted(builtin_ops(), key=lambda op: op.name)]
+    return HEAD + "\n".join(sections) + "\n" + _inputs()
+
+
+def _section(op: Op) -> str:
+    signature = str(inspect.signature(op.reference, eval_str=True))
+    signature = re.sub(r"\b(?:\w+\.)+(Tensor|AttentionInputs)\b", r"\1", signature)
+    lines = [f"## {op.name}", "", "```python", f"{op.name}{signature}", "```", "", inspect.getdoc(op.reference) or ""]
+    if op.lower is not None:
+        lines += ["", "A fused op: where no kernel claims it, its parts are bound in turn."]
+    if op.facts:
+        lines += ["", "| fact | meaning |", "|---|---|", *(f"| `{fact}` | {FACTS[fact]} |" for fact in op.facts)]
+    return "\n".join(lines) + "\n"
+
+
+def _inputs() -> str:
+    """What `step` holds."""
+    source = inspect.getsource(AttentionInputs)
+    body = source[: source.index("    NODE_FIELDS")].rstrip()
+    return f"## AttentionInputs\n\n```python\n{body}\n```\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
