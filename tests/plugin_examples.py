@@ -10,7 +10,7 @@ import pytest
 from throwaway import write_distribution
 
 from hotplug.core.platform.discovery import Loaded
-from hotplug.plugins import extension
+from hotplug.plugins import installed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -36,4 +36,4 @@ def activate(monkeypatch: pytest.MonkeyPatch, example: str) -> None:
         module, _, function = target.partition(":")
         plugin = getattr(import_module(module), function)()
         loaded.append(Loaded(name, target, f"{project['name']} {project['version']}", plugin=plugin))
-    monkeypatch.setattr(extension, "load_group", lambda group: loaded if group == extension.PLUGIN_GROUP else [])
+    monkeypatch.setattr(installed, "load_group", lambda group: loaded if group == installed.PLUGIN_GROUP else [])

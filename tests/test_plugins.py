@@ -17,7 +17,8 @@ from hotplug.core.ops.registry import Op
 from hotplug.core.platform.discovery import Loaded
 from hotplug.core.scheduler.policy import FCFS, POLICIES
 from hotplug.core.weights.hf_config import parse_hf_config
-from hotplug.plugins.extension import Extension, gather
+from hotplug.plugins.extension import Extension
+from hotplug.plugins.installed import gather
 
 
 def loaded(plugin: object = None, *, name: str = "extra", error: str = "") -> Loaded:

@@ -1,7 +1,4 @@
-"""What a plugin brings, and how the installed ones are gathered.
-
-Importing this needs no torch: the server gathers parsers without a model.
-"""
+"""What a plugin brings, and how several are merged. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hotplug.core.errors import ConfigError, PlatformError, nearest
-from hotplug.core.platform.discovery import Loaded, load_group
+from hotplug.core.platform.discovery import Loaded
 
 if TYPE_CHECKING:
     from hotplug.core.models.decoder import Decoder
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from hotplug.core.transfer.connector import Factory as ConnectorFactory
     from hotplug.core.weights.hf_config import ConfigReader
 
-PLUGIN_GROUP = "hotplug.plugins"
 BUILT_IN = "hotplug itself"
 
 
@@ -67,18 +63,14 @@ class Extension:
 _TITLES = {f.name: f.metadata["title"] for f in dataclasses.fields(Extension)}
 
 
-def gather(loaded: Iterable[Loaded] | None = None, *, builtin: Extension | None = None) -> Extension:
-    """`builtin` (default: all of it) and all that plugins add, but only plugins' ops: a registry has the built-in ones.
+def merge(builtin: Extension, loaded: Iterable[Loaded]) -> Extension:
+    """`builtin` and all that plugins add, but only plugins' ops: a registry has the built-in ones.
 
     Raises PlatformError for a broken plugin, and for a name that two packages bring.
     """
-    if builtin is None:
-        from hotplug.plugins.builtin import everything
-
-        builtin = everything()
     merged: dict[str, dict[str, Any]] = {kind: dict(_entries(builtin, kind)) for kind in _TITLES}
     owners = {(kind, name): BUILT_IN for kind, entries in merged.items() for name in entries}
-    for item in load_group(PLUGIN_GROUP) if loaded is None else loaded:
+    for item in loaded:
         owner = f"{item.name} ({item.distribution or item.target})"
         extension = _checked(item, f"plugin {owner}")
         for kind, title in _TITLES.items():

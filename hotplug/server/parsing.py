@@ -12,7 +12,7 @@ from typing import Any
 
 from hotplug.core.text.parsers import ReasoningParser, ToolCall, ToolParser
 from hotplug.plugins.builtin import parsers as builtin_parsers
-from hotplug.plugins.extension import gather
+from hotplug.plugins.installed import gather
 
 
 @dataclass(slots=True)

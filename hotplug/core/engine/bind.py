@@ -34,7 +34,8 @@ from hotplug.core.transfer.connector import KVConnector, KVFormat
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.source import resolve as resolve_source
-from hotplug.plugins.extension import Extension, gather
+from hotplug.plugins.extension import Extension
+from hotplug.plugins.installed import gather
 
 TORCH_DTYPES = {
     "float32": torch.float32,
