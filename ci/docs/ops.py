@@ -18,7 +18,8 @@ the static facts that its call sites state (`spec["head_dim"]` in `check`). Writ
 `hotplug/core/ops/`; a test keeps it so. What a kernel may rely on is in [platforms.md](platforms.md#kernels).
 
 A KV cache is [num_blocks, block_size, kv_heads, head_dim] in layout `NHD` and
-[num_blocks, kv_heads, block_size, head_dim] in `HND`; block 0 belongs to nobody. Positions, slots, block tables and lengths have `Limits.index_dtype`.
+[num_blocks, kv_heads, block_size, head_dim] in `HND`; block 0 belongs to nobody. Positions, slots, block tables and
+lengths have `Limits.index_dtype`.
 
 """
 FACTS = {

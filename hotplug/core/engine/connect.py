@@ -16,24 +16,29 @@ from hotplug.core.transfer.blocks import BlockTransfer
 from hotplug.core.transfer.connector import KVConnector, KVFormat
 
 
-def connect(bound: Bound, kv: list[KVBlocks]) -> tuple[BlockTransfer, KVConnector] | None:
-    """What moves blocks, and what keeps them; None without a connector. Raises FeatureError, ConfigError."""
+def make_connector(bound: Bound) -> KVConnector | None:
+    """What keeps blocks elsewhere, if anything does. Needs no weights. Raises FeatureError, ConfigError."""
     if bound.connector is None:
         return None
     model = bound.checkpoint.config
     if len(model.sliding_layers) == model.num_layers:
         raise FeatureError("a KV connector cannot serve a model that slides in every layer",
                            why="blocks behind the window are gone", hint="Leave out --kv-connector.")  # fmt: skip
-    kv_format = block_format(bound, kv)
-    connector = bound.connector(kv_format)
+    return bound.connector(block_format(bound))
+
+
+def make_transfer(bound: Bound, kv: list[KVBlocks], connector: KVConnector | None) -> BlockTransfer | None:
+    """What moves blocks between the caches and the connector."""
+    if connector is None:
+        return None
     platform = bound.selection.platform
     copy = platform.copy if isinstance(platform, HasKV) else _copy
-    return BlockTransfer(kv, connector, kv_format, copy), connector
+    return BlockTransfer(kv, connector, block_format(bound), copy)
 
 
-def block_format(bound: Bound, kv: list[KVBlocks]) -> KVFormat:
+def block_format(bound: Bound) -> KVFormat:
     """The format of an engine's blocks. The namespace follows from all that their contents do, kernels apart."""
-    cache = kv[0][0]
+    layers, sides, _, *inner = bound.kv_shape.tensor_shape(1)
     config = bound.config
     facts = {
         "model": dataclasses.asdict(bound.checkpoint.config),
@@ -45,7 +50,7 @@ def block_format(bound: Bound, kv: list[KVBlocks]) -> KVFormat:
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     namespace = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return KVFormat(namespace, (len(kv), 2, *cache.shape[1:]), cache.dtype)
+    return KVFormat(namespace, (layers, sides, *inner), bound.kv_shape.dtype)
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

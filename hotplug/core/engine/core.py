@@ -8,7 +8,7 @@ from typing import Any
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.engine.connect import connect
+from hotplug.core.engine.connect import make_connector, make_transfer
 from hotplug.core.engine.executables import captured, compiled, compiled_shapes
 from hotplug.core.errors import ConfigError, RequestError
 from hotplug.core.kv.groups import KVGroup
@@ -41,11 +41,12 @@ class EngineCore:
     ) -> None:
         self.bound = bound = bind(config, observe=observe, candidates=candidates)
         shapes, bounds = compiled_shapes(bound) or ((), None)
+        connector = make_connector(bound)
         load_weights(bound.model, bound.checkpoint)
         num_blocks = _num_blocks(bound)
         cache = kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
         self._executable = _executable(bound, cache, shapes)
-        transfer, connector = connect(bound, cache) or (None, None)
+        transfer = make_transfer(bound, cache, connector)
         self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer)
         kv = KVManager(
             _kv_group(bound),
