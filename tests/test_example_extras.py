@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,20 @@ def test_other_weights_or_dtypes_share_no_block(start, tmp_path):
     generate(other, PROMPT)
     assert other.stats().prefix_hits == 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_weights_of_the_same_shape_share_no_block(start, model, tmp_path):
+    import safetensors.torch
+
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tensors = safetensors.torch.load_file(other / "model.safetensors")
+    safetensors.torch.save_file({k: v * 1.01 for k, v in tensors.items()}, other / "model.safetensors")
+    assert (other / "model.safetensors").stat().st_size == (model / "model.safetensors").stat().st_size
+    generate(start(kv_connector=f"folder:{tmp_path}/kv"), PROMPT)
+    core = start(model=str(other), kv_connector=f"folder:{tmp_path}/kv")
+    generate(core, PROMPT)
+    assert core.stats().prefix_hits == 0
 
 
 def test_salted_requests_share_no_block_with_others(start, tmp_path):
