@@ -188,6 +188,22 @@ def test_salted_requests_share_no_block_with_others(start, tmp_path):
     assert core.stats().prefix_hits == 0
 
 
+def test_a_connector_that_fails_costs_a_prefix_and_not_the_engine(start, tmp_path):
+    first = start(kv_connector=f"folder:{tmp_path}")
+    expected = generate(first, PROMPT)
+    (namespace,) = tmp_path.iterdir()
+    for i, file in enumerate(sorted(namespace.iterdir())):
+        file.write_bytes(file.read_bytes()[:100] if i % 2 else b"")
+    core = start(kv_connector=f"folder:{tmp_path}")
+    with pytest.warns(UserWarning, match="KV connector FolderConnector: fetch failed"):
+        assert generate(core, PROMPT) == expected
+    for file in namespace.iterdir():
+        file.unlink()
+    namespace.rmdir()
+    with pytest.warns(UserWarning, match="KV connector FolderConnector: store failed"):
+        generate(core, PROMPT[::-1])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

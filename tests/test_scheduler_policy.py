@@ -50,6 +50,14 @@ def test_a_rank_that_cannot_be_ordered_refuses_the_request(rank: object) -> None
     assert not engine.scheduler.has_work
 
 
+def test_a_policy_that_raises_refuses_the_request_and_harms_no_other() -> None:
+    engine = FakeEngine(policy=Ranked(lambda r: 1 / (len(r.prompt_token_ids) - 1)), max_num_seqs=1)
+    with pytest.raises(RequestError, match="fails on the request: ZeroDivisionError"):
+        engine.add([1], max_tokens=1)
+    engine.add([1, 2], max_tokens=1)
+    engine.run()
+
+
 def test_a_policy_sees_when_a_request_came_though_nobody_said() -> None:
     seen = []
     engine = FakeEngine(policy=Ranked(lambda r: seen.append(r.arrival) or 0), max_num_seqs=1)

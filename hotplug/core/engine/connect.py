@@ -15,6 +15,7 @@ from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.optional import HasKV
 from hotplug.core.transfer.blocks import BlockTransfer
 from hotplug.core.transfer.connector import KVConnector, KVFormat
+from hotplug.core.transfer.guard import GuardedConnector
 
 PIECES, PIECE = 256, 4096
 """How much of a file its fingerprint looks at: a megabyte, so that a start does not wait for it."""
@@ -28,7 +29,8 @@ def make_connector(bound: Bound) -> KVConnector | None:
     if len(model.sliding_layers) == model.num_layers:
         raise FeatureError("a KV connector cannot serve a model that slides in every layer",
                            why="blocks behind the window are gone", hint="Leave out --kv-connector.")  # fmt: skip
-    return bound.connector(block_format(bound))
+    kv_format = block_format(bound)
+    return GuardedConnector(bound.connector(kv_format), kv_format)
 
 
 def make_transfer(bound: Bound, kv: list[KVBlocks], connector: KVConnector | None) -> BlockTransfer | None:

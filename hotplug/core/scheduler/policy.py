@@ -53,7 +53,10 @@ POLICIES: Mapping[str, SchedulingPolicy] = MappingProxyType({"fcfs": FCFS, "prio
 
 def rank_of(policy: SchedulingPolicy, request: Request) -> float:
     """The request's rank. Raises RequestError where the policy gives what cannot be ordered."""
-    rank = policy.rank(request)
+    try:
+        rank = policy.rank(request)
+    except Exception as e:
+        raise RequestError(f"the scheduling policy {type(policy).__name__} fails on the request: {e!r}") from e
     if not isinstance(rank, int | float) or not math.isfinite(rank):
         raise RequestError(f"the scheduling policy {type(policy).__name__} ranks the request {rank!r}, not a number")
     return rank
