@@ -28,6 +28,13 @@ def test_every_name_of_the_vendor_interface_is_mentioned(name: str) -> None:
     assert re.search(rf"`{name}\b", PLATFORMS) or re.search(rf"\b{name}\b", "".join(FILES.values()))
 
 
+def test_every_export_is_in_the_table_of_exports() -> None:
+    table = PLATFORMS[PLATFORMS.index("## What `hotplug.vendor` exports") : PLATFORMS.index("## Versions")]
+    assert set(hotplug.vendor.__all__) <= set(re.findall(r"`(\w+)`", table))
+    for kind in (hotplug.vendor.Feature, hotplug.vendor.ExecMode, hotplug.vendor.KVLayout):
+        assert {member.name for member in kind} <= set(re.findall(r"`(\w+)`", table))
+
+
 def test_the_page_of_operations_is_what_the_code_says() -> None:
     spec = importlib.util.spec_from_file_location("docs_ops", DOCS.parent / "ci" / "docs" / "ops.py")
     assert spec is not None and spec.loader is not None
