@@ -29,6 +29,8 @@ from hotplug.core.runner.compile import StepBounds, checked_shapes
 from hotplug.core.runner.static import StepShape
 
 BUCKETS = [(1, 1), (8, 8), (16, 1), (24, 3)]
+FEW = ((8, 8), (24, 3))
+"""Enough where programs are looked at and not run."""
 COMPILES: dict[str, Any] = {
     "exec_modes": (ExecMode.COMPILE, ExecMode.EAGER), "max_graph_shapes": 4, "mixed_steps": False,
     "index_dtype": "int32", "block_sizes": (32,), "shared_host_memory": True, "accelerator": False,
@@ -129,7 +131,7 @@ def calls(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def test_a_program_has_one_node_a_call_site_of_the_model(start):
-    platform = Compiler()
+    platform = Compiler(shapes=FEW)
     core = start(platform)
     program = platform.programs[24, 3].export()
     nodes = [n for n in program.graph.nodes if str(n.target).startswith("hotplug.")]
@@ -140,7 +142,7 @@ def test_a_program_has_one_node_a_call_site_of_the_model(start):
 
 
 def test_an_inlined_program_is_functional_and_of_fixed_shape(start):
-    platform = Compiler()
+    platform = Compiler(shapes=FEW)
     start(platform)
     for program in (p.inlined() for p in platform.programs.values()):
         assert not [name for name in calls(program) if not name.startswith("aten::")]
@@ -154,9 +156,9 @@ def test_an_inlined_program_is_functional_and_of_fixed_shape(start):
 
 def test_sites_with_a_kernel_stay_nodes_and_come_with_it(start):
     kernel = Impl("rms_norm", "acme", rms_norm)
-    platform = Compiler(kernels=[kernel])
+    platform = Compiler(kernels=[kernel], shapes=FEW)
     start(platform)
-    program = platform.programs[1, 1]
+    program = platform.programs[8, 8]
     assert set(program.kernels.values()) == {rms_norm}
     assert set(calls(program.export())) >= {"hotplug::rms_norm", "hotplug::linear"}
     left = [n.args[-1] for n in program.inlined().graph.nodes if str(n.target).startswith("hotplug.")]
@@ -166,14 +168,14 @@ def test_sites_with_a_kernel_stay_nodes_and_come_with_it(start):
 
 def test_a_kernel_is_left_out_of_shapes_that_it_does_not_accept(start):
     kernel = Impl("attention", "acme", lambda *a: None, accepts=lambda bucket: bucket.max_query_len == 1)
-    platform = Compiler(kernels=[kernel])
+    platform = Compiler(kernels=[kernel], shapes=FEW)
     start(platform)
     assert len(platform.programs[8, 8].kernels) == 2
     assert not platform.programs[24, 3].kernels
 
 
 def test_weights_are_named_as_the_program_names_them(start):
-    platform = Compiler()
+    platform = Compiler(shapes=FEW)
     start(platform)
     program = platform.programs[8, 8]
     signature = program.export().graph_signature

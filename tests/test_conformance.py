@@ -99,7 +99,11 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["toy_eager", "toy_capture", "toy_compile"])
+@pytest.mark.parametrize(
+    "name",
+    ["toy_eager", pytest.param("toy_capture", marks=pytest.mark.slow),
+     pytest.param("toy_compile", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_the_toy_platforms_conform(examples: Path, name: str) -> None:
     done = run_python(examples, "-m", "hotplug.cli", "conform", "--platform", name, "--quick", "--json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
