@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "hotplug needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c ci/constraints.txt -e '.[cpu,dev]'
+	$(BIN)/pip install -q -c ci/constraints.txt -e '.[cpu,cuda,dev]'
 	@touch $@
 
 serve: $(STAMP) ## fetch the default model if needed and serve it (MODEL= HOST= PORT= ARGS=)

@@ -89,7 +89,7 @@ def test_the_cpu_platform_is_a_plugin_like_any_other(found: dict[str, list[Any]]
 
 
 def test_every_entry_point_is_reported(found: dict[str, list[Any]]) -> None:
-    assert found.keys() == ENTRY_POINTS.keys() | {"cpu"}
+    assert found.keys() == ENTRY_POINTS.keys() | {"cpu", "cuda"}
 
 
 @pytest.mark.parametrize(

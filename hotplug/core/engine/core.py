@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +19,16 @@ from hotplug.core.models.loader import load_weights
 from hotplug.core.ops.registry import Observe
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
+from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory
 from hotplug.core.runner.capture import CapturedSteps
 from hotplug.core.runner.compile import CompiledSteps
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.profile import run_largest_steps
-from hotplug.core.runner.runner import Runner
+from hotplug.core.runner.runner import Runner, StepHandle
 from hotplug.core.runner.static import StepShape
+from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 
 
@@ -47,7 +50,11 @@ class EngineCore:
         cache = kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
         self._executable = _executable(bound, cache, shapes)
         transfer = make_transfer(bound, cache, connector)
-        self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer)
+        platform = bound.selection.platform
+        runtime = platform if isinstance(platform, HasRuntime) else None
+        self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime)
+        self._ahead = int(bound.limits.asynchronous)
+        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         kv = KVManager(
             _kv_group(bound),
             num_blocks=num_blocks,
@@ -98,7 +105,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError or QueueFullError; the engine goes on."""
@@ -126,12 +133,20 @@ class EngineCore:
         return self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenDelta]:
-        """Plan one step, run it, and return what it added to which request."""
+        """Plan and launch one step, and return what the oldest in flight added to which request.
+
+        On an asynchronous device one step stays in flight: its results come with the next call.
+        """
         plan = self._scheduler.schedule()
-        if plan is None:
+        if plan is not None:
+            self._in_flight.append((plan, self._runner.execute(plan)))
+            if len(self._in_flight) <= self._ahead:
+                return []
+        if not self._in_flight:
             return []
-        deltas = self._scheduler.update(plan, self._runner.execute(plan).result())
-        if not self._scheduler.has_work:  # nobody knows when the next step will be
+        oldest, handle = self._in_flight.popleft()
+        deltas = self._scheduler.update(oldest, handle.result())
+        if not self.has_work:  # nobody knows when the next step will be
             self._runner.save(self._scheduler.take_saves())
         return deltas
 

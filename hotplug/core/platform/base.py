@@ -93,6 +93,9 @@ class Limits:
     """Whether one step may hold prompt chunks and decodes together."""
     shared_host_memory: bool = False
     """Whether the device's memory is the host's, so that the KV cache competes with everything else."""
+    asynchronous: bool = False
+    """Whether the device works beside the host: then a step is planned and launched before the tokens of the one
+    before it are read."""
     accelerator: bool = True
     """Whether a plain-PyTorch reference op is worth a warning here; on a host processor it is the usual thing."""
     features: frozenset[Feature] = frozenset()

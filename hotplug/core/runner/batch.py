@@ -32,6 +32,7 @@ class Batch:
         self._prepare = plan.bind("prepare_inputs", "inputs", "int", block_size=block_size)
         self._block_size = block_size
         self._index_dtype = index_dtype
+        self._index_type = np.int32 if index_dtype is torch.int32 else np.int64
         self._device = device
         # Lazily paged: only rows that hold long sequences cost memory.
         self.tokens = np.zeros((max_rows, max_len), np.int32)
@@ -90,5 +91,6 @@ class Batch:
         return token_ids
 
     def upload(self, values: np.ndarray) -> Tensor:
-        """A host array as an index tensor on the device."""
-        return torch.from_numpy(values).to(device=self._device, dtype=self._index_dtype, copy=True)
+        """A host array as an index tensor on the device. Does not wait for what the device is at."""
+        values = values.astype(self._index_type)  # here, so that the device need not convert; also a copy to send
+        return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.request import TokenLogprobs
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.executable import Executable, StepOutputs
@@ -33,19 +35,38 @@ class _PromptScores:
     parts: list[Logprobs] = field(default_factory=list)
 
 
+class _Tokens:
+    """Sampled tokens on their way to the host: copied beside later steps where the platform has a runtime."""
+
+    def __init__(self, tokens: Tensor, runtime: HasRuntime | None) -> None:
+        self._host, self._event = tokens, None
+        if runtime is not None:
+            self._host, self._event = runtime.pinned(tokens.shape, tokens.dtype), runtime.event()
+            self._host.copy_(tokens, non_blocking=True)
+            self._event.record()
+
+    def wait(self) -> npt.NDArray[np.int64]:
+        """int64 [S], once their step has run."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: npt.NDArray[np.int64] = self._host.to("cpu").numpy()
+        return found
+
+
 @dataclass(slots=True)
 class StepHandle:
-    """A step in flight. `result` waits for the device and copies its tokens to the host."""
+    """A step in flight. `result` waits for its tokens."""
 
     plan: StepPlan
     sampled: Sampled | None
+    tokens: _Tokens | None
     prompt_scores: list[_PromptScores]
 
     def result(self) -> StepResult:
         token_ids = np.zeros(len(self.plan.rows), np.int32)
         logprobs: dict[int, TokenLogprobs] = {}
-        if self.sampled is not None:
-            token_ids[self.plan.samples] = self.sampled.tokens.to("cpu").numpy()
+        if self.sampled is not None and self.tokens is not None:
+            token_ids[self.plan.samples] = self.tokens.wait()
             if self.sampled.logprobs is not None:
                 entries = self.sampled.logprobs.to_host(self.sampled.logprob_counts)
                 logprobs = dict(zip(self.sampled.logprob_rows, entries, strict=True))
@@ -66,8 +87,10 @@ class Runner:
         sampler: Sampler,
         executable: Executable,
         transfer: BlockTransfer | None = None,
+        runtime: HasRuntime | None = None,
     ) -> None:
         self._transfer = transfer
+        self._runtime = runtime
         self._model = model
         self._batch = batch
         self._sampler = sampler
@@ -83,12 +106,13 @@ class Runner:
         self._apply(plan)
         inputs = self._batch.inputs(plan)
         outputs = self._executable(inputs)
-        sampled = None
+        sampled = tokens = None
         if plan.samples.any():
             rows = plan.rows[plan.samples]
             sampled = self._sampler.sample(outputs.logits, rows)
             self._batch.last_tokens[self._batch.upload(rows)] = sampled.tokens.to(self._batch.last_tokens.dtype)
-        return StepHandle(plan, sampled, self._score_prompts(plan, inputs, outputs))
+            tokens = _Tokens(sampled.tokens, self._runtime)
+        return StepHandle(plan, sampled, tokens, self._score_prompts(plan, inputs, outputs))
 
     @torch.inference_mode()
     def save(self, blocks: list[tuple[int, bytes]]) -> None:

@@ -36,7 +36,7 @@ class TokenHistory:
         if not self._free:
             self._grow()
         slot = self._slot[row] = self._free.pop()
-        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device, non_blocking=True)
         self._prompt_seen[slot] = False
         self._prompt_seen[slot, tokens[:num_prompt_tokens]] = True
         self._counts[slot] = torch.bincount(tokens[num_prompt_tokens:], minlength=self._vocab)
@@ -53,7 +53,8 @@ class TokenHistory:
         if not len(which):
             return logits
         entry, row, slot = (
-            torch.from_numpy(a.astype(np.int64)).to(self._device) for a in (which, rows[which], self._slot[rows[which]])
+            torch.from_numpy(a.astype(np.int64)).to(self._device, non_blocking=True)
+            for a in (which, rows[which], self._slot[rows[which]])
         )
         adjusted = logits.clone()
         adjusted[entry] = self._penalties(
@@ -70,8 +71,8 @@ class TokenHistory:
         """Count the step's `tokens` [S] of `rows` [S]."""
         which = np.flatnonzero(self._slot[rows] >= 0)
         if len(which):
-            slot = torch.from_numpy(self._slot[rows[which]]).to(self._device)
-            self._counts[slot, tokens[torch.from_numpy(which).to(self._device)]] += 1
+            slot = torch.from_numpy(self._slot[rows[which]]).to(self._device, non_blocking=True)
+            self._counts[slot, tokens[torch.from_numpy(which).to(self._device, non_blocking=True)]] += 1
 
     def _grow(self) -> None:
         old = len(self._counts)

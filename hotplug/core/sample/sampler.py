@@ -210,7 +210,7 @@ class Sampler:
         )
 
     def _index(self, values: npt.NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device)
+        return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)
 
 
 def _penalized(params: SamplingParams) -> bool:

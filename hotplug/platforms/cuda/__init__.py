@@ -1,0 +1,125 @@
+"""The CUDA platform: NVIDIA GPUs of compute capability 8.0 and up, with paged kernels in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from hotplug.platforms.cuda.nvml import Gpu, Nvml
+    from hotplug.vendor import OpRegistry
+
+LEAST = (8, 0)
+"""Oldest compute capability that the kernels are written for."""
+
+
+class CudaPlatform:
+    """NVIDIA GPUs."""
+
+    name = "cuda"
+    torch_device = "cuda"
+    api_version = "1.0"
+
+    def __init__(self) -> None:
+        self._nvml: Nvml | None = None
+        self._gpus: list[Gpu] = []
+        self._pool: Any = None
+        self._graphs: WeakSet[Any] = WeakSet()
+
+    def probe(self) -> Sequence[DeviceInfo]:
+        from hotplug.platforms.cuda.nvml import Nvml
+
+        try:
+            self._nvml = Nvml()
+        except OSError:  # no driver on this machine
+            return []
+        self._gpus = self._nvml.gpus()
+        return [
+            DeviceInfo(index=gpu.index, name=gpu.name, arch=f"sm_{gpu.capability[0]}{gpu.capability[1]}",
+                       cores=gpu.multiprocessors, details=f"driver {gpu.driver}")
+            for gpu in self._gpus if gpu.capability >= LEAST
+        ]  # fmt: skip
+
+    def diagnose(self) -> Sequence[str]:
+        from hotplug.platforms.cuda.nvml import LIBRARY, Nvml, NvmlError
+
+        try:
+            gpus = Nvml().gpus()
+        except OSError:
+            return [f"no NVIDIA driver: {LIBRARY} is not found"]
+        except NvmlError as e:
+            return [f"the NVIDIA driver answers with an error ({e}); is it loaded, and does it match its libraries?"]
+        if not gpus:
+            return ["the driver shows no GPU to this process; look at CUDA_VISIBLE_DEVICES"]
+        return [f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
+                f"{LEAST[0]}.{LEAST[1]} is the least" for gpu in gpus if gpu.capability < LEAST]  # fmt: skip
+
+    def limits(self, device: DeviceInfo) -> Limits:
+        return Limits(
+            dtypes=("bfloat16", "float16", "float32"),
+            block_sizes=(16, 32, 64),
+            kv_layouts=(KVLayout.NHD,),
+            index_dtype="int32",
+            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER),
+            asynchronous=True,
+        )
+
+    def memory(self, device: DeviceInfo) -> MemoryInfo:
+        assert self._nvml is not None
+        gpu = next(gpu for gpu in self._gpus if gpu.index == device.index)
+        free, total = self._nvml.memory(gpu)
+        return MemoryInfo(free=free + _cached(device.index), total=total)
+
+    def register(self, ops: OpRegistry) -> None:
+        from hotplug.platforms.cuda.kernels import KERNELS
+
+        for kernel in KERNELS:
+            ops.add(kernel)
+
+    def capture(self, step: Callable[[], Any], device: DeviceInfo) -> Callable[[], Any]:
+        import torch
+
+        # Graphs share a memory pool, since they never run at once; it ends with the last graph in it.
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device.index), torch.cuda.graph(graph, pool=self._pool):
+            step()
+        self._graphs.add(graph)
+        replay: Callable[[], Any] = graph.replay
+        return replay
+
+    def set_device(self, device: DeviceInfo) -> None:
+        import torch
+
+        torch.cuda.set_device(device.index)
+
+    def stream(self) -> Any:
+        import torch
+
+        return torch.cuda.stream(torch.cuda.Stream())
+
+    def event(self) -> Any:
+        import torch
+
+        return torch.cuda.Event()
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+
+def _cached(index: int) -> int:
+    """Bytes that PyTorch holds back from the driver, free for the next tensor of this process."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index))

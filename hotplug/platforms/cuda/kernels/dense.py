@@ -1,0 +1,120 @@
+"""Norms, activations and rotation: one pass over memory each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms_norm(x, weight, out, inner, outer_stride, inner_stride, n, eps, BLOCK: tl.constexpr):
+    """A program a row of x [outer, inner, n]; out is dense."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < n
+    source = x + (row // inner) * outer_stride + (row % inner) * inner_stride
+    value = tl.load(source + cols, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / n + eps)
+    normed = (value * scale).to(x.dtype.element_ty)
+    tl.store(out + row * n + cols, normed * tl.load(weight + cols, mask=mask), mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x` [num_tokens, n] or [num_tokens, heads, n], rows dense in the last dimension."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        n = x.shape[-1]
+        inner, inner_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+        block = triton.next_power_of_2(n)
+        _rms_norm[(x.shape[0] * inner,)](x, weight, out, inner, x.stride(0), inner_stride, n, eps, BLOCK=block,
+                                         num_warps=_warps(block))  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_rms_norm(x, residual, weight, out, total, x_stride, residual_stride, n, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < n
+    value = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(residual + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    rounded = value.to(x.dtype.element_ty)
+    tl.store(total + row * n + cols, rounded, mask=mask)
+    wide = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide) / n + eps)
+    normed = (wide * scale).to(x.dtype.element_ty)
+    tl.store(out + row * n + cols, normed * tl.load(weight + cols, mask=mask), mask=mask)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[num_tokens, n] each; the normalized sum, and the sum."""
+    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    if x.numel():
+        n = x.shape[-1]
+        block = triton.next_power_of_2(n)
+        _add_rms_norm[(x.shape[0],)](x, residual, weight, out, total, x.stride(0), residual.stride(0), n, eps,
+                                     BLOCK=block, num_warps=_warps(block))  # fmt: skip
+    return out, total
+
+
+@triton.jit
+def _silu_mul(gate_up, out, stride, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < n
+    gate = tl.load(gate_up + row * stride + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + n + cols, mask=mask, other=0.0)
+    silu = (gate / (1 + tl.exp(-gate))).to(gate_up.dtype.element_ty)
+    tl.store(out + row * n + cols, silu * up, mask=mask)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[num_tokens, 2n] to [num_tokens, n]."""
+    tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, n), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        block = min(triton.next_power_of_2(n), 1024)
+        _silu_mul[(tokens, triton.cdiv(n, block))](gate_up, out, gate_up.stride(0), n, BLOCK=block, num_warps=4)
+    return out
+
+
+@triton.jit
+def _rope(q, k, q_out, k_out, positions, cos_sin, q_token, q_head, k_token, k_head, heads, kv_heads, dim, half,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """A program a token and head; the first `heads` are the queries'."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if head < heads:
+        source, target = q + token * q_token + head * q_head, q_out + (token * heads + head) * dim
+    else:
+        head -= heads
+        source, target = k + token * k_token + head * k_head, k_out + (token * kv_heads + head) * dim
+    table = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * half)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < half
+    cos, sin = tl.load(table + cols, mask=mask), tl.load(table + half + cols, mask=mask)
+    first = tl.load(source + cols, mask=mask).to(tl.float32)
+    second = tl.load(source + half + cols, mask=mask).to(tl.float32)
+    tl.store(target + cols, first * cos - second * sin, mask=mask)
+    tl.store(target + half + cols, second * cos + first * sin, mask=mask)
+    for start in range(2 * half, dim, BLOCK):  # dimensions that are not rotated
+        rest = start + cols
+        tl.store(target + rest, tl.load(source + rest, mask=rest < dim), mask=rest < dim)
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`q` [num_tokens, heads, head_dim] and `k` [num_tokens, kv_heads, head_dim], new tensors."""
+    tokens, heads, dim = q.shape
+    kv_heads, half = k.shape[1], cos_sin.shape[1] // 2
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if tokens:
+        _rope[(tokens, heads + kv_heads)](
+            q, k, q_out, k_out, positions, cos_sin, q.stride(0), q.stride(1), k.stride(0), k.stride(1), heads,
+            kv_heads, dim, half, BLOCK=max(triton.next_power_of_2(half), 16), num_warps=1,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
