@@ -29,6 +29,12 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             yield {"hidden": 64, "vocab": 257, "bias": False, "scheme": "none"}
         case "rms_norm" | "add_rms_norm" | "silu_mul":
             yield from ({"width": width} for width in (64, 96, 130))
+        case "linear_silu_mul":
+            for i, w, b in ((64, 48, True), (130, 33, False)):
+                yield {"in_features": i, "width": w, "bias": b, "scheme": "none"}
+        case "rope_kv_write" | "qk_norm_rope_kv_write":
+            for (h, kv, dim), part, cache in itertools.product(heads, (1, 2), _caches(limits, quick)):
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // part, **cache}
         case "rope" | "qk_norm_rope":
             for h, kv, dim in heads:
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim}
