@@ -37,15 +37,17 @@ def candidates(n: int, k: int, gated: bool, m: int) -> list[tuple[str, dict[str,
                                   (4, 2048, 8), (8, 512, 4), (8, 1024, 8), (16, 512, 8)):  # fmt: skip
             found.append(("gemv", {"rows": rows // 2 if gated and rows > 1 else rows, "cols": cols, "warps": warps}))
     tokens = max(16, 1 << (m - 1).bit_length())
-    shapes = [(64, 128, 5, 4), (64, 256, 4, 4), (128, 128, 4, 8)] if tokens <= 32 else [
-        (64, 64, 6, 4), (64, 128, 4, 4), (128, 64, 5, 8), (128, 128, 3, 8)]  # fmt: skip
+    shapes = [(64, 128, 5, 4), (64, 256, 4, 4), (128, 64, 6, 4), (128, 128, 4, 8)] if tokens <= 32 else [
+        (64, 128, 4, 4), (128, 64, 5, 8), (128, 128, 4, 8), (256, 64, 5, 8), (128, 64, 4, 4)]  # fmt: skip
     for rows, cols, stages, warps in shapes:
-        for splits in (1, 2, 4, 8):
-            tiles = -(-n // rows)
-            smem = stages * cols * 2 * (rows * (2 if gated else 1) + tokens)
-            if tiles * splits > 132 * 6 or (tiles * splits < 100) or smem > 225_000:
+        smem = stages * cols * 2 * (rows * (2 if gated else 1) + tokens) + 2048
+        if smem > 227_000 or (gated and rows * tokens > 128 * 64):
+            continue
+        for programs in (132, 264, -(-n // rows)):
+            if programs == 264 and smem > 113_000:
                 continue
-            found.append(("skinny", {"rows": rows, "cols": cols, "splits": splits, "stages": stages, "warps": warps}))
+            found.append(("skinny", {"rows": rows, "cols": cols, "programs": programs, "stages": stages,
+                                     "warps": warps}))  # fmt: skip
     return list({json.dumps(c): c for c in found}.values())
 
 

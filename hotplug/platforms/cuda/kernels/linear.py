@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import pdl
 
@@ -70,63 +71,90 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
         tl.store(out + rows, result, mask=rows < N)
 
 
+@triton.jit
+def _prefetch(address, there):
+    """Ask for 512 bytes of device memory from each `address` on to be in the L2 cache, where `there` is not 0."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
+        "=r,l,r", [address, there], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
-def _skinny(x, weight, bias, out, partial, counters, M, N, x_stride, K: tl.constexpr, TOKENS: tl.constexpr,
-            ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-            GATED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """A program ROWS outputs of all M <= TOKENS rows of x, over one of SPLITS parts of K.
+def _skinny(x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, counters, M, N, K: tl.constexpr,
+            TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr,
+            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
+    """All M <= TOKENS rows of x; tiles of ROWS outputs times steps over K, dealt evenly to the programs (stream-K,
+    Osama et al., 2023).
 
     Of the programs of a tile the last one to end sums their parts, in order, so that the result is always the same.
+    What a descriptor reads beyond its tensor is 0.
     """
     pdl.release(PDL)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    rows, tokens, cols = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, COLS)
-    there, here = (rows < N)[:, None], (tokens < M)[None, :]
-    share: tl.constexpr = triton.cdiv(triton.cdiv(K, COLS), SPLITS) * COLS
-    source = weight + rows[:, None].to(tl.int64) * K + cols[None, :]
-    more = N.to(tl.int64) * K  # from gate to up
+    steps: tl.constexpr = triton.cdiv(K, COLS)
+    tiles = tl.cdiv(N, ROWS)
+    share = tl.cdiv(tiles * steps, PROGRAMS)
+    at = tl.program_id(0) * share
+    end = tl.minimum(at + share, tiles * steps)
+    if PDL:
+        first_row = at // steps * ROWS + tl.arange(0, ROWS)
+        first_col = at % steps * COLS
+        ahead: tl.constexpr = 256  # elements, 512 bytes, of each row
+        exists = ((first_row < N) & (first_col + ahead <= K) & (at < end)).to(tl.int32)
+        _prefetch(weight + first_row.to(tl.int64) * K + first_col, exists)
+        if GATED:
+            _prefetch(weight + (N + first_row).to(tl.int64) * K + first_col, exists)
     pdl.wait(PDL)
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    total_up = tl.zeros([ROWS, TOKENS], tl.float32)
-    for step in tl.range(0, share, COLS, num_stages=STAGES):
-        start = split * share + step
-        mask, inside = there, here
-        if not EVEN:
-            mask, inside = there & (start + cols < K)[None, :], here & (start + cols < K)[:, None]
-        value = tl.load(source + start, mask=mask, other=0.0)
-        vectors = tl.load(x + tokens[None, :] * x_stride + (start + cols)[:, None], mask=inside, other=0.0)
-        total = tl.dot(value, vectors, total, input_precision=PRECISION)
-        if GATED:
-            value_up = tl.load(source + more + start, mask=mask, other=0.0)
-            total_up = tl.dot(value_up, vectors, total_up, input_precision=PRECISION)
-    last = True
-    if SPLITS > 1:
-        cells = tl.arange(0, ROWS)[:, None] * TOKENS + tokens[None, :]
-        size: tl.constexpr = ROWS * TOKENS
-        parts = partial + tile.to(tl.int64) * (SPLITS * size * (2 if GATED else 1))
-        tl.store(parts + split * size + cells, total)
-        if GATED:
-            tl.store(parts + (SPLITS + split) * size + cells, total_up)
-        tl.debug_barrier()  # every thread's part is written before it is counted
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1
+    tokens = tl.arange(0, TOKENS)
+    here = (tokens < M)[None, :]
+    cells = tl.arange(0, ROWS)[:, None] * TOKENS + tokens[None, :]
+    size: tl.constexpr = ROWS * TOKENS * (2 if GATED else 1)
+    most = (steps - 1) // share + 2  # parts that a tile can have
+    while at < end:
+        tile = at // steps
+        begin = at - tile * steps
+        stop = tl.minimum(end - tile * steps, steps)
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        there = (rows < N)[:, None]
+        total = tl.zeros([ROWS, TOKENS], tl.float32)
+        total_up = tl.zeros([ROWS, TOKENS], tl.float32)
+        for step in tl.range(begin, stop, num_stages=STAGES):
+            vectors = tl.trans(tiles_of_x.load([0, step * COLS]))
+            value = tiles_of_weight.load([tile * ROWS, step * COLS])
+            total = tl.dot(value, vectors, total, input_precision=PRECISION)
+            if GATED:
+                value_up = tiles_of_weight.load([N + tile * ROWS, step * COLS])
+                total_up = tl.dot(value_up, vectors, total_up, input_precision=PRECISION)
+        last = True
+        if stop - begin < steps:
+            first = tile * steps // share
+            parts = (tile * steps + steps - 1) // share - first + 1
+            place = partial + tile.to(tl.int64) * most * size + cells
+            tl.store(place + (tl.program_id(0) - first) * size, total)
+            if GATED:
+                tl.store(place + (tl.program_id(0) - first) * size + ROWS * TOKENS, total_up)
+            tl.debug_barrier()  # every thread's part is written before it is counted
+            last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == parts - 1
+            if last:
+                tl.store(counters + tile, 0)
+                total = tl.zeros([ROWS, TOKENS], tl.float32)
+                total_up = tl.zeros([ROWS, TOKENS], tl.float32)
+                for i in tl.range(0, parts, num_stages=1):
+                    total += tl.load(place + i * size, cache_modifier=".cg")
+                    if GATED:
+                        total_up += tl.load(place + i * size + ROWS * TOKENS, cache_modifier=".cg")
         if last:
-            tl.store(counters + tile, 0)
-            total = tl.zeros([ROWS, TOKENS], tl.float32)
-            total_up = tl.zeros([ROWS, TOKENS], tl.float32)
-            for i in tl.range(0, SPLITS, num_stages=1):
-                total += tl.load(parts + i * size + cells, cache_modifier=".cg")
-                if GATED:
-                    total_up += tl.load(parts + (SPLITS + i) * size + cells, cache_modifier=".cg")
-    if last:
-        if BIAS:
-            total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-        target = out + tokens[None, :].to(tl.int64) * N + rows[:, None]
-        if GATED:
             if BIAS:
-                total_up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-            tl.store(target, _gate(total, total_up, x.dtype.element_ty), mask=there & here)
-        else:
-            tl.store(target, total, mask=there & here)
+                total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+            target = out + tokens[None, :].to(tl.int64) * N + rows[:, None]
+            if GATED:
+                if BIAS:
+                    total_up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+                tl.store(target, _gate(total, total_up, x.dtype.element_ty), mask=there & here)
+            else:
+                tl.store(target, total, mask=there & here)
+        at = tile * steps + stop
 
 
 @cache
@@ -147,30 +175,31 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: 
 
 
 def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: torch.dtype, rows: int, cols: int,
-           splits: int, stages: int, warps: int) -> Tensor:  # fmt: skip
+           programs: int, stages: int, warps: int) -> Tensor:  # fmt: skip
     """`x` [M <= 64, K] times `weight` [N or 2N, K] transposed, gated if asked; [M, N] of `dtype`."""
     m, k = x.shape
     n = weight.shape[0] // (2 if gated else 1)
     tokens = max(triton.next_power_of_2(m), 16)
-    tiles = triton.cdiv(n, rows)
+    tiles, steps = triton.cdiv(n, rows), triton.cdiv(k, cols)
+    share = triton.cdiv(tiles * steps, programs)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     partial: Any = out
-    if splits > 1:
-        partial = torch.empty(
-            tiles * splits * rows * tokens * (2 if gated else 1), dtype=torch.float32, device=x.device
-        )
+    if share % steps:  # some tile is dealt to several programs
+        size = tiles * ((steps - 1) // share + 2) * rows * tokens * (2 if gated else 1)
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
     precision = "ieee" if x.dtype is torch.float32 else "tf32"
-    _skinny[(tiles, splits)](x, weight, bias, out, partial, _counters(x.device), m, n, x.stride(0), k, tokens, rows,
-                             cols, splits, stages, k % (cols * splits) == 0, gated, bias is not None, precision,
-                             num_warps=warps, **pdl.options(x.device))  # fmt: skip
+    tiles_of_x = TensorDescriptor.from_tensor(x, [tokens, cols])
+    tiles_of_weight = TensorDescriptor.from_tensor(weight, [rows, cols])
+    _skinny[(programs,)](x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k, tokens,
+                         rows, cols, programs, stages, gated, bias is not None, precision, num_warps=warps,
+                         **pdl.options(x.device))  # fmt: skip
     return out
 
 
 def _few(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gated: bool) -> Tensor:
     if x.shape[0] == 1:
         return gemv(x, weight, bias, gated=gated, dtype=dtype, rows=2 if gated else 4, cols=1024, warps=4)
-    return skinny(x, weight, bias, gated=gated, dtype=dtype, rows=64, cols=128, splits=1 if gated else 2, stages=4,
-                  warps=4)  # fmt: skip
+    return skinny(x, weight, bias, gated=gated, dtype=dtype, rows=64, cols=128, programs=132, stages=4, warps=4)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
