@@ -218,5 +218,10 @@ _CACHE_FACTS = ("num_kv_heads", "head_dim", "block_size", "layout", "kv_dtype")
 
 OPS = (
     Op("kv_write", kv_write, facts=_CACHE_FACTS, functional=functional_kv_write),
-    Op("attention", attention, facts=("num_heads", "window", "sinks", "soft_cap", "static", *_CACHE_FACTS), bucket=_bucket),
+    Op(
+        "attention",
+        attention,
+        facts=("num_heads", "window", "sinks", "soft_cap", "static", *_CACHE_FACTS),
+        bucket=_bucket,
+    ),
 )

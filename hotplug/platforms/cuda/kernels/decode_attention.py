@@ -45,7 +45,7 @@ def config_for(pairs: int, dim: int, block_size: int, width: int) -> DecodeConfi
     return DecodeConfig(keys=keys, stages=2 if width == 4 else 3)
 
 
-@triton.jit(do_not_specialize=["splits", "least", "window"])
+@triton.jit(do_not_specialize=["splits", "least", "window", "table_stride"])
 def _decode(q, k_cache, v_cache, k_rows, v_rows, block_table, seq_lens, sinks, out, partial, sums, arrived, scale, cap,
             window, q_token, q_head, out_token, out_head, table_stride, splits, least, KV_HEADS: tl.constexpr,
             GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,

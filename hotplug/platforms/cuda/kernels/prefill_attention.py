@@ -83,7 +83,7 @@ def _span(query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head
     return best, total, mixed
 
 
-@triton.jit(do_not_specialize=["first_request", "window"])
+@triton.jit(do_not_specialize=["first_request", "window", "table_stride"])
 def _prefill(q, k_cache, v_cache, k_rows, v_rows, out, block_table, query_start, key_start, seq_lens, sinks, scale, cap,
              window, q_token, q_head, out_token, out_head, table_stride, first_request, KV_HEADS: tl.constexpr,
              GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
