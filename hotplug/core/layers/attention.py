@@ -28,6 +28,8 @@ class Attention(nn.Module):
         self.window = config.sliding_window if layer in config.sliding_layers else None
         self.layout = ctx.kv_layout
         self.eps = config.rms_norm_eps
+        self.sinks: Tensor | None = None
+        self.soft_cap: float | None = None
 
         self.qkv = make_linear(ctx, f"{site}.qkv", config.hidden_size, sum(self.sizes), bias=config.attention_bias)
         self.out = make_linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
@@ -39,7 +41,7 @@ class Attention(nn.Module):
                  "layout": ctx.kv_layout, "kv_dtype": ctx.kv_dtype}  # fmt: skip
         self.kv_write = ctx.bind("kv_write", f"{site}.kv_write", **cache)
         self.attention = ctx.bind(
-            "attention", site, num_heads=heads, window=self.window, sinks=False, soft_cap=None,
+            "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None, soft_cap=self.soft_cap,
             static=ctx.static_steps, **cache,
         )  # fmt: skip
 
@@ -52,5 +54,7 @@ class Attention(nn.Module):
         else:
             q, k = self.rope(q, k, self.q_norm, self.k_norm, self.eps, step.positions, cos_sin)
         k_cache, v_cache = self.kv_write(k, v, *kv, step.slots, self.layout)
-        mixed = self.attention(q, k_cache, v_cache, step.attention, self.scale, self.window, self.layout)
+        mixed = self.attention(
+            q, k_cache, v_cache, step.attention, self.scale, self.window, self.layout, self.sinks, self.soft_cap
+        )
         return self.out(mixed.flatten(1)), (k_cache, v_cache)

@@ -41,8 +41,9 @@ class DecodeConfig(NamedTuple):
 
 def config_for(pairs: int, dim: int, block_size: int, width: int) -> DecodeConfig:
     """The configuration for `pairs` of request and key/value head; `width` is the bytes of an element."""
-    keys = 32 if width == 4 or dim > 128 else 128 if dim <= 64 else 64
-    return DecodeConfig(keys=keys, stages=2 if width == 4 else 3)
+    if width == 4:
+        return DecodeConfig(keys=16, stages=2)
+    return DecodeConfig(keys=32 if dim > 128 else 64, stages=5)
 
 
 @triton.jit(do_not_specialize=["splits", "least", "window", "table_stride"])

@@ -30,9 +30,9 @@ class PrefillConfig(NamedTuple):
 def config_for(queries: int, dim: int, block_size: int, width: int) -> PrefillConfig:
     """The configuration where the longest run of queries is `queries`; `width` is the bytes of an element."""
     if width == 4:
-        return PrefillConfig(rows=32, keys=32, warps=4, stages=2)
+        return PrefillConfig(rows=16, keys=16, warps=4 if dim <= 128 else 8, stages=2)
     if dim > 128:
-        return PrefillConfig(rows=64, keys=32, warps=4, stages=2)
+        return PrefillConfig(keys=32, stages=2)
     return PrefillConfig() if queries > 64 else PrefillConfig(rows=64, warps=4)
 
 
