@@ -127,9 +127,11 @@ chunk = st.integers(1, 20).flatmap(lambda seq: st.integers(1, seq).map(lambda qu
     spare=st.integers(0, 3),
     window=st.none() | st.integers(1, 24),
     layout=st.sampled_from(["NHD", "HND"]),
+    sinks=st.none() | st.just(torch.tensor([-1.0, 0.0, 1.0, 4.0])),
+    soft_cap=st.none() | st.just(0.7),
     seed=st.integers(0, 99),
 )
-def test_static_attention_ignores_its_padding(lens, spare, window, layout, seed):
+def test_static_attention_ignores_its_padding(lens, spare, window, layout, sinks, soft_cap, seed):
     lens = sorted(lens, key=lambda pair: pair[0] > 1)
     case = make_case(lens, layout=layout, seed=seed)
     count, longest = len(case.q), max(query for query, _ in lens)
@@ -146,7 +148,8 @@ def test_static_attention_ignores_its_padding(lens, spare, window, layout, seed)
     static.fill(StepInputs(zeros, zeros, zeros, case.step, zeros[: len(lens)]))
     q = torch.randn((shape.num_tokens, *case.q.shape[1:]))
     q[:count] = case.q
-    got = attention_op.attention(q, case.k_cache, case.v_cache, static.inputs.attention, 0.3, window, layout)
-    expected = attention_op.attention(case.q, case.k_cache, case.v_cache, case.step, 0.3, window, layout)
+    rest = (0.3, window, layout, sinks, soft_cap)
+    got = attention_op.attention(q, case.k_cache, case.v_cache, static.inputs.attention, *rest)
+    expected = attention_op.attention(case.q, case.k_cache, case.v_cache, case.step, *rest)
     assert_close(got[:count], expected, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(got).all()

@@ -33,6 +33,19 @@ def test_attention_over_shuffled_blocks_equals_dense(
     assert_close(actual.double(), dense_attention(case, 0.3, window), rtol=1e-5, atol=1e-5)
 
 
+@LAYOUTS
+@pytest.mark.parametrize(("soft_cap", "scale"), [(None, 0.3), (0.5, 0.3), (2.0, 3.0)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_with_sinks_and_soft_cap(
+    window: int | None, soft_cap: float | None, scale: float, layout: str
+) -> None:
+    case = make_case(STEPS["mixed"], layout=layout)
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 4.0])
+    for logits in (None, sinks):
+        actual = attention(case.q, case.k_cache, case.v_cache, case.step, scale, window, layout, logits, soft_cap)
+        assert_close(actual.double(), dense_attention(case, scale, window, logits, soft_cap), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 2), (5, 1)])
 def test_attention_shares_key_heads_in_consecutive_groups(heads: int, kv_heads: int) -> None:
     case = make_case([(1, 6), (4, 7)], heads=heads, kv_heads=kv_heads)

@@ -124,7 +124,9 @@ class Builder:
         step, rows = self._step(lens, table), None
         if facts["static"]:
             q, step, rows = self._padded(q, step)
-        return Call((q, k_cache, v_cache, step, facts["head_dim"] ** -0.5, facts["window"], layout), rows)
+        sinks = self._normal(facts["num_heads"]) if facts["sinks"] else None
+        scale = facts["head_dim"] ** -0.5
+        return Call((q, k_cache, v_cache, step, scale, facts["window"], layout, sinks, facts["soft_cap"]), rows)
 
     def _step(self, lens: Lens, table: Tensor) -> AttentionInputs:
         queries, seqs = [q for q, _ in lens], [s for _, s in lens]

@@ -47,7 +47,13 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             for (h, kv, dim), window, static, cache in itertools.product(
                 heads, windows, (False, True), _caches(limits, quick)
             ):
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": window, "static": static, **cache}
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": window, "sinks": False,
+                       "soft_cap": None, "static": static, **cache}  # fmt: skip
+            (h, kv, dim), cache = heads[1], _caches(limits, quick)[0]
+            more = ((True, 0.5, False), (True, None, True), (False, 0.5, True))
+            for sinks, soft_cap, static in more[:1] if quick else more:
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": None, "sinks": sinks,
+                       "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
         case "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
         case "prepare_inputs":
@@ -108,6 +114,8 @@ class Fuzz:
             "layout": str(pick(self._limits.kv_layouts)),
             "kv_dtype": pick(self._limits.kv_dtypes or self._limits.dtypes),
             "window": pick((None, None, 1, 5, 64)),
+            "sinks": pick((False, False, True)),
+            "soft_cap": pick((None, None, 0.5, 20.0)),
             "static": pick((False, True)),
             "vocab": pick((2, 31, 257, 1000)),
             "hidden": pick((8, 33, 64, 130)),

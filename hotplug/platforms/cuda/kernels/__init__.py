@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hotplug.platforms.cuda.kernels import gathered_attention
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.platforms.cuda.kernels.linear import linear, linear_silu_mul, logits
@@ -55,4 +56,5 @@ KERNELS = (
     Impl("rope", "cuda.triton", rope, rank=10),
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
+    *gathered_attention.KERNELS,
 )
