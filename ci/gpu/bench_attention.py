@@ -47,7 +47,8 @@ def decode_candidates(batch: int, dim: int) -> list[tuple[int, D]]:
                 (64, D(keys=64, stages=5, programs=2, least=16)), (16, D(keys=64, stages=3, programs=2))]  # fmt: skip
     return [(64, D(keys=64, stages=5, programs=3)), (64, D(keys=64, stages=7, programs=2)),
             (64, D(keys=64, stages=7, programs=4)), (64, D(keys=64, stages=5, programs=8, least=2)),
-            (64, D(keys=64, stages=5, programs=4, tma=True)), (128, D(keys=128, warps=4 * (3 - wide), stages=5, programs=2)),
+            (64, D(keys=64, stages=5, programs=4, tma=True)),
+            (128, D(keys=128, warps=4 * (3 - wide), stages=5, programs=2)),
             (64, D(keys=64, warps=2, stages=5, programs=4)), (16, D(keys=64, stages=5, programs=4))]  # fmt: skip
 
 

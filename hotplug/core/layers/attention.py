@@ -40,8 +40,8 @@ class Attention(nn.Module):
         write = "qk_norm_rope_kv_write" if qk_norm else "rope_kv_write"
         self.rope_kv_write = ctx.bind(write, f"{site}.write", num_heads=heads, rotary_dim=dim, **cache)
         self.attention = ctx.bind(
-            "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None, soft_cap=self.soft_cap,
-            static=ctx.static_steps, **cache,
+            "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None,
+            soft_cap=self.soft_cap, static=ctx.static_steps, **cache,
         )  # fmt: skip
 
     def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> tuple[Tensor, KVBlocks]:

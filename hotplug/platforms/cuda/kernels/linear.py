@@ -190,15 +190,16 @@ def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype
     precision = "ieee" if x.dtype is torch.float32 else "tf32"
     tiles_of_x = TensorDescriptor.from_tensor(x, [tokens, cols])
     tiles_of_weight = TensorDescriptor.from_tensor(weight, [rows, cols])
-    _skinny[(programs,)](x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k, tokens,
-                         rows, cols, programs, stages, gated, bias is not None, precision, num_warps=warps,
+    _skinny[(programs,)](x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k,
+                         tokens, rows, cols, programs, stages, gated, bias is not None, precision, num_warps=warps,
                          **pdl.options(x.device))  # fmt: skip
     return out
 
 
 def _few(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gated: bool) -> Tensor:
     if x.shape[0] == 1:
-        return gemv(x, weight, bias, gated=gated, dtype=dtype, rows=2 if gated else 4, cols=1024, warps=4)
+        cols = 1024 if gated or weight.shape[1] <= 2048 else 2048
+        return gemv(x, weight, bias, gated=gated, dtype=dtype, rows=1 if gated else 2, cols=cols, warps=4)
     return skinny(x, weight, bias, gated=gated, dtype=dtype, rows=64, cols=128, programs=132, stages=4, warps=4)
 
 
