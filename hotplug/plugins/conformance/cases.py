@@ -149,6 +149,19 @@ class Builder:
         counters = torch.arange(rows)
         return Call((logits, some[1] + 0.1, top_k, some[2].clamp(0.1), some[3] * 0.2, seeds, counters))
 
+    def _sample_rows(self, facts: Any, lens: Lens, view: bool) -> Call:
+        """Batch rows in any order, every third of them greedy, with neutral filters among the others."""
+        logits, *_ = self._sample(facts, lens, view).args
+        batch = len(logits) + 3
+        rows = torch.randperm(batch, generator=self.random)[: len(logits)].to(self.index)
+        some = torch.rand((4, batch), generator=self.random)
+        temperature, top_p, min_p = some[0] + 0.1, some[1].clamp(0.1), some[2] * 0.2
+        top_k = (some[3] * min(facts["vocab"], 40)).to(torch.int64)
+        temperature[::3], top_k[1::5], top_p[2::5], min_p[::4] = 0.0, 0, 1.0, 0.0
+        seeds = torch.randint(-(2**40), 2**40, (batch,), generator=self.random)
+        counters = torch.randint(0, 1000, (len(logits),), generator=self.random)
+        return Call((logits, rows, temperature, top_k, top_p, min_p, seeds, counters))
+
     def _logprobs(self, facts: Any, lens: Lens, view: bool) -> Call:
         logits = torch.randn((max(len(lens), 1), facts["vocab"]), generator=self.random)
         return Call((logits, logits.argmax(-1), min(5, facts["vocab"])))

@@ -42,7 +42,7 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
                 heads, windows, (False, True), _caches(limits, quick)
             ):
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": window, "static": static, **cache}
-        case "sample" | "logprobs" | "penalties":
+        case "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
         case "prepare_inputs":
             yield from ({"block_size": size} for size in limits.block_sizes[:2])
@@ -77,7 +77,7 @@ def steps(op: str, facts: Mapping[str, Fact], *, quick: bool) -> Sequence[tuple[
         ("one token", [(1, 1)]),
         ("an odd number of tokens", [(1, 9), (1, 2), (34, 34)]),
     ]
-    if op in ("sample", "logprobs", "penalties"):
+    if op in ("sample", "sample_rows", "logprobs", "penalties"):
         return found[1:]
     return found if quick else [*found, ("many tokens", [(513, 513)])]
 
