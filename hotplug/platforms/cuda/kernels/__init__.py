@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
+from hotplug.platforms.cuda.kernels.inputs import embed
+from hotplug.platforms.cuda.kernels.sample import sample, sample_rows
+from hotplug.platforms.cuda.kernels.scores import logprobs, penalties
 from hotplug.vendor import Impl, SiteSpec, Verdict
 
 WIDEST_ROW = 16384
@@ -32,4 +35,9 @@ KERNELS = (
     Impl("rope", "cuda.triton", rope, rank=10),
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
+    Impl("embed", "cuda.triton", embed, rank=10),
+    Impl("sample", "cuda.triton", sample, rank=10),
+    Impl("sample_rows", "cuda.triton", sample_rows, rank=10),
+    Impl("penalties", "cuda.triton", penalties, rank=10),
+    Impl("logprobs", "cuda.triton", logprobs, rank=10),
 )

@@ -67,13 +67,15 @@ def _narrow(source, n, best, scale, by_mass, target, low, high, below, upto, low
     """
     pivot = tl.arange(0, 8)
     near, far = tl.maximum(low, 0).to(tl.float32, bitcast=True), tl.minimum(high, INFINITE - 1)
-    steps = near + (far.to(tl.float32, bitcast=True) - near) * ((pivot + 1) / 6.0)  # five equal steps of distance,
+    steps = near + (far.to(tl.float32, bitcast=True) - near) * (
+        tl.minimum(pivot + 1, 5) / 6.0
+    )  # five equal steps of distance,
     bits = low + tl.maximum((high - low) // 4, 1) * (pivot - 4)  # three of bits, whatever the spread
     limits = tl.where(pivot < 5, steps.to(tl.int32, bitcast=True), bits)
     limits = tl.maximum(tl.minimum(limits, high - 1), low)
     counts = tl.zeros([BLOCK, 8], tl.int32)
     masses = tl.zeros([BLOCK, 8], tl.float32)
-    for start in tl.range(0, n, BLOCK, num_stages=3):
+    for start in tl.range(0, n, BLOCK, num_stages=2):
         offsets = start + tl.arange(0, BLOCK)
         _, distance, inside = _distances(source + offsets, offsets < n, best, scale)
         kept = (inside[:, None] <= limits[None, :]) & (offsets < n)[:, None]
@@ -123,7 +125,7 @@ def _search(source, vocab, best, scale, groups, num_groups, values, tokens, by_m
     if whole == 0:
         a, b, c, d, e, f = -1, high, 0, num_groups, 0.0, upper
         while (d - c > 1) & (b - a > 1):
-            a, b, c, d, e, f = _narrow(groups, num_groups, best, scale, by_mass, target, a, b, c, d, e, f, CHUNK // 4)
+            a, b, c, d, e, f = _narrow(groups, num_groups, best, scale, by_mass, target, a, b, c, d, e, f, CHUNK // 8)
         high = b
         searching = 1
         while searching == 1:
@@ -131,14 +133,14 @@ def _search(source, vocab, best, scale, groups, num_groups, values, tokens, by_m
             upto, upper = below + size, lower + mass
             while (upto - below > CHUNK) & (high - low > 1):
                 low, high, below, upto, lower, upper = _narrow(
-                    source, vocab, best, scale, by_mass, target, low, high, below, upto, lower, upper, CHUNK // 4
+                    source, vocab, best, scale, by_mass, target, low, high, below, upto, lower, upper, CHUNK // 8
                 )
             searching = ((size > CHUNK) & (high - low > 1)).to(tl.int32)
         whole = ((low == -1) & (size <= CHUNK)).to(tl.int32)
     target -= tl.where(by_mass, lower, below * 1.0)
     a, b, c, d, e, f = low, high, 0, upto - below, 0.0, upper - lower
     while (d - c > 1) & (b - a > 1):
-        a, b, c, d, e, f = _narrow(values, size, best, scale, by_mass, target, a, b, c, d, e, f, CHUNK // 4)
+        a, b, c, d, e, f = _narrow(values, size, best, scale, by_mass, target, a, b, c, d, e, f, CHUNK // 8)
     return b, below + d, lower + f, whole, size
 
 
