@@ -123,10 +123,12 @@ def _search(source, vocab, best, scale, groups, num_groups, values, tokens, by_m
     """
     low, below, lower = -1, 0, 0.0
     if whole == 0:
-        a, b, c, d, e, f = -1, high, 0, num_groups, 0.0, upper
-        while (d - c > 1) & (b - a > 1):
-            a, b, c, d, e, f = _narrow(groups, num_groups, best, scale, by_mass, target, a, b, c, d, e, f, CHUNK // 8)
-        high = b
+        near, far, few, many, light, heavy = -1, high, 0, num_groups, 0.0, upper
+        while (many - few > 1) & (far - near > 1):
+            near, far, few, many, light, heavy = _narrow(
+                groups, num_groups, best, scale, by_mass, target, near, far, few, many, light, heavy, CHUNK // 8
+            )
+        high = far
         searching = 1
         while searching == 1:
             size, mass = _list(source, vocab, best, scale, low, high, values, tokens, CHUNK)
@@ -138,10 +140,12 @@ def _search(source, vocab, best, scale, groups, num_groups, values, tokens, by_m
             searching = ((size > CHUNK) & (high - low > 1)).to(tl.int32)
         whole = ((low == -1) & (size <= CHUNK)).to(tl.int32)
     target -= tl.where(by_mass, lower, below * 1.0)
-    a, b, c, d, e, f = low, high, 0, upto - below, 0.0, upper - lower
-    while (d - c > 1) & (b - a > 1):
-        a, b, c, d, e, f = _narrow(values, size, best, scale, by_mass, target, a, b, c, d, e, f, CHUNK // 8)
-    return b, below + d, lower + f, whole, size
+    near, far, few, many, light, heavy = low, high, 0, upto - below, 0.0, upper - lower
+    while (many - few > 1) & (far - near > 1):
+        near, far, few, many, light, heavy = _narrow(
+            values, size, best, scale, by_mass, target, near, far, few, many, light, heavy, CHUNK // 8
+        )
+    return far, below + many, lower + heavy, whole, size
 
 
 @triton.jit
@@ -290,6 +294,6 @@ def _tokens(
         seeds if top_k is None else top_k,  # what stands in for an absent filter is never read
         temperature if top_p is None else top_p, temperature if min_p is None else min_p, filters, seeds, counters,
         best, where, mass, groups, values, tokens, out, chunks, CHUNK=chunk, GROUPS=GROUPS,
-        CHUNKS=max(triton.next_power_of_2(chunks), 16), num_warps=16, **launch,
+        CHUNKS=max(triton.next_power_of_2(chunks), 16), num_warps=8, **launch,
     )  # fmt: skip
     return out
