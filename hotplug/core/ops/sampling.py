@@ -32,6 +32,11 @@ def penalties(
     return logits - frequency.unsqueeze(1) * output_counts - presence.unsqueeze(1) * in_output
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The best token of each row of float32 `logits` [rows, vocab], the first where several are; int64 [rows]."""
+    return logits.argmax(-1)
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -131,6 +136,7 @@ def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tens
 
 OPS = (
     Op("penalties", penalties, facts=("vocab",)),
+    Op("argmax", argmax, facts=("vocab",)),
     Op("sample", sample, facts=("vocab",)),
     Op("sample_rows", sample_rows, facts=("vocab",)),
     Op("logprobs", logprobs, facts=("vocab",)),

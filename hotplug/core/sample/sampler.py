@@ -86,6 +86,7 @@ class Sampler:
         self.vocab = vocab
         self._factories = processors
         self._device = device
+        self._argmax = plan.bind("argmax", "argmax", "float32", vocab=vocab)
         self._sample = plan.bind("sample", "sample", "float32", vocab=vocab)
         self._sample_rows = plan.bind("sample_rows", "sample_rows", "float32", vocab=vocab)
         self._logprobs = plan.bind("logprobs", "logprobs", "float32", vocab=vocab)
@@ -188,7 +189,8 @@ class Sampler:
         For recorded steps: what it reads of a row is what the device knows when the step runs.
         """
         if draw is Draw.GREEDY:
-            return logits.argmax(-1)
+            best: Tensor = self._argmax(logits)
+            return best
         tokens: Tensor = self._sample_rows(
             logits, rows, self._floats["temperature"], self._top_k, self._floats["top_p"], self._floats["min_p"],
             self._seeds, counters,
@@ -212,7 +214,7 @@ class Sampler:
         self._send()
         raw = logits
         logits = self._adjust(logits, rows)
-        tokens = logits.argmax(-1)
+        tokens = self._argmax(logits)
         random = np.flatnonzero(self._host["temperature"][rows] > 0)
         if len(random):
             tokens[self._index(random)] = self._draw(logits, rows, random)

@@ -155,6 +155,10 @@ class Builder:
 
     # --- sampling --------------------------------------------------------------------------------
 
+    def _argmax(self, facts: Any, lens: Lens, view: bool) -> Call:
+        """Small whole numbers, so that the best score is often there twice."""
+        return Call((torch.randn((max(len(lens), 1), facts["vocab"]), generator=self.random).round(),))
+
     def _sample(self, facts: Any, lens: Lens, view: bool) -> Call:
         rows, vocab = max(len(lens), 1), facts["vocab"]
         logits = torch.randn((rows, vocab), generator=self.random) * 3

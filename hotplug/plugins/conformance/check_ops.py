@@ -22,7 +22,7 @@ HOST = torch.device("cpu")
 FUZZED = 1000
 """Call sites by chance; fewer in a quick run."""
 INTEGER_OPS = ("prepare_inputs",)
-FLOAT_OPS = ("sample", "sample_rows", "logprobs", "penalties")
+FLOAT_OPS = ("argmax", "sample", "sample_rows", "logprobs", "penalties")
 """Ops whose call sites have a dtype of their own, not the model's."""
 
 

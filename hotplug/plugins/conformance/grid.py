@@ -54,7 +54,7 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             for sinks, soft_cap, static in more[:1] if quick else more:
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": None, "sinks": sinks,
                        "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
-        case "sample" | "sample_rows" | "logprobs" | "penalties":
+        case "argmax" | "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
         case "prepare_inputs":
             yield from ({"block_size": size} for size in limits.block_sizes[:2])
@@ -89,7 +89,7 @@ def steps(op: str, facts: Mapping[str, Fact], *, quick: bool) -> Sequence[tuple[
         ("one token", [(1, 1)]),
         ("an odd number of tokens", [(1, 9), (1, 2), (34, 34)]),
     ]
-    if op in ("sample", "sample_rows", "logprobs", "penalties"):
+    if op in ("argmax", "sample", "sample_rows", "logprobs", "penalties"):
         return found[1:]
     return found if quick else [*found, ("many tokens", [(513, 513)])]
 

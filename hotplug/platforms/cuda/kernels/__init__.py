@@ -5,8 +5,11 @@ from __future__ import annotations
 from hotplug.platforms.cuda.kernels import gathered_attention
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
+from hotplug.platforms.cuda.kernels.inputs import embed, prepare_inputs
 from hotplug.platforms.cuda.kernels.linear import linear, linear_silu_mul, logits
 from hotplug.platforms.cuda.kernels.rotate import qk_norm_rope_kv_write, rope_kv_write
+from hotplug.platforms.cuda.kernels.sample import argmax, sample, sample_rows
+from hotplug.platforms.cuda.kernels.scores import logprobs, penalties
 from hotplug.vendor import Bucket, Impl, SiteSpec, Verdict
 
 WIDEST_ROW = 16384
@@ -57,4 +60,11 @@ KERNELS = (
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
     *gathered_attention.KERNELS,
+    Impl("embed", "cuda.triton", embed, rank=10),
+    Impl("prepare_inputs", "cuda.triton", prepare_inputs, rank=10),
+    Impl("argmax", "cuda.triton", argmax, rank=10),
+    Impl("sample", "cuda.triton", sample, rank=10),
+    Impl("sample_rows", "cuda.triton", sample_rows, rank=10),
+    Impl("penalties", "cuda.triton", penalties, rank=10),
+    Impl("logprobs", "cuda.triton", logprobs, rank=10),
 )

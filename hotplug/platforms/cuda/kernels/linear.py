@@ -31,10 +31,27 @@ def _gate(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(address, there):
+    """Ask for 512 bytes of device memory from each `address` on to be in the L2 cache, where `there` is not 0."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
+        "=r,l,r", [address, there], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr,
-          GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """A program ROWS outputs of one row x [K]; the first COLS of their weights are read before x is waited for."""
+          GATED: tl.constexpr, BIAS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A program ROWS outputs of one row x [K]; the first COLS of their weights are read before x is waited for.
+
+    The first AHEAD programs also ask for the first AHEAD * 32 KiB of the weight to be brought into the L2 cache.
+    """
     pdl.release(PDL)
+    if PDL and AHEAD:
+        if tl.program_id(0) < AHEAD:
+            part = tl.program_id(0).to(tl.int64) * 16384 + tl.arange(0, 64) * 256
+            end = N.to(tl.int64) * K * (2 if GATED else 1)
+            _prefetch(weight + part, (part + 256 <= end).to(tl.int32))
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     there = (rows < N)[:, None]
@@ -69,15 +86,6 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
         tl.store(out + rows, _gate(result, result_up, x.dtype.element_ty), mask=rows < N)
     else:
         tl.store(out + rows, result, mask=rows < N)
-
-
-@triton.jit
-def _prefetch(address, there):
-    """Ask for 512 bytes of device memory from each `address` on to be in the L2 cache, where `there` is not 0."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
-        "=r,l,r", [address, there], tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -164,13 +172,13 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: torch.dtype, rows: int, cols: int,
-         warps: int) -> Tensor:  # fmt: skip
+         warps: int, ahead: int = 0) -> Tensor:  # fmt: skip
     """`x` [1, K] times `weight` [N or 2N, K] transposed, gated if asked; [1, N] of `dtype`."""
     k, n = weight.shape[1], weight.shape[0] // (2 if gated else 1)
     out = torch.empty((1, n), dtype=dtype, device=x.device)
     cols = min(cols, triton.next_power_of_2(k))
     _gemv[(triton.cdiv(n, rows),)](x, weight, bias, out, n, k, rows, cols, k % cols == 0, gated, bias is not None,
-                                   num_warps=warps, **pdl.options(x.device))  # fmt: skip
+                                   ahead if x.element_size() == 2 else 0, num_warps=warps, **pdl.options(x.device))  # fmt: skip
     return out
 
 
