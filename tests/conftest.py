@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import interpreter
 import pytest
 from reference_model import write_hf_folder
+
+interpreter.use_where_no_gpu()
 
 
 @pytest.fixture(scope="session")
