@@ -119,8 +119,9 @@ def _arguments(variant: Any) -> tuple[Any, ...]:
 def _compiling(target: Target, found: list[Launch]) -> Iterator[None]:
     """Within, a launch of a Triton kernel compiles it for `target` and adds to `found`."""
     import torch
-    from triton.compiler import ASTSource, compile, make_backend
-    from triton.compiler.compiler import GPUTarget
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import compile as compile_source
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     from hotplug.platforms.cuda.kernels import pdl
@@ -136,7 +137,9 @@ def _compiling(target: Target, found: list[Launch]) -> Iterator[None]:
         constant = {names[path[0]]: value for path, value in constants.items()}
         special = _describe(signature, constant, kwargs)
         try:
-            compiled = compile(ASTSource(self, signature, constants, attributes), target=gpu, options=options.__dict__)
+            compiled = compile_source(
+                ASTSource(self, signature, constants, attributes), target=gpu, options=options.__dict__
+            )
             figures, error = _figures(compiled, target), ""
         except Exception as e:  # a compiler may fail in any way; the others go on
             figures, error = {}, f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}"
