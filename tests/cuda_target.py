@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from fake_platforms import FakePlatform, limits
 
-from hotplug.core.ops.registry import Impl
+from hotplug.core.ops.builtin import builtin_registry
+from hotplug.core.ops.registry import Impl, OpRegistry
 from hotplug.core.platform.base import DeviceInfo, ExecMode, Limits
 from hotplug.platforms.cuda import CudaPlatform
 from hotplug.platforms.cuda.kernels import KERNELS
@@ -38,25 +39,13 @@ def facts(*dtypes: str, **changes: Any) -> Limits:
                   exec_modes=(ExecMode.EAGER,), asynchronous=own.asynchronous, **changes)  # fmt: skip
 
 
-class OnDevice:
-    """The CUDA platform with some of its kernels and dtypes only."""
-
-    name = "cuda"
-    torch_device = "cuda"
-
-    def __init__(self, kernels: Sequence[Impl], facts: Limits) -> None:
-        self._cuda, self._kernels, self._facts = CudaPlatform(), kernels, facts
-        self.probe, self.memory = self._cuda.probe, self._cuda.memory
-
-    def limits(self, device: DeviceInfo) -> Limits:
-        return self._facts
-
-    def register(self, ops: Any) -> None:
-        for kernel in self._kernels:
-            ops.add(kernel)
-
-
 def target(folder: Path, *dtypes: str, kernels: Sequence[Impl] = KERNELS) -> Target:
-    """What the conformance kit examines: `kernels` for these dtypes."""
-    platform: Any = (OnDevice if HAS_GPU else Interpreted)(kernels=kernels, facts=facts(*dtypes))
-    return Target(platform, platform.probe()[0], None, Options(quick=True), folder)
+    """What the conformance kit examines: the ops of these `kernels`, for these dtypes."""
+    platform: Any = CudaPlatform() if HAS_GPU else Interpreted()
+    found = Target(platform, platform.probe()[0], None, Options(quick=True), folder)
+    builtin = builtin_registry()
+    found.limits = facts(*dtypes)
+    found.registry = OpRegistry(builtin.op(name) for name in {kernel.op: None for kernel in kernels})
+    for kernel in kernels:
+        found.registry.add(kernel)
+    return found

@@ -111,7 +111,8 @@ ABSENT = [
     ("no-driver", {"library": None}, "no NVIDIA driver: libnvidia-ml.so.1 is not found"),
     ("driver-not-loaded", {"library": Library(fails=9)}, "Driver Not Loaded"),
     ("no-gpu", {"library": Library([])}, "the NVIDIA driver finds no GPU"),
-    ("hidden", {"library": Library(), "visible": ""}, "CUDA_VISIBLE_DEVICES is empty: this process sees none of the machine's GPUs (1)"),
+    ("hidden", {"library": Library(), "visible": ""},
+     "CUDA_VISIBLE_DEVICES is empty: this process sees none of the machine's GPUs (1)"),
     ("not-there", {"library": Library(), "visible": "7"}, "CUDA_VISIBLE_DEVICES=7 names no GPU: this process"),
     ("old-gpu", {"library": OLD}, "Tesla V100 has compute capability 7.0, 8.0 is the least"),
 ]  # fmt: skip

@@ -39,8 +39,8 @@ class CudaPlatform:
         except NvmlError as e:
             if e.code in (NOT_LOADED, NO_LIBRARY):
                 return []
-            raise PlatformError(f"the NVIDIA driver answers with an error ({e})",
-                                hint="After an upgrade of the driver, load it anew or restart the machine.") from e  # fmt: skip
+            hint = "After an upgrade of the driver, load it anew or restart the machine."
+            raise PlatformError(f"the NVIDIA driver answers with an error ({e})", hint=hint) from e
         self._gpus = self._nvml.gpus()
         return [
             DeviceInfo(index=gpu.index, name=gpu.name, arch=f"sm_{gpu.capability[0]}{gpu.capability[1]}",
