@@ -6,16 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo
+from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo, PlatformError
 
 if TYPE_CHECKING:
     import torch
 
     from hotplug.platforms.cuda.nvml import Gpu, Nvml
     from hotplug.vendor import OpRegistry
-
-LEAST = (8, 0)
-"""Oldest compute capability that the kernels are written for."""
 
 
 class CudaPlatform:
@@ -33,12 +30,18 @@ class CudaPlatform:
         self._graphs: WeakSet[Any] = WeakSet()
 
     def probe(self) -> Sequence[DeviceInfo]:
-        from hotplug.platforms.cuda.nvml import Nvml
+        from hotplug.platforms.cuda.machine import LEAST
+        from hotplug.platforms.cuda.nvml import NO_LIBRARY, NOT_LOADED, Nvml, NvmlError
 
         try:
             self._nvml = Nvml()
         except OSError:  # no driver on this machine
             return []
+        except NvmlError as e:
+            if e.code in (NOT_LOADED, NO_LIBRARY):
+                return []
+            hint = "After an upgrade of the driver, load it anew or restart the machine."
+            raise PlatformError(f"the NVIDIA driver answers with an error ({e})", hint=hint) from e
         self._gpus = self._nvml.gpus()
         return [
             DeviceInfo(index=gpu.index, name=gpu.name, arch=f"sm_{gpu.capability[0]}{gpu.capability[1]}",
@@ -47,20 +50,20 @@ class CudaPlatform:
         ]  # fmt: skip
 
     def diagnose(self) -> Sequence[str]:
+        from hotplug.platforms.cuda.machine import LEAST, absence, faults
         from hotplug.platforms.cuda.nvml import LIBRARY, Nvml, NvmlError
 
         try:
-            gpus = Nvml().gpus()
+            nvml = Nvml()
+            usable = any(gpu.capability >= LEAST for gpu in nvml.gpus())
+            return [*absence(nvml), *(faults(nvml.driver(), nvml.driver_cuda()) if usable else ())]
         except OSError:
             return [f"no NVIDIA driver: {LIBRARY} is not found"]
         except NvmlError as e:
             return [f"the NVIDIA driver answers with an error ({e}); is it loaded, and does it match its libraries?"]
-        if not gpus:
-            return ["the driver shows no GPU to this process; look at CUDA_VISIBLE_DEVICES"]
-        return [f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
-                f"{LEAST[0]}.{LEAST[1]} is the least" for gpu in gpus if gpu.capability < LEAST]  # fmt: skip
 
     def limits(self, device: DeviceInfo) -> Limits:
+        self._refuse_faults(device)
         return Limits(
             dtypes=("bfloat16", "float16", "float32"),
             block_sizes=(64, 16, 32, 128),
@@ -71,6 +74,17 @@ class CudaPlatform:
             step_requests=256,
             asynchronous=True,
         )
+
+    def _refuse_faults(self, device: DeviceInfo) -> None:
+        """Raise PlatformError where a probed GPU cannot be used by what is installed."""
+        from hotplug.platforms.cuda.machine import faults
+
+        if self._nvml is None:  # asked about a device that is not here
+            return
+        wrong = faults(self._nvml.driver(), self._nvml.driver_cuda())
+        if wrong:
+            raise PlatformError(f"{device.name} is here, but what is installed cannot use it",
+                                where=f"platform {self.name}", why=wrong)  # fmt: skip
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:
         assert self._nvml is not None

@@ -96,12 +96,17 @@ def _rope(q, k, q_out, k_out, positions, cos_sin, q_token, q_head, k_token, k_he
           BLOCK: tl.constexpr):  # fmt: skip
     """A program a token and head; the first `heads` are the queries'."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if head < heads:
-        source, target = q + token * q_token + head * q_head, q_out + (token * heads + head) * dim
+    table = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * half)
+    if head < heads:  # a pointer to one or the other is more than AMD's compiler takes
+        _rotate(q + token * q_token + head * q_head, q_out + (token * heads + head) * dim, table, dim, half, BLOCK)
     else:
         head -= heads
-        source, target = k + token * k_token + head * k_head, k_out + (token * kv_heads + head) * dim
-    table = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * half)
+        _rotate(k + token * k_token + head * k_head, k_out + (token * kv_heads + head) * dim, table, dim, half, BLOCK)
+
+
+@triton.jit
+def _rotate(source, target, table, dim, half, BLOCK: tl.constexpr):
+    """One head: [dim], of which the first two halves are rotated."""
     cols = tl.arange(0, BLOCK)
     mask = cols < half
     cos, sin = tl.load(table + cols, mask=mask), tl.load(table + half + cols, mask=mask)
