@@ -6,8 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import interpreter
 import pytest
 from reference_model import write_hf_folder
+
+interpreter.use_where_no_gpu()
 
 
 @pytest.fixture(scope="session")
