@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,20 @@ def smollm2_hf_dir(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory)
     """
     folder = tmp_path_factory.mktemp("smollm2-hf")
     write_hf_folder(smollm2_path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` as a Qwen3-MoE: a dense layer and one of four experts, two a token."""
+    folder = tmp_path_factory.mktemp("tiny-moe")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [0],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -94,8 +94,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def start(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineCore]:
     def make(platform: Any, *, wait: bool = True, **options: Any) -> EngineCore:
         monkeypatch.setattr(bind_module, "discover", lambda: candidates(platform))
-        fixed = {"max_num_seqs": 8, "max_model_len": 96, "kv_cache_memory": "4MiB", "load_format": "dummy"}
-        core = EngineCore(EngineConfig(model=str(tiny_model), **{**fixed, **options}))
+        fixed = {
+            "model": str(tiny_model),
+            "max_num_seqs": 8,
+            "max_model_len": 96,
+            "kv_cache_memory": "4MiB",
+            "load_format": "dummy",
+        }
+        core = EngineCore(EngineConfig(**{**fixed, **options}))
         if wait:
             core.wait_until_compiled()
         return core
@@ -201,6 +207,15 @@ def test_compiled_steps_give_the_eager_tokens(start, expected):
     assert set(platform.ran) == set(BUCKETS)
     assert core.stats().recompiles == 0
     assert [entry["state"] for entry in core.report()["compiled"]] == ["ready"] * 4
+
+
+def test_compiled_steps_of_a_mixture_of_experts_give_the_eager_tokens(start, tiny_moe_model):
+    platform = Compiler(shapes=FEW)
+    eager = start(FakePlatform(facts=limits(accelerator=False)), wait=False, model=str(tiny_moe_model))
+    assert tokens(start(platform, model=str(tiny_moe_model))) == tokens(eager)
+    assert {n for n in calls(platform.programs[8, 8].export()) if "moe" in n} == {
+        "hotplug::moe_route", "hotplug::moe_experts"
+    }  # fmt: skip
 
 
 def test_mixed_steps_fit_a_shape_for_all_requests(start, expected):

@@ -31,6 +31,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,6 +60,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention"] * 2},
     ),
+    "qwen3-moe": ("Qwen3Moe", EXPERTS),
+    "qwen3-moe-unnormalized": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False, "num_experts_per_tok": 1}),
+    "qwen3-moe-dense-layer": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [1], "attention_bias": True}),
+    "qwen3-moe-sparse-step": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2, "num_experts_per_tok": 8}),
+    "qwen3-moe-window": ("Qwen3Moe", {**EXPERTS, "use_sliding_window": True, "sliding_window": 5}),
 }
 
 

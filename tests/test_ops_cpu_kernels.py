@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hotplug.core.ops import attention as attention_op
-from hotplug.core.ops import norm
+from hotplug.core.ops import moe, norm
 from hotplug.core.ops import rope as rope_op
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.registry import Fact, SiteSpec, Verdict
 from hotplug.platforms.cpu import CpuPlatform
-from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, rms_norm, rope
+from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, moe_experts, rms_norm, rope
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -33,13 +33,13 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
-    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm}
+    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm, moe_experts}
 
 
 def test_the_platform_registers_its_kernels() -> None:
     registry = builtin_registry()
     CpuPlatform().register(registry)
-    assert registry.providers == {"reference", "cpu.sdpa", "cpu.index_copy", "cpu.joint", "cpu.fused"}
+    assert registry.providers == {"reference", "cpu.sdpa", "cpu.index_copy", "cpu.joint", "cpu.fused", "cpu.by_expert"}
 
 
 decode = st.integers(1, 20).map(lambda seq: (1, seq))
@@ -114,6 +114,25 @@ def test_rope_equals_its_reference(tokens: int, heads: int, kv_heads: int, half:
     positions = torch.randint(0, 11, (tokens,), generator=rng)
     for got, expected in zip(rope(q, k, positions, table), rope_op.rope(q, k, positions, table), strict=True):
         assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@FEW
+@given(
+    tokens=st.integers(0, 9), hidden=st.integers(1, 9), width=st.integers(1, 9), count=st.integers(1, 6),
+    share=st.floats(0, 1), dtype=DTYPES, seed=st.integers(0, 99),
+)  # fmt: skip
+def test_moe_experts_equals_its_reference(
+    tokens: int, hidden: int, width: int, count: int, share: float, dtype: torch.dtype, seed: int
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    top_k = max(1, int(share * count))
+    x = torch.randn((tokens, 2 * hidden), generator=rng).to(dtype)[:, :hidden]
+    weights, experts = torch.rand((tokens, count), generator=rng).topk(top_k)
+    gate_up = torch.randn((count, 2 * width, hidden), generator=rng).to(dtype)
+    down = torch.randn((count, hidden, width), generator=rng).to(dtype)
+    call = (x, weights, experts.to(torch.int32), gate_up, down)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 0.1}
+    assert_close(moe_experts(*call), moe.moe_experts(*call), **tolerance)
 
 
 def check_of(op: str, dtype: str = "float32", **facts: object) -> Verdict:

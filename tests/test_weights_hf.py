@@ -227,6 +227,59 @@ def test_qwen_slides_only_when_told_to(tmp_path: Path) -> None:
     assert config_of(tmp_path, "Qwen3ForCausalLM", layer_types=types, **on).sliding_layers == {0, 2}
 
 
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def moe_config_of(folder: Path, **values: Any) -> ModelConfig:
+    return config_of(folder, "Qwen3MoeForCausalLM", **{**MOE, **values})
+
+
+def test_every_layer_of_a_mixture_is_sparse_unless_told_otherwise(tmp_path: Path) -> None:
+    config = moe_config_of(tmp_path)
+    assert (config.num_experts, config.experts_per_token, config.moe_intermediate_size) == (8, 2, 32)
+    assert config.sparse_layers == {0, 1, 2, 3} and not config.norm_topk_prob
+    assert moe_config_of(tmp_path, mlp_only_layers=[0, 2]).sparse_layers == {1, 3}
+    assert moe_config_of(tmp_path, decoder_sparse_step=2).sparse_layers == {1, 3}
+    assert moe_config_of(tmp_path, decoder_sparse_step=2, mlp_only_layers=[3]).sparse_layers == {1}
+    assert moe_config_of(tmp_path, norm_topk_prob=True).norm_topk_prob
+
+
+def test_the_number_of_experts_in_both_spellings(tmp_path: Path) -> None:
+    assert moe_config_of(tmp_path, num_experts=None, num_local_experts=5).num_experts == 5
+
+
+def test_dense_models_have_no_experts_whatever_their_config_says(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "Qwen3ForCausalLM", **MOE)
+    assert (config.num_experts, config.sparse_layers) == (0, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"num_experts": None}, "num_local_experts is missing"),
+        ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, there are 8 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be at least 1"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1"),
+        ({"mlp_only_layers": [4]}, r"mlp_only_layers must list some of the layers 0 to 3, got \[4\]"),
+        ({"mlp_only_layers": 2}, "mlp_only_layers must list"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false"),
+        ({"n_shared_experts": 1}, "shared experts are not built: n_shared_experts is 1"),
+        ({"shared_expert_intermediate_size": 64}, "shared experts are not built"),
+    ],
+)
+def test_impossible_mixtures_are_named(values: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=named):
+        moe_config_of(tmp_path, **values)
+
+
+def test_qwen3_moe_slides_on_every_layer_when_told_to(tmp_path: Path) -> None:
+    assert moe_config_of(tmp_path, sliding_window=32).sliding_window is None
+    config = moe_config_of(tmp_path, use_sliding_window=True, max_window_layers=3)
+    assert (config.sliding_window, config.sliding_layers) == (4096, {0, 1, 2, 3})
+
+
 def test_llamas_attention_bias_is_on_the_output_too(tmp_path: Path) -> None:
     llama = config_of(tmp_path, attention_bias=True, mlp_bias=True)
     qwen2 = config_of(tmp_path, "Qwen2ForCausalLM")

@@ -1,6 +1,7 @@
 """The decoder-only transformer that Llama, Mistral, Qwen2 and Qwen3 share; they differ in `ModelConfig` only.
 
-Qwen2's biases and Mistral's window are config fields; Qwen3 also normalizes each query and key head.
+Qwen2's biases, Mistral's window and Qwen3-MoE's experts are config fields; Qwen3 also normalizes each query and key
+head.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, LinearSiluMul, QuantizedLinear, RMSNorm
 from hotplug.core.layers.destination import Destination
 from hotplug.core.layers.mlp import GatedMLP
+from hotplug.core.layers.moe import SparseMLP, unstacked
 from hotplug.core.layers.rope import rotary_table
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.weights.config import ModelConfig
@@ -30,7 +32,8 @@ class DecoderLayer(nn.Module):
         self.attn_norm = norm(ctx, f"{site}.attn_norm", hidden, eps)
         self.attn = Attention(ctx, f"{site}.attn", config, layer, qk_norm=qk_norm)
         self.mlp_norm = AddRMSNorm(ctx, f"{site}.mlp_norm", hidden, eps)
-        self.mlp = GatedMLP(ctx, f"{site}.mlp", config)
+        mlp = SparseMLP if layer in config.sparse_layers else GatedMLP
+        self.mlp = mlp(ctx, f"{site}.mlp", config)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, step: StepInputs, cos_sin: Tensor, kv: KVBlocks
@@ -93,6 +96,10 @@ class Decoder(nn.Module):
             assert isinstance(layer, DecoderLayer)
             yield from _layer_destinations(f"model.layers.{i}", layer)
 
+    def named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A checkpoint tensor by the names of `destinations`: itself, or the several that it stacks."""
+        yield name, tensor
+
 
 def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Destination]]:
     attn, mlp = layer.attn, layer.mlp
@@ -103,6 +110,9 @@ def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str,
     if attn.q_norm is not None and attn.k_norm is not None:
         yield f"{prefix}.self_attn.q_norm.weight", attn.q_norm
         yield f"{prefix}.self_attn.k_norm.weight", attn.k_norm
+    if isinstance(mlp, SparseMLP):
+        yield from mlp.destinations(f"{prefix}.mlp")
+        return
     half = mlp.width
     yield from _stacked(f"{prefix}.mlp", ("gate_proj", "up_proj"), mlp.gate_up, [half, half])
     yield from _stacked(f"{prefix}.mlp", ("down_proj",), mlp.down, [mlp.hidden_size])
@@ -125,9 +135,17 @@ class Qwen3Decoder(Decoder):
     qk_norm = True
 
 
+class Qwen3MoeDecoder(Qwen3Decoder):
+    """Its checkpoints have experts one by one or stacked."""
+
+    def named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return unstacked(name, tensor)
+
+
 MODELS: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": Decoder,
     "MistralForCausalLM": Decoder,
     "Qwen2ForCausalLM": Decoder,
     "Qwen3ForCausalLM": Qwen3Decoder,
+    "Qwen3MoeForCausalLM": Qwen3MoeDecoder,
 }

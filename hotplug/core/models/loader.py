@@ -38,7 +38,7 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
     missing: dict[str, Destination] = dict(model.destinations())
     unknown: list[str] = []
     tied = model.config.tie_word_embeddings
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in (part for given in checkpoint.tensors() for part in model.named(*given)):
         target = missing.pop(name, None)
         if target is None:
             derived = name.endswith(DERIVED_SUFFIXES) or (tied and name == "lm_head.weight")

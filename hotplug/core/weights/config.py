@@ -55,6 +55,15 @@ class ModelConfig:
     """Tokens a query sees, itself included; None is full attention."""
     sliding_layers: frozenset[int] = frozenset()
     """Layers that use `sliding_window`; empty when it is None."""
+    num_experts: int = 0
+    """Of each sparse feed-forward layer; 0 in a dense model."""
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    """Width of one expert."""
+    norm_topk_prob: bool = False
+    """Whether the weights of a token's experts are made to sum to 1."""
+    sparse_layers: frozenset[int] = frozenset()
+    """Layers whose feed-forward part is a mixture of experts."""
     dtype: str = "float32"
     """The checkpoint's dtype name; what `dtype=auto` starts from."""
     bos_token_id: int | None = None

@@ -45,8 +45,8 @@ class DummyCheckpoint:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face parameter names and shapes of the dense decoders (Llama, Mistral, Qwen2, Qwen3)."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    """Hugging Face parameter names and shapes of the decoders (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE)."""
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
 
@@ -55,6 +55,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[f"{name}.bias"] = (out_features,)
 
+    def feed_forward(name: str, width: int, bias: bool) -> None:
+        linear(f"{name}.gate_proj", width, hidden, bias)
+        linear(f"{name}.up_proj", width, hidden, bias)
+        linear(f"{name}.down_proj", hidden, width, bias)
+
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}"
         shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
@@ -62,13 +67,16 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{prefix}.self_attn.k_proj", keys, hidden, config.attention_bias)
         linear(f"{prefix}.self_attn.v_proj", keys, hidden, config.attention_bias)
         linear(f"{prefix}.self_attn.o_proj", hidden, queries, config.output_bias)
-        if config.architecture == "Qwen3ForCausalLM":
+        if config.architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        linear(f"{prefix}.mlp.gate_proj", inner, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.up_proj", inner, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.down_proj", hidden, inner, config.mlp_bias)
+        if layer in config.sparse_layers:
+            linear(f"{prefix}.mlp.gate", config.num_experts, hidden, bias=False)
+            for expert in range(config.num_experts):
+                feed_forward(f"{prefix}.mlp.experts.{expert}", config.moe_intermediate_size, bias=False)
+        else:
+            feed_forward(f"{prefix}.mlp", config.intermediate_size, bias=config.mlp_bias)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)

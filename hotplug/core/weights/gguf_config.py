@@ -66,7 +66,8 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         )  # fmt: skip
     meta = _Metadata(file, name)
     if meta.has("expert_count") and meta.integer("expert_count") > 0:
-        raise UnsupportedModelError("mixture-of-experts models are not built", where=where)
+        raise UnsupportedModelError("mixture-of-experts models are not read from GGUF", where=where,
+                                    hint="Use a safetensors checkpoint.")  # fmt: skip
     hidden, heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
     if not heads or not hidden or "token_embd.weight" not in file.tensors:
         raise WeightsError("it holds no language model (no embedding or no attention heads)", where=where)

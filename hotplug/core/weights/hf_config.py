@@ -21,13 +21,14 @@ SUPPORTED_ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
-_QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_QWEN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 _DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 """config.json's `hidden_act` -> `ModelConfig.activation`."""
-_MISTRAL_WINDOW = 4096
-"""What transformers takes where a Mistral config.json says nothing; null means full attention."""
+_DEFAULT_WINDOW = 4096
+"""What transformers takes where the config.json of Mistral or Qwen3-MoE says nothing; null means full attention."""
 
 
 ConfigReader = Callable[[dict[str, Any], str, tuple[int, ...]], ModelConfig]
@@ -72,6 +73,7 @@ def parse_hf_config(
     """
     architecture = _architecture(values, where, architectures)
     _refuse(values, where)
+    experts = _experts(values, where) if architecture == "Qwen3MoeForCausalLM" else {}
     activation = str(values.get("hidden_act", "silu"))
     if activation not in activations:
         raise UnsupportedModelError(f"the activation {activation!r} is not built", where=where,
@@ -111,6 +113,7 @@ def parse_hf_config(
         mlp_bias=architecture not in (*_QWEN, "MistralForCausalLM") and bool(values.get("mlp_bias", False)),
         sliding_window=window,
         sliding_layers=sliding,
+        **experts,
         dtype=_dtype(values, where),
         bos_token_id=next(iter(_token_ids(values.get("bos_token_id"))), None),
         eos_token_ids=tuple(dict.fromkeys(ends)),
@@ -142,14 +145,46 @@ def _refuse(values: dict[str, Any], where: str) -> None:
         )
 
 
+def _experts(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of ModelConfig that say which layers are mixtures of experts, and of how many."""
+    for key in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
+        if values.get(key):
+            raise UnsupportedModelError("shared experts are not built", where=where, why=[f"{key} is {values[key]}"])
+    # transformers 5 writes the second name
+    count = _size(values, "num_experts" if values.get("num_experts") is not None else "num_local_experts", where)
+    chosen = _size(values, "num_experts_per_tok", where)
+    if chosen > count:
+        raise ModelError(f"num_experts_per_tok is {chosen}, there are {count} experts", where=where)
+    num_layers = _size(values, "num_hidden_layers", where)
+    step = _size(values, "decoder_sparse_step", where, 1)
+    dense = values.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < num_layers for i in dense):
+        raise ModelError(f"mlp_only_layers must list some of the layers 0 to {num_layers - 1}, got {dense!r}",
+                         where=where)  # fmt: skip
+    normalized = values.get("norm_topk_prob", False)
+    if not isinstance(normalized, bool):
+        raise ModelError(f"norm_topk_prob must be true or false, got {normalized!r}", where=where)
+    return {
+        "num_experts": count,
+        "experts_per_token": chosen,
+        "moe_intermediate_size": _size(values, "moe_intermediate_size", where),
+        "norm_topk_prob": normalized,
+        "sparse_layers": frozenset(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0),
+    }
+
+
 def _sliding(
     values: dict[str, Any], architecture: str, num_layers: int, where: str
 ) -> tuple[int | None, frozenset[int]]:
     if architecture == "MistralForCausalLM":
-        if values.get("sliding_window", _MISTRAL_WINDOW) is None:
+        if values.get("sliding_window", _DEFAULT_WINDOW) is None:
             return None, frozenset()
-        window = _size(values, "sliding_window", where, _MISTRAL_WINDOW)
+        window = _size(values, "sliding_window", where, _DEFAULT_WINDOW)
         return window, frozenset(range(num_layers))
+    if architecture == "Qwen3MoeForCausalLM" and values.get("use_sliding_window"):  # in every layer
+        if values.get("sliding_window", _DEFAULT_WINDOW) is None:
+            return None, frozenset()
+        return _size(values, "sliding_window", where, _DEFAULT_WINDOW), frozenset(range(num_layers))
     if architecture not in _QWEN or not values.get("use_sliding_window") or not values.get("sliding_window"):
         return None, frozenset()
     window = _size(values, "sliding_window", where)

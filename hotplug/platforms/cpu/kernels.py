@@ -128,6 +128,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Each expert over the tokens that chose it, and no others."""
+    top_k, flat = experts.shape[1], experts.flatten()
+    by_expert = flat.argsort(stable=True)
+    share = weights.flatten()
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+    for expert, mine in enumerate(by_expert.split(counts)):
+        if len(mine):
+            token = mine // top_k
+            gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+            mixed = F.linear(F.silu(gate) * up, down[expert])
+            total.index_add_(0, token, mixed * share[mine].unsqueeze(1))
+    return total.to(x.dtype)
+
+
 def _token_major(spec: SiteSpec) -> Verdict:
     if spec["layout"] != "NHD":
         return Verdict(False, f"layout {spec['layout']} is not NHD")
@@ -161,4 +177,5 @@ KERNELS = (
     Impl("kv_write", "cpu.index_copy", kv_write, check=_same_dtype, rank=10),
     Impl("rope", "cpu.joint", rope, check=_whole_float32, rank=10),
     Impl("rms_norm", "cpu.fused", rms_norm, rank=10),
+    Impl("moe_experts", "cpu.by_expert", moe_experts, rank=10),
 )

@@ -78,6 +78,22 @@ class Builder:
         x, residual = (self._normal(_tokens(lens), facts["width"], view=view) for _ in range(2))
         return Call((x, residual, self._normal(facts["width"]), 1e-5))
 
+    def _moe_route(self, facts: Any, lens: Lens, view: bool) -> Call:
+        """Scores that are exact in every dtype: which experts are best is then no matter of rounding."""
+        hidden = facts["hidden"]
+        x = torch.randint(-2, 3, (_tokens(lens), (2 if view else 1) * hidden), generator=self.random)
+        weight = torch.randint(-2, 3, (facts["num_experts"], hidden), generator=self.random) / 8
+        renormalize = bool(torch.rand((), generator=self.random) < 0.5)
+        return Call((x.to(self.dtype)[:, :hidden], weight.to(self.dtype), facts["top_k"], renormalize))
+
+    def _moe_experts(self, facts: Any, lens: Lens, view: bool) -> Call:
+        hidden, width, count, top_k = (facts[name] for name in ("hidden", "width", "num_experts", "top_k"))
+        scores = torch.randn((_tokens(lens), count), generator=self.random).softmax(-1)
+        weights, experts = scores.topk(top_k)
+        gate_up = self._normal(count, 2 * width, hidden) * hidden**-0.5
+        down = self._normal(count, hidden, width) * width**-0.5
+        return Call((self._normal(_tokens(lens), hidden, view=view), weights, experts.to(torch.int32), gate_up, down))
+
     # --- attention -------------------------------------------------------------------------------
 
     def _rope(self, facts: Any, lens: Lens, view: bool) -> Call:

@@ -13,12 +13,15 @@ from hotplug.plugins.conformance.cases import Lens
 
 HEADS = ((4, 4, 64), (8, 2, 64), (9, 3, 64), (6, 2, 32), (4, 1, 128))
 """(query heads, key/value heads, head dim)."""
+EXPERTS = ((64, 32, 8, 2), (130, 33, 5, 5), (128, 96, 60, 4))
+"""(hidden, width, experts, experts a token)."""
 WINDOWS = (None, 7, 1)
 
 
 def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fact]]:
     """The facts of usual call sites of an op; nothing for an op that this kit does not know."""
     heads = HEADS[:3] if quick else HEADS
+    experts = EXPERTS[:2] if quick else EXPERTS
     match op:
         case "embed":
             yield from ({"vocab": v, "hidden": h} for v, h in ((97, 64), (1000, 130)))
@@ -35,6 +38,10 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
         case "rope_kv_write" | "qk_norm_rope_kv_write":
             for (h, kv, dim), part, cache in itertools.product(heads, (1, 2), _caches(limits, quick)):
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // part, **cache}
+        case "moe_route":
+            yield from ({"hidden": h, "num_experts": e, "top_k": k} for h, _, e, k in experts)
+        case "moe_experts":
+            yield from ({"hidden": h, "width": w, "num_experts": e, "top_k": k} for h, w, e, k in experts)
         case "rope" | "qk_norm_rope":
             for h, kv, dim in heads:
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim}
@@ -104,6 +111,7 @@ class Fuzz:
     def facts(self, op: str, names: Sequence[str]) -> dict[str, Fact]:
         """Facts of `op`, which declares `names`."""
         pick = self._random.choice
+        experts = pick((1, 3, 8, 40))
         kv_heads, dim = pick((1, 2, 3, 5, 8)), pick((8, 16, 30, 40, 64, 80, 96, 112, 128, 192, 256))
         pool: dict[str, Any] = {
             "num_heads": kv_heads * pick((1, 2, 3, 4, 7)),
@@ -120,6 +128,8 @@ class Fuzz:
             "vocab": pick((2, 31, 257, 1000)),
             "hidden": pick((8, 33, 64, 130)),
             "width": pick((2, 7, 64, 96, 1000)),
+            "num_experts": experts,
+            "top_k": pick([k for k in (1, 2, 4, 6, 8) if k <= experts]),
             "in_features": pick((8, 33, 64, 130)),
             "out_features": pick((1, 7, 48, 256)),
             "bias": pick((False, True)),

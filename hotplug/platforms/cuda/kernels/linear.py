@@ -47,11 +47,10 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
     The first AHEAD programs also ask for the first AHEAD * 32 KiB of the weight to be brought into the L2 cache.
     """
     pdl.release(PDL)
-    if PDL and AHEAD:
-        if tl.program_id(0) < AHEAD:
-            part = tl.program_id(0).to(tl.int64) * 16384 + tl.arange(0, 64) * 256
-            end = N.to(tl.int64) * K * (2 if GATED else 1)
-            _prefetch(weight + part, (part + 256 <= end).to(tl.int32))
+    if PDL and AHEAD and tl.program_id(0) < AHEAD:
+        part = tl.program_id(0).to(tl.int64) * 16384 + tl.arange(0, 64) * 256
+        end = N.to(tl.int64) * K * (2 if GATED else 1)
+        _prefetch(weight + part, (part + 256 <= end).to(tl.int32))
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     there = (rows < N)[:, None]
@@ -177,8 +176,9 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: 
     k, n = weight.shape[1], weight.shape[0] // (2 if gated else 1)
     out = torch.empty((1, n), dtype=dtype, device=x.device)
     cols = min(cols, triton.next_power_of_2(k))
+    ahead = ahead if x.element_size() == 2 else 0
     _gemv[(triton.cdiv(n, rows),)](x, weight, bias, out, n, k, rows, cols, k % cols == 0, gated, bias is not None,
-                                   ahead if x.element_size() == 2 else 0, num_warps=warps, **pdl.options(x.device))  # fmt: skip
+                                   ahead, num_warps=warps, **pdl.options(x.device))  # fmt: skip
     return out
 
 
