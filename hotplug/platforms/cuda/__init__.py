@@ -11,8 +11,11 @@ from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo
 if TYPE_CHECKING:
     import torch
 
+    from pathlib import Path
+
+    from hotplug.platforms.cuda.compile import Compiler
     from hotplug.platforms.cuda.nvml import Gpu, Nvml
-    from hotplug.vendor import OpRegistry
+    from hotplug.vendor import OpRegistry, StepProgram
 
 LEAST = (8, 0)
 """Oldest compute capability that the kernels are written for."""
@@ -30,6 +33,7 @@ class CudaPlatform:
         self._gpus: list[Gpu] = []
         self._pool: Any = None
         self._graphs: WeakSet[Any] = WeakSet()
+        self._compiler: Compiler | None = None
 
     def probe(self) -> Sequence[DeviceInfo]:
         from hotplug.platforms.cuda.nvml import Nvml
@@ -65,7 +69,7 @@ class CudaPlatform:
             block_sizes=(16, 32, 64),
             kv_layouts=(KVLayout.NHD,),
             index_dtype="int32",
-            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER),
+            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER, ExecMode.COMPILE),
             asynchronous=True,
         )
 
@@ -93,6 +97,29 @@ class CudaPlatform:
         self._graphs.add(graph)
         replay: Callable[[], Any] = graph.replay
         return replay
+
+    def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
+        from hotplug.platforms.cuda import compile as inductor
+
+        return inductor.buckets(max_tokens, max_requests)
+
+    def compile(self, program: StepProgram, device: DeviceInfo, cache: Path) -> Callable[..., Sequence[torch.Tensor]]:
+        import torch
+
+        from hotplug.platforms.cuda.compile import Compiler
+
+        if self._compiler is None:
+            self._compiler = Compiler(self.capture)
+        with torch.cuda.device(device.index):
+            return self._compiler.compile(program, device, cache)
+
+    def fingerprint(self) -> str:
+        from hotplug.platforms.cuda import compile as inductor
+
+        return inductor.fingerprint([f"{gpu.name} (driver {gpu.driver})" for gpu in self._gpus])
+
+    def num_compiled(self) -> int:
+        return self._compiler.num_compiled if self._compiler is not None else 0
 
     def set_device(self, device: DeviceInfo) -> None:
         import torch
