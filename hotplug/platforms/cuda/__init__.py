@@ -9,13 +9,13 @@ from weakref import WeakSet
 from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo
 
 if TYPE_CHECKING:
-    import torch
-
     from pathlib import Path
+
+    import torch
 
     from hotplug.platforms.cuda.compile import Compiler
     from hotplug.platforms.cuda.nvml import Gpu, Nvml
-    from hotplug.vendor import OpRegistry, StepProgram
+    from hotplug.vendor import OpRegistry, SiteSpec, StepProgram, TuningResult, TuningSummary
 
 LEAST = (8, 0)
 """Oldest compute capability that the kernels are written for."""
@@ -120,6 +120,24 @@ class CudaPlatform:
 
     def num_compiled(self) -> int:
         return self._compiler.num_compiled if self._compiler is not None else 0
+
+    def tune(
+        self, device: DeviceInfo, sites: Sequence[SiteSpec], seconds: float, report: Callable[[TuningResult], None],
+        output: Path | None,
+    ) -> TuningSummary:  # fmt: skip
+        import torch
+
+        from hotplug.platforms.cuda.kernels import TUNABLES
+        from hotplug.platforms.cuda.tuner import graph_time, tune
+        from hotplug.platforms.cuda.tuning import file_name, own_folder
+
+        with torch.cuda.device(device.index):
+            properties = torch.cuda.get_device_properties(device.index)
+            return tune(
+                TUNABLES, sites, device=torch.device("cuda", device.index), device_name=properties.name,
+                seconds=seconds, report=report, output=output or own_folder() / file_name(properties.name),
+                timer=graph_time, cache_bytes=properties.L2_cache_size,
+            )  # fmt: skip
 
     def set_device(self, device: DeviceInfo) -> None:
         import torch

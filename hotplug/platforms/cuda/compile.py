@@ -182,18 +182,35 @@ def _call_kernels(graph: fx.Graph, name: str) -> tuple[list[str], list[str]]:
         sites.append(site)
         with graph.inserting_before(node):
             call = graph.call_function(opaque.operator(schema), (*args, _kernel_name(name, site)))
-        names = [argument.name for argument in node.target._schema.arguments]
-        written = opaque.WRITTEN.get(node.target._schema.name.split("::")[1])
-        if written is None:
+        name_of_op = node.target._schema.name.split("::")[1]
+        if name_of_op in opaque.WRITTEN:
+            _use_given(graph, node, call, name_of_op)
+        else:
             call.meta.update(node.meta)
             node.replace_all_uses_with(call)
-        else:
-            for use in list(node.users):
-                assert use.target is getitem
-                use.replace_all_uses_with(args[names.index(written[use.args[1]])])
-                graph.erase_node(use)
         graph.erase_node(node)
     return list(operators), sites
+
+
+def _use_given(graph: fx.Graph, node: fx.Node, call: fx.Node, op: str) -> None:
+    """In place of the results of `node`, whose op writes in place: the tensors given to `call`, and its new ones."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    new = opaque.new_results(op)
+    for use in list(node.users):
+        assert use.target is getitem
+        index = use.args[1]
+        written = opaque.WRITTEN[op][index]  # type: ignore[index]
+        if written is not None:
+            result = call.args[names.index(written)]
+        elif len(new) == 1:
+            result = call
+        else:
+            with graph.inserting_after(call):
+                result = graph.call_function(getitem, (call, new.index(index)))  # type: ignore[arg-type]
+        if written is None:
+            result.meta.update(use.meta)
+        use.replace_all_uses_with(result)
+        graph.erase_node(use)
 
 
 def _inputs(exported: torch.export.ExportedProgram) -> tuple[dict[fx.Node, str], list[fx.Node]]:

@@ -12,13 +12,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from hotplug.vendor import AttentionInputs, PlatformError
 
 NAMESPACE = "hotplug_kernels"
-WRITTEN: Mapping[str, tuple[str, ...]] = {"kv_write": ("k_cache", "v_cache")}
-"""Ops whose kernels write in place: the parameters that they write, in the order of the node's results."""
+WRITTEN: Mapping[str, tuple[str | None, ...]] = {
+    "kv_write": ("k_cache", "v_cache"),
+    "rope_kv_write": (None, "k_cache", "v_cache"),
+    "qk_norm_rope_kv_write": (None, "k_cache", "v_cache"),
+}
+"""Ops whose kernels write in place: for each result of the node the parameter that it is, None for a new tensor."""
 
 _LIBRARY: Any = cast("Any", torch.library).Library(NAMESPACE, "FRAGMENT")  # untyped in torch
 _kernels: dict[str, Callable[..., Any]] = {}
@@ -30,11 +34,19 @@ def schema_of(node: Any) -> str:
     schema = str(node._schema)
     name = schema[schema.index("::") + 2 : schema.index("(")]
     parameters, result = re.fullmatch(r"[^(]*\((.*), str site\) -> (.*)", schema).groups()  # type: ignore[union-attr]
-    written = WRITTEN.get(name, ())
-    for i, parameter in enumerate(written):
-        parameters, found = re.subn(rf"\bTensor {parameter}\b", f"Tensor(a{i}!) {parameter}", parameters)
-        assert found == 1, f"{name} has no tensor {parameter}"
-    return f"{name}({parameters}, str kernel) -> {'()' if written else result}"
+    results = WRITTEN.get(name)
+    if results is not None:
+        for i, parameter in enumerate(filter(None, results)):
+            parameters, found = re.subn(rf"\bTensor {parameter}\b", f"Tensor(a{i}!) {parameter}", parameters)
+            assert found == 1, f"{name} has no tensor {parameter}"
+        new = ["Tensor"] * len(new_results(name))
+        result = new[0] if len(new) == 1 else f"({', '.join(new)})"
+    return f"{name}({parameters}, str kernel) -> {result}"
+
+
+def new_results(name: str) -> list[int]:
+    """Which results of an op that writes in place are new tensors: what its operator returns, in this order."""
+    return [i for i, parameter in enumerate(WRITTEN[name]) if parameter is None]
 
 
 def operator(schema: str) -> Any:
@@ -67,9 +79,17 @@ def _runs(name: str, schema: str) -> Callable[..., Any]:
             end = begin + len(AttentionInputs.NODE_FIELDS)
             given[begin:end] = [AttentionInputs.from_node(*given[begin:end])]
         result = kernel(*given)
-        return None if name in WRITTEN else _own(result, args)
+        return _own(_returned(name, result), args)
 
     return run
+
+
+def _returned(name: str, result: Any) -> Any:
+    """What the operator returns of a kernel's result: all of it, or the new tensors where it writes in place."""
+    if name not in WRITTEN:
+        return result
+    new = [result[i] for i in new_results(name)]
+    return tuple(new) if len(new) > 1 else new[0] if new else None
 
 
 def _fields(parameters: list[str]) -> int | None:
@@ -89,10 +109,7 @@ def _own(result: Any, args: tuple[Any, ...]) -> Any:
 
 def _fakes(name: str) -> Callable[..., Any]:
     def fake(*args: Any) -> Any:
-        if name in WRITTEN:
-            return None
-        result = getattr(torch.ops.hotplug, name)(*args[:-1], "")
-        assert all(isinstance(t, Tensor) for t in tree_leaves(result))
+        result = _returned(name, getattr(torch.ops.hotplug, name)(*args[:-1], ""))
         return tree_map_only(Tensor, lambda t: t.new_empty(t.shape), result)
 
     return fake

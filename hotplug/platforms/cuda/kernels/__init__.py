@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hotplug.platforms.cuda.kernels import dense
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.vendor import Impl, SiteSpec, Verdict
@@ -33,3 +34,6 @@ KERNELS = (
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
 )
+
+TUNABLES = (*dense.TUNABLES,)
+"""What `hotplug tune` may measure."""
