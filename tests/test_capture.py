@@ -73,10 +73,10 @@ def test_captured_decodes_give_the_eager_tokens(tiny_model, monkeypatch):
     recorder = Recorder()
     expected = tokens(engine(tiny_model, monkeypatch, FakePlatform(facts=limits(accelerator=False))))
     core = engine(tiny_model, monkeypatch, recorder)
-    assert recorder.recorded == 3
+    assert recorder.recorded == 9  # three sizes, each greedy, random and up to the scores
     assert tokens(core) == expected
-    assert set(recorder.replayed) == {0, 1, 2}  # five requests in the shape of 8, then 4, then 2
-    assert recorder.recorded == 3
+    assert set(recorder.replayed) == {3, 4, 5, 2}  # five requests drawn in the size of 8, then 4, then 2
+    assert recorder.recorded == 9
 
 
 def test_the_report_lists_the_captured_shapes(tiny_model, monkeypatch):
@@ -102,9 +102,18 @@ def test_declaring_capture_without_the_method_is_an_error(tiny_model, monkeypatc
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "max_shapes", "sizes"),
-    [(1, 0, [1]), (2, 0, [1, 2]), (8, 0, [1, 2, 4, 8]), (10, 0, [1, 2, 4, 8, 10]), (10, 2, [8, 10]), (128, 1, [128])],
+    [
+        (1, 0, [1]),
+        (2, 0, [1, 2]),
+        (8, 0, [1, 2, 4, 8]),
+        (10, 0, [1, 2, 4, 8, 10]),
+        (10, 2, [8, 10]),
+        (128, 1, [128]),
+        (50, 0, [1, 2, 4, 8, 16, 32, 48, 50]),
+        (320, 0, [1, 2, 4, 8, *range(16, 257, 16), 288, 320]),
+    ],
 )
-def test_decode_shapes_are_powers_of_two_and_the_largest_batch(max_num_seqs, max_shapes, sizes):
+def test_decode_shapes_are_powers_of_two_then_steps_of_16_and_the_largest_batch(max_num_seqs, max_shapes, sizes):
     assert decode_shapes(max_num_seqs, max_shapes) == [StepShape(n, n) for n in sizes]
 
 

@@ -100,7 +100,7 @@ def test_prepare_inputs_equals_a_loop(index_dtype: torch.dtype) -> None:
     tables = torch.tensor([[9, 8, 7], [0, 0, 0], [1, 2, 3], [4, 5, 6]], dtype=index_dtype)
     last = index(100, 101, 102, 103)
     host = [-1, 10, 11, 12, 13, 20, 21, 22]
-    actual = prepare_inputs(index(*host), index(*rows), index(0, 1, 5, 8), index(*start), last, tables, block)
+    actual = prepare_inputs(index(*host), index(*rows), index(0, 1, 5, 8), index(*start), last, tables, block, 2)
     tokens, positions, slots = [], [], []
     for row, first, count in zip(rows, start, counts, strict=True):
         for position in range(first, first + count):
@@ -109,5 +109,5 @@ def test_prepare_inputs_equals_a_loop(index_dtype: torch.dtype) -> None:
             positions.append(position)
             slots.append(int(tables[row, position // block]) * block + position % block)
     seq_lens = [s + n for s, n in zip(start, counts, strict=True)]
-    assert [t.tolist() for t in actual] == [tokens, positions, slots, seq_lens]
+    assert [t.tolist() for t in actual] == [tokens, positions, slots, seq_lens, tables[rows, :2].tolist()]
     assert {t.dtype for t in actual} == {index_dtype}
