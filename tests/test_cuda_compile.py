@@ -18,7 +18,9 @@ from torch import Tensor
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.ops import attention, norm
+from hotplug.core.ops import attention, norm, rope_kv_write
+from hotplug.core.ops.builtin import builtin_registry
+from hotplug.core.ops.program import node
 from hotplug.core.ops.registry import Impl
 from hotplug.core.platform.base import DeviceInfo, ExecMode
 from hotplug.core.platform.program import StepProgram
@@ -33,6 +35,8 @@ KERNELS = (
     Impl("kv_write", "acme", attention.kv_write),
     Impl("attention", "acme", attention.attention),
 )
+FUSED = (Impl("rope_kv_write", "acme", rope_kv_write.rope_kv_write), Impl("attention", "acme", attention.attention))
+"""With a kernel that writes to the caches and returns a new tensor too."""
 FACTS: dict[str, Any] = {"exec_modes": (ExecMode.COMPILE,), "index_dtype": "int32", "accelerator": False,
                          "shared_host_memory": True}  # fmt: skip
 
@@ -132,17 +136,23 @@ def calls(graph: torch.fx.GraphModule) -> list[str]:
 # --- operators ------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_an_operator_has_the_parameters_of_its_node_and_says_what_it_writes(start):
-    start(Inductor())
-    node = torch.ops.hotplug
-    assert (
-        opaque.schema_of(node.rms_norm.default) == "rms_norm(Tensor x, Tensor weight, float eps, str kernel) -> Tensor"
-    )
-    assert opaque.schema_of(node.kv_write.default) == (
-        "kv_write(Tensor k, Tensor v, Tensor(a0!) k_cache, Tensor(a1!) v_cache, Tensor slots, str layout, "
-        "str kernel) -> ()"
-    )
+@pytest.mark.parametrize(
+    ("op", "schema"),
+    [
+        ("rms_norm", "rms_norm(Tensor x, Tensor weight, float eps, str kernel) -> Tensor"),
+        ("kv_write", "kv_write(Tensor k, Tensor v, Tensor(a0!) k_cache, Tensor(a1!) v_cache, Tensor slots, "
+                     "str layout, str kernel) -> ()"),
+        ("rope_kv_write", "rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, "
+                          "Tensor(a0!) k_cache, Tensor(a1!) v_cache, Tensor slots, str layout, str kernel) -> Tensor"),
+    ],
+)  # fmt: skip
+def test_an_operator_has_the_parameters_of_its_node_and_says_what_it_writes(op, schema):
+    assert opaque.schema_of(node(builtin_registry().op(op))) == schema
+
+
+def test_every_op_that_writes_to_its_arguments_is_known():
+    registry = builtin_registry()
+    assert set(opaque.WRITTEN) == {name for name in registry.names if registry.op(name).functional is not None}
 
 
 def test_another_operator_of_a_name_is_refused():
@@ -174,8 +184,9 @@ def test_kernels_stay_calls_and_all_else_is_aten(start, interpreted):
     assert sum(n.startswith("hotplug_kernels::") for n in names) == 2 * per_step
 
 
-def test_with_kernels_for_the_cache_nothing_is_copied_into_it(start, interpreted):
-    start(Inductor())
+@pytest.mark.parametrize("kernels", [KERNELS, FUSED], ids=["kernels", "fused"])
+def test_with_kernels_for_the_cache_nothing_is_copied_into_it(start, interpreted, kernels):
+    start(Inductor(kernels=kernels))
     for graph in interpreted.values():
         assert "aten::copy_" not in calls(graph)
         assert "aten::index_put" not in calls(graph)
@@ -206,7 +217,7 @@ def _files(name: str) -> list[Path]:
 # --- steps ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernels", [KERNELS, ()], ids=["kernels", "references"])
+@pytest.mark.parametrize("kernels", [KERNELS, FUSED, ()], ids=["kernels", "fused", "references"])
 def test_steps_give_the_eager_answers(start, interpreted, kernels):
     platform = Inductor(kernels=kernels)
     assert same(answers(start(platform)), answers(start(FakePlatform(facts=limits(accelerator=False)))))
@@ -325,7 +336,7 @@ def test_the_fingerprint_names_what_an_artifact_depends_on(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler for the host")
-@pytest.mark.parametrize("kernels", [KERNELS, ()], ids=["kernels", "references"])
+@pytest.mark.parametrize("kernels", [KERNELS, FUSED, ()], ids=["kernels", "fused", "references"])
 def test_inductor_gives_the_eager_answers_copies_no_cache_and_is_found_again(start, kernels):
     from torch._inductor.utils import fresh_cache
     from torch.profiler import ProfilerActivity, profile
