@@ -148,6 +148,15 @@ def test_kernels_take_turns_within_a_budget(cache):
     assert [r.kernel for r in results] == ["double", "twice", "double", "twice"]
 
 
+def test_candidates_are_compiled_before_they_run(cache):
+    seen: list[tuple[int, list[int]]] = []
+    made: list[Key] = []
+    tunable, timer = double({1: 2.0, 2: 1.0}, made, tokens=(1,))
+    run(tunable, timer, cache / "out.json",
+        compile_ahead=lambda key, configs: seen.append((len(made), [c["BLOCK"] for c in configs])))  # fmt: skip
+    assert seen == [(0, [1, 2])]
+
+
 def test_a_model_without_tunable_kernels_is_refused(cache):
     tunable, timer = double({1: 1.0})
     with pytest.raises(PlatformError, match="no kernel that serves this model"):
@@ -237,7 +246,8 @@ import sys, torch
 from pathlib import Path
 from hotplug.core.ops.registry import SiteSpec
 from hotplug.platforms.cuda.kernels import TUNABLES
-from hotplug.platforms.cuda.tuner import tune
+from hotplug.platforms.cuda.tuner import CompileAhead, run_once, tune
+from hotplug.platforms.cuda.tuning import Key
 import dataclasses
 small = [dataclasses.replace(t, tokens=(1, 3)) for t in TUNABLES if t.op == "silu_mul"]
 def timer(calls):
@@ -248,6 +258,10 @@ results = []
 tune(small, [SiteSpec("silu_mul", "act", sys.argv[1], "sm_90", {"width": 300})], device=torch.device("cpu"),
      device_name="x", seconds=100, report=results.append, output=Path(sys.argv[2]), timer=timer, cache_bytes=1)
 assert len(results) == 2, results
+key, good = Key.of("silu_mul", sys.argv[1], {"width": 300, "tokens": 1}), {"BLOCK": 256, "num_warps": 1}
+run_once(key, good, torch.device("cpu"))
+with CompileAhead(torch.device("cpu"), workers=1) as ahead:
+    ahead(key, [good, {"BLOCK": 7, "num_warps": 1}])  # the second fails, which is the measurement's to say
 assert all(r.candidates > 2 and not r.rejected for r in results), results
 """
 

@@ -128,15 +128,15 @@ class CudaPlatform:
         import torch
 
         from hotplug.platforms.cuda.kernels import TUNABLES
-        from hotplug.platforms.cuda.tuner import graph_time, tune
+        from hotplug.platforms.cuda.tuner import CompileAhead, graph_time, tune
         from hotplug.platforms.cuda.tuning import file_name, own_folder
 
-        with torch.cuda.device(device.index):
-            properties = torch.cuda.get_device_properties(device.index)
+        own, properties = torch.device("cuda", device.index), torch.cuda.get_device_properties(device.index)
+        with torch.cuda.device(own), CompileAhead(own) as ahead:
             return tune(
-                TUNABLES, sites, device=torch.device("cuda", device.index), device_name=properties.name,
-                seconds=seconds, report=report, output=output or own_folder() / file_name(properties.name),
-                timer=graph_time, cache_bytes=properties.L2_cache_size,
+                TUNABLES, sites, device=own, device_name=properties.name, seconds=seconds, report=report,
+                output=output or own_folder() / file_name(properties.name), timer=graph_time,
+                cache_bytes=properties.L2_cache_size, compile_ahead=ahead,
             )  # fmt: skip
 
     def set_device(self, device: DeviceInfo) -> None:

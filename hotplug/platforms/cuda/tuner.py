@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, pairwise, zip_longest
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,9 +38,12 @@ def tune(
     output: Path,
     timer: Timer,
     cache_bytes: int,
+    compile_ahead: Callable[[Key, Sequence[Config]], None] = lambda key, configs: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TuningSummary:
     """Measure what serves `sites` until `seconds` are over, and write `output` after each result.
+
+    `compile_ahead` gets the candidates of a key before they are run, to compile them side by side.
 
     Entries of `output` that are not measured stay. Raises PlatformError where no kernel of these sites is tunable.
     """
@@ -52,7 +58,9 @@ def tune(
         if clock() >= end:
             break
         before = known.lookup(key.kernel, key.dtype, **dict(key.shape)) or tunable.default(key)
-        result = _tune_one(tunable, key, before, device, timer, cache_bytes, lambda: clock() >= end)
+        tried = [before, *(c for c in tunable.candidates(key) if dict(c) != dict(before))]
+        compile_ahead(key, tried)
+        result = _tune_one(tunable, key, tried, device, timer, cache_bytes, lambda: clock() >= end)
         entries[key] = dict(result.after)
         write(output, device_name, entries)
         report(result)
@@ -66,16 +74,16 @@ def _in_turn(lists: Iterable[list[tuple[Tunable, Key]]]) -> Iterator[tuple[Tunab
 
 
 def _tune_one(
-    tunable: Tunable, key: Key, before: Config, device: torch.device, timer: Timer, cache_bytes: int,
+    tunable: Tunable, key: Key, tried: Sequence[Config], device: torch.device, timer: Timer, cache_bytes: int,
     over: Callable[[], bool],
 ) -> TuningResult:  # fmt: skip
+    """The fastest of `tried`, of which the first is in use."""
     cases = [tunable.make(key, device)]
     sets = min(max(-(-2 * cache_bytes // max(cases[0].num_bytes, 1)), 2), MOST_SETS)
     cases += [tunable.make(key, device) for _ in range(sets - 1)]
     expected = cases[0].reference()
     rejected: list[str] = []
     times: dict[int, float] = {}
-    tried = [before, *(c for c in tunable.candidates(key) if dict(c) != dict(before))]
     for i, config in enumerate(tried):
         if i and over():
             break
@@ -90,7 +98,7 @@ def _tune_one(
     if times[best] > times[0] * (1 - GAIN):
         best = 0
     return TuningResult(
-        kernel=key.kernel, dtype=key.dtype, shape=dict(key.shape), before=dict(before), after=dict(tried[best]),
+        kernel=key.kernel, dtype=key.dtype, shape=dict(key.shape), before=dict(tried[0]), after=dict(tried[best]),
         before_us=times[0], after_us=times[best], candidates=len(times), rejected=tuple(rejected),
     )  # fmt: skip
 
@@ -106,21 +114,56 @@ def _fault(case: Case, config: Config, expected: Any, dtype: str) -> str:
         return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
 
 
-def graph_time(calls: Sequence[Callable[[], Any]], replays: int = 20) -> float:
-    """Microseconds a call: the median of replays of a CUDA graph that holds all of them."""
-    graph = torch.cuda.CUDAGraph()
-    for call in calls[:1]:
-        call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+def graph_time(calls: Sequence[Callable[[], Any]], replays: int = 9) -> float:
+    """Microseconds a call: the median of replays of a CUDA graph that holds all of them, over and over for 3 ms."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def elapsed(run: Callable[[], Any]) -> float:
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1000
+
+    def all_calls() -> None:
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in pairwise(events)) * 1000 / len(calls)
+
+    all_calls()  # compiles, and makes what is made on first use
+    rounds = max(1, min(int(3000 / max(elapsed(all_calls), 1)), 256 // len(calls)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            all_calls()
+    graph.replay()
+    return median(elapsed(graph.replay) for _ in range(replays)) / (rounds * len(calls))
+
+
+class CompileAhead:
+    """Compiles candidates side by side, in processes of their own that leave them in Triton's cache on disk.
+
+    A candidate that fails there is left to fail where it is measured.
+    """
+
+    def __init__(self, device: torch.device, workers: int = 12) -> None:
+        self._device = device
+        self._pool = ProcessPoolExecutor(min(workers, os.cpu_count() or 1), mp_context=get_context("spawn"))
+
+    def __call__(self, key: Key, configs: Sequence[Config]) -> None:
+        tasks = [self._pool.submit(run_once, key, dict(config), self._device) for config in configs]
+        for task in tasks:
+            task.exception()
+
+    def __enter__(self) -> CompileAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+def run_once(key: Key, config: dict[str, Any], device: torch.device) -> None:
+    """Run a kernel of the platform with a configuration. Called in other processes."""
+    from hotplug.platforms.cuda.kernels import TUNABLES
+
+    (tunable,) = (tunable for tunable in TUNABLES if tunable.kernel == key.kernel)
+    tunable.make(key, device).run(config)
