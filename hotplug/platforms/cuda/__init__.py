@@ -9,10 +9,13 @@ from weakref import WeakSet
 from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo, PlatformError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from hotplug.platforms.cuda.compile import Compiler
     from hotplug.platforms.cuda.nvml import Gpu, Nvml
-    from hotplug.vendor import OpRegistry
+    from hotplug.vendor import OpRegistry, SiteSpec, StepProgram, TuningResult, TuningSummary
 
 
 class CudaPlatform:
@@ -28,6 +31,7 @@ class CudaPlatform:
         self._pool: Any = None
         self._capturing: Any = None
         self._graphs: WeakSet[Any] = WeakSet()
+        self._compiler: Compiler | None = None
 
     def probe(self) -> Sequence[DeviceInfo]:
         from hotplug.platforms.cuda.machine import LEAST
@@ -69,7 +73,7 @@ class CudaPlatform:
             block_sizes=(64, 16, 32, 128),
             kv_layouts=(KVLayout.NHD,),
             index_dtype="int32",
-            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER),
+            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER, ExecMode.COMPILE),
             step_tokens=16384,
             step_requests=256,
             asynchronous=True,
@@ -119,6 +123,47 @@ class CudaPlatform:
         self._graphs.add(graph)
         replay: Callable[[], Any] = graph.replay
         return replay
+
+    def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
+        from hotplug.platforms.cuda import compile as inductor
+
+        return inductor.buckets(max_tokens, max_requests)
+
+    def compile(self, program: StepProgram, device: DeviceInfo, cache: Path) -> Callable[..., Sequence[torch.Tensor]]:
+        import torch
+
+        from hotplug.platforms.cuda.compile import Compiler
+
+        if self._compiler is None:
+            self._compiler = Compiler(self.capture)
+        with torch.cuda.device(device.index):
+            return self._compiler.compile(program, device, cache)
+
+    def fingerprint(self) -> str:
+        from hotplug.platforms.cuda import compile as inductor
+
+        return inductor.fingerprint([f"{gpu.name} (driver {gpu.driver})" for gpu in self._gpus])
+
+    def num_compiled(self) -> int:
+        return self._compiler.num_compiled if self._compiler is not None else 0
+
+    def tune(
+        self, device: DeviceInfo, sites: Sequence[SiteSpec], seconds: float, report: Callable[[TuningResult], None],
+        output: Path | None,
+    ) -> TuningSummary:  # fmt: skip
+        import torch
+
+        from hotplug.platforms.cuda.kernels import TUNABLES
+        from hotplug.platforms.cuda.tuner import CompileAhead, graph_time, tune
+        from hotplug.platforms.cuda.tuning import file_name, own_folder
+
+        own, properties = torch.device("cuda", device.index), torch.cuda.get_device_properties(device.index)
+        with torch.cuda.device(own), CompileAhead(own) as ahead:
+            return tune(
+                TUNABLES, sites, device=own, device_name=properties.name, seconds=seconds, report=report,
+                output=output or own_folder() / file_name(properties.name), timer=graph_time,
+                cache_bytes=properties.L2_cache_size, compile_ahead=ahead,
+            )  # fmt: skip
 
     def set_device(self, device: DeviceInfo) -> None:
         import torch

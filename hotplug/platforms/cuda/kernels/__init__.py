@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from hotplug.platforms.cuda.kernels import gathered_attention
+from hotplug.platforms.cuda.kernels import dense, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.platforms.cuda.kernels.inputs import embed, prepare_inputs
-from hotplug.platforms.cuda.kernels.linear import linear, linear_silu_mul, logits
 from hotplug.platforms.cuda.kernels.rotate import qk_norm_rope_kv_write, rope_kv_write
 from hotplug.platforms.cuda.kernels.sample import argmax, sample, sample_rows
 from hotplug.platforms.cuda.kernels.scores import logprobs, penalties
@@ -44,13 +43,13 @@ def _plain(spec: SiteSpec) -> Verdict:
 
 
 def _few_rows(bucket: Bucket) -> bool:
-    return 0 < bucket.num_tokens <= 1
+    return 0 < bucket.num_tokens <= linear.MOST_ROWS
 
 
 KERNELS = (
-    Impl("linear", "cuda.few_rows", linear, check=_plain, accepts=_few_rows, rank=10),
-    Impl("linear_silu_mul", "cuda.few_rows", linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
-    Impl("logits", "cuda.few_rows", logits, check=_plain, accepts=_few_rows, rank=10),
+    Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
+    Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
+    Impl("logits", "cuda.few_rows", linear.logits, check=_plain, accepts=_few_rows, rank=10),
     Impl("rope_kv_write", "cuda.triton", rope_kv_write, check=_whole_heads, rank=10),
     Impl("qk_norm_rope_kv_write", "cuda.triton", qk_norm_rope_kv_write, check=_whole_heads, rank=10),
     Impl("rms_norm", "cuda.triton", rms_norm, check=_row, rank=10),
@@ -68,3 +67,6 @@ KERNELS = (
     Impl("penalties", "cuda.triton", penalties, rank=10),
     Impl("logprobs", "cuda.triton", logprobs, rank=10),
 )
+
+TUNABLES = (*dense.TUNABLES, *linear.TUNABLES)
+"""What `hotplug tune` may measure."""

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, tuned
 
 
 @triton.jit
@@ -83,12 +84,33 @@ def _silu_mul(gate_up, out, stride, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[num_tokens, 2n] to [num_tokens, n]."""
     tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
+    dtype = str(gate_up.dtype).removeprefix("torch.")
+    config = tuned(gate_up.device).lookup("silu_mul", dtype, width=n, tokens=tokens)
+    return _silu_mul_with(gate_up, config or _silu_mul_default(n))
+
+
+def _silu_mul_default(n: int) -> Config:
+    return {"BLOCK": min(triton.next_power_of_2(n), 1024), "num_warps": 4}
+
+
+def _silu_mul_with(gate_up: Tensor, config: Config) -> Tensor:
+    tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, n), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        block = min(triton.next_power_of_2(n), 1024)
-        _silu_mul[(tokens, triton.cdiv(n, block))](gate_up, out, gate_up.stride(0), n, BLOCK=block, num_warps=4,
-                                                  **pdl.options(gate_up.device))  # fmt: skip
+        _silu_mul[(tokens, triton.cdiv(n, config["BLOCK"]))](gate_up, out, gate_up.stride(0), n, **config,
+                                                             **pdl.options(gate_up.device))  # fmt: skip
     return out
+
+
+def _silu_mul_case(key: Key, device: torch.device) -> Case:
+    n, tokens = key["width"], key["tokens"]
+    x = torch.randn((tokens, 2 * n), device=device).to(getattr(torch, key.dtype))
+
+    def reference() -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.float()).to(x.dtype) * up
+
+    return Case(lambda config: _silu_mul_with(x, config), reference, 3 * tokens * n * x.element_size())
 
 
 @triton.jit
@@ -134,3 +156,20 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
 
 def _warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
+
+
+TUNABLES = (
+    Tunable(
+        kernel="silu_mul",
+        op="silu_mul",
+        shape=lambda spec: {"width": spec["width"]},
+        default=lambda key: _silu_mul_default(key["width"]),
+        candidates=lambda key: [
+            {"BLOCK": block, "num_warps": warps}
+            for block in (256, 512, 1024, 2048, 4096)
+            for warps in (1, 2, 4, 8)
+            if block <= triton.next_power_of_2(key["width"]) and 32 * warps <= block <= 1024 * warps
+        ],
+        make=_silu_mul_case,
+    ),
+)

@@ -6,20 +6,27 @@ Many rows are cuBLAS's business (`torch.nn.functional.linear`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels.dense import silu_mul
+from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
+from hotplug.vendor import SiteSpec
 
 MOST_ROWS = 64
 """Rows of `x` that `skinny` takes."""
 _COUNTERS = 1 << 16
+_SHARED = 227 << 10
+"""Bytes of shared memory that a program may have on Hopper."""
 
 
 @triton.jit
@@ -204,23 +211,113 @@ def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype
     return out
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gated: bool) -> Tensor:
-    if x.shape[0] == 1:
-        cols = 1024 if gated or weight.shape[1] <= 2048 else 2048
-        return gemv(x, weight, bias, gated=gated, dtype=dtype, rows=1 if gated else 2, cols=cols, warps=4)
-    return skinny(x, weight, bias, gated=gated, dtype=dtype, rows=64, cols=128, programs=132, stages=4, warps=4)
+def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gated: bool) -> Tensor:
+    """The product by the kernel that `config` names, or by cuBLAS."""
+    kernel, options = config["kernel"], {k: v for k, v in config.items() if k != "kernel"}
+    if kernel == "gemv":
+        return gemv(x, weight, bias, gated=gated, dtype=dtype, **options)
+    if kernel == "skinny":
+        return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
+    out = F.linear(x, weight, bias)
+    return silu_mul(out) if gated else out.to(dtype)
+
+
+def _default(key: Key) -> Config:
+    """What serves shapes that nobody measured: what was best on most of those that were (one H200)."""
+    n, k, tokens, gated = key["n"], key["k"], key["tokens"], key.kernel == "linear_silu_mul"
+    if tokens == 1:
+        return {"kernel": "gemv", "rows": 1 if gated else 2, "cols": 1024 if gated or k <= 2048 else 2048, "warps": 4}
+    if key.dtype == "float32" or k % 8 or k < 1024:
+        return {"kernel": "library"}
+    if gated or key.kernel == "logits":
+        wide = not gated and tokens > 16
+        rows = 128 if wide else 64
+        return {"kernel": "skinny", "rows": rows, "cols": 128, "programs": triton.cdiv(n, rows),
+                "stages": 5 if tokens <= 16 else 4, "warps": 8 if wide else 4}  # fmt: skip
+    if tokens <= 16:
+        return {"kernel": "skinny", "rows": 64, "cols": 256, "programs": 132, "stages": 4, "warps": 4}
+    return {"kernel": "library"}
+
+
+_PLAIN: Config = {"kernel": "library"}
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    """Whether tiles can be copied by descriptor, which the defaults rest on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    name = str(x.dtype).removeprefix("torch.")
+    gated = op == "linear_silu_mul"
+    shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
+    config = tuned(x.device).lookup(op, name, **shape)
+    if config is None:
+        config = _default(Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})) if _hopper(x.device) else _PLAIN
+    return _with(config, x, weight, bias, dtype, gated=gated)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op `linear`, for few rows."""
-    return _few(x, weight, bias, x.dtype, gated=False)
+    return _few("linear", x, weight, bias, x.dtype)
 
 
 def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op `linear_silu_mul`, for few rows."""
-    return _few(x, weight, bias, x.dtype, gated=True)
+    return _few("linear_silu_mul", x, weight, bias, x.dtype)
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op `logits`, for few rows: float32 at once."""
-    return _few(hidden, weight, bias, torch.float32, gated=False)
+    return _few("logits", hidden, weight, bias, torch.float32)
+
+
+def candidates(key: Key) -> Iterator[Config]:
+    """cuBLAS, and what may be better for so many rows."""
+    yield {"kernel": "library"}
+    gated = key.kernel == "linear_silu_mul"
+    if key["tokens"] == 1:
+        for rows, cols, warps in ((1, 1024, 4), (1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 1024, 4), (4, 2048, 8)):
+            yield {"kernel": "gemv", "rows": rows, "cols": cols, "warps": warps}
+        return
+    tokens, size = max(16, key["tokens"]), 4 if key.dtype == "float32" else 2
+    if key["k"] * size % 16:  # a descriptor's rows begin at multiples of 16 bytes
+        return
+    small = ((64, 128, 5, 4), (64, 256, 4, 4), (128, 64, 6, 4), (128, 128, 4, 8))
+    large = ((64, 128, 4, 4), (128, 64, 5, 8), (128, 128, 4, 8), (256, 64, 5, 8))
+    for rows, cols, stages, warps in small if tokens <= 32 else large:
+        shared = stages * cols * size * (rows * (2 if gated else 1) + tokens) + 2048
+        if shared > _SHARED or (gated and rows * tokens > 128 * 64):
+            continue
+        for programs in (132, 264, triton.cdiv(key["n"], rows)):
+            if programs != 264 or 2 * shared < _SHARED:
+                yield {"kernel": "skinny", "rows": rows, "cols": cols, "programs": programs, "stages": stages,
+                       "warps": warps}  # fmt: skip
+
+
+def _sizes(spec: SiteSpec) -> dict[str, int] | None:
+    if spec["scheme"] != "none":
+        return None
+    names = {"linear": ("out_features", "in_features"), "linear_silu_mul": ("width", "in_features"),
+             "logits": ("vocab", "hidden")}[spec.op]  # fmt: skip
+    return dict(zip("nk", (spec[name] for name in names), strict=True))
+
+
+def _case(key: Key, device: torch.device) -> Case:
+    dtype, gated = getattr(torch, key.dtype), key.kernel == "linear_silu_mul"
+    x = torch.randn((key["tokens"], key["k"]), device=device, dtype=dtype)
+    weight = torch.randn((key["n"] * (2 if gated else 1), key["k"]), device=device, dtype=dtype) / key["k"] ** 0.5
+    out = torch.float32 if key.kernel == "logits" else dtype
+
+    def reference() -> Tensor:
+        return _with({"kernel": "library"}, x, weight, None, out, gated=gated)
+
+    return Case(lambda config: _with(config, x, weight, None, out, gated=gated), reference,
+                weight.numel() * weight.element_size())  # fmt: skip
+
+
+TUNABLES = tuple(
+    Tunable(op, op, shape=_sizes, default=_default, candidates=candidates, make=_case, tokens=(1, 16, 64))
+    for op in ("linear", "linear_silu_mul", "logits")
+)

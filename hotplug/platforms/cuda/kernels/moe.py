@@ -74,10 +74,7 @@ def block_rows(each: float) -> int:
 @triton.jit
 def _load(pointer, mask, WHOLE: tl.constexpr):
     """What lies at `pointer`, unmasked where all of it is there."""
-    if WHOLE:
-        value = tl.load(pointer)
-    else:
-        value = tl.load(pointer, mask=mask, other=0.0)
+    value = tl.load(pointer) if WHOLE else tl.load(pointer, mask=mask, other=0.0)
     return value.to(tl.float32)
 
 
@@ -360,7 +357,7 @@ def grouped(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, first: Tiles, second: Tiles
 ) -> Tensor:
     """`moe_experts` by grouped products, cut as `first` and `second` say; both have the same rows."""
-    (tokens, hidden), top_k, (count, _, width) = x.shape, experts.shape[1], down.shape
+    hidden, top_k, (count, _, width) = x.shape[1], experts.shape[1], down.shape
     order = by_expert(experts, count, first.rows)
     blocks, options = len(order.block_rows), pdl.options(x.device)
     precision = "ieee" if x.dtype is torch.float32 else "tf32"
