@@ -39,7 +39,6 @@ CAPACITY = 64  # blocks' worth of table beyond the context, as engines have
 
 def decode_candidates(batch: int, dim: int) -> list[tuple[int, D]]:
     """(block size, configuration)."""
-    wide = 2 if dim == 64 else 1
     if batch == 1:
         return [(64, D(keys=64, stages=3, programs=2)), (64, D(keys=64, stages=3, programs=4)),
                 (64, D(keys=64, stages=3, programs=2, least=2)), (64, D(keys=64, stages=5, programs=2, least=4)),
@@ -47,15 +46,18 @@ def decode_candidates(batch: int, dim: int) -> list[tuple[int, D]]:
                 (64, D(keys=64, stages=5, programs=2, least=16)), (16, D(keys=64, stages=3, programs=2))]  # fmt: skip
     return [(64, D(keys=64, stages=5, programs=3)), (64, D(keys=64, stages=7, programs=2)),
             (64, D(keys=64, stages=7, programs=4)), (64, D(keys=64, stages=5, programs=8, least=2)),
-            (64, D(keys=64, stages=5, programs=4, tma=True)), (128, D(keys=128, warps=4 * (3 - wide), stages=5, programs=2)),
+            (64, D(keys=64, stages=5, programs=4, tma=True)), (128, D(keys=128, warps=8 if dim > 64 else 4, stages=5)),
             (64, D(keys=64, warps=2, stages=5, programs=4)), (16, D(keys=64, stages=5, programs=4))]  # fmt: skip
 
 
 PREFILL_CANDIDATES = (
-    (64, P()), (64, P(keys=128, stages=2)), (64, P(tma=True)), (128, P(keys=128, stages=2, tma=True)),
-    (64, P(rows=64, warps=4, tma=True)),
+    (64, P()), (64, P(keys=128, stages=2)), (64, P(tma=True)), (64, P(rows=64, warps=4)),
+    (64, P(rows=64, warps=4, tma=True)), (128, P(keys=128, stages=2, tma=True)),
+    (64, P(tma=True, overlap=True)),
 )  # fmt: skip
-GATHERED_CANDIDATES = (P(keys=128, stages=2, tma=True), P(stages=4, tma=True), P(rows=64, warps=4, tma=True))
+GATHERED_CANDIDATES = (
+    P(keys=128, stages=2, tma=True), P(keys=128, stages=2, tma=True, overlap=True), P(rows=64, warps=4, tma=True),
+)  # fmt: skip
 
 
 @dataclass

@@ -41,8 +41,8 @@ class Attention(nn.Module):
                  "layout": ctx.kv_layout, "kv_dtype": ctx.kv_dtype}  # fmt: skip
         self.kv_write = ctx.bind("kv_write", f"{site}.kv_write", **cache)
         self.attention = ctx.bind(
-            "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None, soft_cap=self.soft_cap,
-            static=ctx.static_steps, **cache,
+            "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None,
+            soft_cap=self.soft_cap, static=ctx.static_steps, **cache,
         )  # fmt: skip
 
     def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> tuple[Tensor, KVBlocks]:

@@ -69,8 +69,9 @@ def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInput
 
 def wrong_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
-    *, sinks: Tensor | None = None, soft_cap: float | None = None, ahead: int = 0, windowed: bool = True, wider: int = 0, whole_blocks: bool = False, past_end: bool = False,
-    interleaved: bool = False, first_head: bool = False, factor: float = 1.0, values_are_keys: bool = False,
+    *, sinks: Tensor | None = None, soft_cap: float | None = None, ahead: int = 0, windowed: bool = True,
+    wider: int = 0, whole_blocks: bool = False, past_end: bool = False, interleaved: bool = False,
+    first_head: bool = False, factor: float = 1.0, values_are_keys: bool = False,
 ) -> Tensor:  # fmt: skip
     """Paged attention with a mistake built in. Lengths are read from the device tensors."""
     out = torch.zeros_like(q)

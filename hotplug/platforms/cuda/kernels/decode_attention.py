@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import pdl
-from hotplug.platforms.cuda.kernels.softmax import LOG2E, accumulate, factors, logits, precision, with_sink
+from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, precision, with_sink
 from hotplug.vendor import AttentionInputs
 
 release, wait = pdl.release, pdl.wait
