@@ -42,7 +42,7 @@ class DecodeConfig(NamedTuple):
 def config_for(pairs: int, dim: int, block_size: int, width: int) -> DecodeConfig:
     """The configuration for `pairs` of request and key/value head; `width` is the bytes of an element."""
     if width == 4:
-        return DecodeConfig(keys=16, stages=2)
+        return DecodeConfig(keys=16, warps=4 if dim <= 128 else 8, stages=2)
     return DecodeConfig(keys=32 if dim > 128 else 64, stages=5)
 
 

@@ -59,10 +59,7 @@ def _load(cache, rows, table, origin, tile, length, kv_head, KV_HEADS: tl.conste
         there = (cols < DIM)[None, :]
         if MASKED:
             there &= inside[:, None]
-        if MASKED or DIM < COLS:
-            found = tl.load(source, mask=there, other=0.0)
-        else:
-            found = tl.load(source)
+        found = tl.load(source, mask=there, other=0.0) if MASKED or DIM < COLS else tl.load(source)
     return found
 
 
