@@ -1,18 +1,21 @@
 """Attention of the CUDA platform on a GPU: each variant against float32, then timed. `python ci/gpu/bench_attention.py`
 
 Prints a table with the best candidate of each cell, and the table of all candidates with --all; the same as JSON in
-$OUT/attention.json. Candidates are compiled by threads first. A variant that fails or is wrong is listed as such.
-Decodes are timed as CUDA graphs over more caches than the second-level cache holds.
+$OUT/attention.json. Candidates are compiled by processes of their own first. A variant that fails or is wrong is
+listed as such. Decodes are timed as CUDA graphs over more caches than the second-level cache
+holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,12 +37,14 @@ PREFILLS = (("4x4096", [(4096, 4096)] * 4), ("16x1024", [(1024, 1024)] * 16), ("
 TOLERANCE = 1e-2
 """Norm of the error over the norm of the result: bfloat16 probabilities and results."""
 DEADLINE_S = 85.0
-CAPACITY = 64  # blocks' worth of table beyond the context, as engines have
+PROCESSES = 12
+LIBRARIES = ("fa3", "cudnn", "flash")
+CAPACITY = 64
+"""Entries of a block table beyond the context, as engines have them."""
 
 
 def decode_candidates(batch: int, dim: int) -> list[tuple[int, D]]:
     """(block size, configuration)."""
-    wide = 2 if dim == 64 else 1
     if batch == 1:
         return [(64, D(keys=64, stages=3, programs=2)), (64, D(keys=64, stages=3, programs=4)),
                 (64, D(keys=64, stages=3, programs=2, least=2)), (64, D(keys=64, stages=5, programs=2, least=4)),
@@ -47,36 +52,29 @@ def decode_candidates(batch: int, dim: int) -> list[tuple[int, D]]:
                 (64, D(keys=64, stages=5, programs=2, least=16)), (16, D(keys=64, stages=3, programs=2))]  # fmt: skip
     return [(64, D(keys=64, stages=5, programs=3)), (64, D(keys=64, stages=7, programs=2)),
             (64, D(keys=64, stages=7, programs=4)), (64, D(keys=64, stages=5, programs=8, least=2)),
-            (64, D(keys=64, stages=5, programs=4, tma=True)),
-            (128, D(keys=128, warps=4 * (3 - wide), stages=5, programs=2)),
+            (64, D(keys=64, stages=5, programs=4, tma=True)), (128, D(keys=128, warps=8 if dim > 64 else 4, stages=5)),
             (64, D(keys=64, warps=2, stages=5, programs=4)), (16, D(keys=64, stages=5, programs=4))]  # fmt: skip
 
 
 PREFILL_CANDIDATES = (
-    (64, P()), (64, P(keys=128, stages=2)), (64, P(tma=True)), (128, P(keys=128, stages=2, tma=True)),
-    (64, P(rows=64, warps=4, tma=True)),
+    (64, P()), (64, P(keys=128, stages=2)), (64, P(tma=True)), (64, P(rows=64, warps=4)),
+    (64, P(rows=64, warps=4, tma=True)), (128, P(keys=128, stages=2, tma=True)),
+    (64, P(tma=True, overlap=True)),
 )  # fmt: skip
-GATHERED_CANDIDATES = (P(keys=128, stages=2, tma=True), P(stages=4, tma=True), P(rows=64, warps=4, tma=True))
+GATHERED_CANDIDATES = (
+    P(keys=128, stages=2, tma=True), P(keys=128, stages=2, tma=True, overlap=True), P(rows=64, warps=4, tma=True),
+)  # fmt: skip
 
 
 @dataclass
 class Problem:
-    """A step with its caches, and what it costs."""
+    """A step with its caches."""
 
     q: Tensor
     k_cache: Tensor
     v_cache: Tensor
     step: AttentionInputs
     lens: list[tuple[int, int]]
-
-    @property
-    def bytes(self) -> float:
-        return 2.0 * sum(s for _, s in self.lens) * self.k_cache[0, 0].numel() * self.q.element_size()
-
-    @property
-    def flops(self) -> float:
-        pairs = sum(q * (s - q) + q * (q + 1) / 2 for q, s in self.lens)
-        return 4.0 * pairs * self.q[0].numel()
 
 
 @dataclass
@@ -164,16 +162,18 @@ def graph_time(calls: list[Callable[[], Any]], repeats: int, rounds: int = 5) ->
     return timed(graph.replay, rounds) / (repeats * len(calls))
 
 
-def timed(call: Callable[[], Any], rounds: int) -> float:
-    """Median microseconds of a call."""
+def timed(call: Callable[[], Any], rounds: int, calls: int = 1) -> float:
+    """Median microseconds of a call, `calls` of them at a time; the device waits until they are launched."""
     times = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
+        times.append(start.elapsed_time(end) * 1e3 / calls)
     return sorted(times)[len(times) // 2]
 
 
@@ -221,9 +221,8 @@ def prefill_cells(left: Callable[[], float]) -> Iterator[Cell]:
     for layout, (heads, kv_heads, dim) in LAYOUTS.items():
         for name, lens in PREFILLS:
             cell = Cell(f"prefill {layout} {name}")
-            flops = problem([(1, 1)], heads, kv_heads, dim, 16)[0]
-            flops.lens = lens
-            cell.rate = partial(lambda flops, us: f"{flops / us / 1e6:.0f} TFLOP/s", flops.flops)
+            pairs = sum(q * (s - q) + q * (q + 1) / 2 for q, s in lens)
+            cell.rate = partial(lambda flops, us: f"{flops / us / 1e6:.0f} TFLOP/s", 4.0 * pairs * heads * dim)
             made: dict[int, Problem] = {}
             for who, block, call in prefill_calls():
                 if left() < 3:
@@ -238,7 +237,7 @@ def prefill_cells(left: Callable[[], float]) -> Iterator[Cell]:
                     if not wrong < TOLERANCE:
                         cell.results[who] = f"WRONG {wrong:.1e}"
                         continue
-                    cell.results[who] = timed(partial(call, p), 3)
+                    cell.results[who] = timed(partial(call, p), rounds=3, calls=4)
                 except Exception as e:
                     cell.results[who] = _reason(e)
             yield cell
@@ -288,61 +287,72 @@ def prepared(p: Problem) -> gathered_attention.Chunks:
     return chunks
 
 
+FEATURE_DIMS = ((64, torch.float16), (80, torch.bfloat16), (96, torch.bfloat16), (128, torch.float32),
+                (256, torch.bfloat16))  # fmt: skip
+FEATURE_STEPS = ([(1, 300), (1, 1), (1, 4097)], [(70, 70), (300, 1000)])
+
+
+def run_feature(dim: int, dtype: torch.dtype, lens: list[tuple[int, int]], *, plain: bool) -> str:
+    """Check one step that the timed problems leave out; unless `plain`, with a window, sinks and a soft cap."""
+    (p,) = problem(lens, 8, 2, dim, 32, dtype=dtype)
+    window, cap, sinks = (None, None, None) if plain else (200, 10.0, torch.randn(8, device="cuda"))
+    out = torch.empty_like(p.q)
+    call = decode_attention.decode if p.step.num_decodes else prefill_attention.prefill
+    call(p.q, p.k_cache, p.v_cache, p.step, out, dim**-0.5, window, sinks, cap)
+    wrong = error(p, out, sinks, cap, window)
+    return f"{wrong:.0e}" if wrong < (1e-5 if dtype is torch.float32 else TOLERANCE) else f"WRONG {wrong:.1e}"
+
+
 def features() -> Iterator[Cell]:
-    """Correctness of what the timed problems leave out: sinks, soft caps, windows, other head dims and dtypes."""
-    for dim, dtype in ((64, torch.float16), (80, torch.bfloat16), (96, torch.bfloat16), (128, torch.float32),
-                       (256, torch.bfloat16)):  # fmt: skip
+    """Other head dims and dtypes, windows, sinks and soft caps."""
+    for dim, dtype in FEATURE_DIMS:
         cell = Cell(f"correct d{dim} {str(dtype)[6:]}")
-        sinks = torch.randn(8, device="cuda")
-        for lens in ([(1, 300), (1, 1), (1, 4097)], [(70, 70), (300, 1000)]):
-            for window in (None, 200):
-                for cap, sink in ((None, None), (10.0, sinks)):
-                    (p,) = problem(lens, 8, 2, dim, 32, dtype=dtype)
-                    out = torch.empty_like(p.q)
-                    try:
-                        if p.step.num_decodes:
-                            decode_attention.decode(
-                                p.q, p.k_cache, p.v_cache, p.step, out, dim**-0.5, window, sink, cap
-                            )
-                        else:
-                            prefill_attention.prefill(
-                                p.q, p.k_cache, p.v_cache, p.step, out, dim**-0.5, window, sink, cap
-                            )
-                        wrong = error(p, out, sink, cap, window)
-                        limit = 1e-5 if dtype is torch.float32 else TOLERANCE
-                        ok = f"{wrong:.0e}" if wrong < limit else f"WRONG {wrong:.1e}"
-                    except Exception as e:
-                        ok = _reason(e)
-                    cell.results[f"{'dec' if p.step.num_decodes else 'pre'} w{window} cap{cap}"] = ok
+        for lens, plain in itertools.product(FEATURE_STEPS, (True, False)):
+            name = f"{'decodes' if lens[0][0] == 1 else 'chunks'} {'plain' if plain else 'w200 cap10 sinks'}"
+            try:
+                cell.results[name] = run_feature(dim, dtype, lens, plain=plain)
+            except Exception as e:
+                cell.results[name] = _reason(e)
         yield cell
 
 
 def compile_all() -> None:
-    """Compile every candidate by tiny calls from several threads: most of a compilation holds no lock."""
-    torch.zeros(1, device="cuda")
-    decode_attention.counters(torch.device("cuda", torch.cuda.current_device()))
-    jobs: list[tuple[Any, Callable[[], Any]]] = []
-    for heads, kv_heads, dim in LAYOUTS.values():
+    """Fill Triton's cache from several processes, a share of the candidates each."""
+    parts = [subprocess.Popen([sys.executable, __file__, "--compile", str(i)]) for i in range(PROCESSES)]
+    for part in parts:
+        part.wait()
+
+
+def compile_share(index: int) -> None:
+    """Run every candidate of this share once, on small problems that take the same kernels."""
+    jobs: dict[Any, list[Callable[[], Any]]] = {}
+    for layout, (heads, kv_heads, dim) in LAYOUTS.items():
         for batch, context in ((1, 256), (1, 4096), (64, 130), (8, 4096), (256, 70)):
             for block, config in decode_candidates(batch, dim):
-                (p,) = problem([(1, context)] * batch, heads, kv_heads, dim, block)
-                jobs.append((config, partial(run_decode, p, config, torch.empty_like(p.q))))
-        tiny = {block: problem([(300, 300)], heads, kv_heads, dim, block)[0] for block in (16, 64, 128)}
-        jobs += [(who, partial(call, tiny[block])) for who, block, call in prefill_calls()
-                 if who not in ("fa3", "cudnn", "flash")]  # fmt: skip
-    stream = torch.cuda.current_stream()
-
-    def attempt(job: tuple[Any, Callable[[], Any]]) -> None:
-        with torch.cuda.stream(stream):  # decodes share their counters, so one after another
+                kernel = (layout, block, config._replace(programs=0, least=0))
+                lens = [(1, context)] * batch
+                jobs.setdefault(kernel, []).append(partial(_run_small, lens, heads, kv_heads, dim, block, config))
+        for who, block, call in prefill_calls():
+            if who not in LIBRARIES:
+                jobs[layout, who] = [partial(_call_small, call, heads, kv_heads, dim, block)]
+    for (dim, dtype), lens, plain in itertools.product(FEATURE_DIMS, FEATURE_STEPS, (True, False)):
+        jobs[dim, lens[0], plain] = [partial(run_feature, dim, dtype, lens, plain=plain)]
+    for kernel in list(jobs)[index::PROCESSES]:
+        for job in jobs[kernel]:
             try:
-                job[1]()
+                job()
             except Exception as e:
-                print(f"does not run: {job[0]}: {_reason(e)}")
+                print(f"does not run: {kernel}: {_reason(e)}")
+    torch.cuda.synchronize()
 
-    torch.cuda.synchronize()
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(attempt, jobs))
-    torch.cuda.synchronize()
+
+def _run_small(lens: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, block: int, config: D) -> None:
+    (p,) = problem(lens, heads, kv_heads, dim, block)
+    run_decode(p, config, torch.empty_like(p.q))
+
+
+def _call_small(call: Callable[[Problem], Tensor], heads: int, kv_heads: int, dim: int, block: int) -> None:
+    call(problem([(300, 300)], heads, kv_heads, dim, block)[0])
 
 
 def _reason(e: Exception) -> str:
@@ -353,10 +363,14 @@ def _reason(e: Exception) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true", help="print every candidate")
+    parser.add_argument("--compile", type=int, help="only compile this share of the candidates")
     parser.add_argument("--seconds", type=float, default=DEADLINE_S)
     arguments = parser.parse_args()
     began = time.monotonic()
     torch.manual_seed(0)
+    if arguments.compile is not None:
+        compile_share(arguments.compile)
+        return
     print(torch.cuda.get_device_name(), torch.__version__)
 
     def left() -> float:
@@ -365,8 +379,7 @@ def main() -> None:
     compile_all()
     print(f"compiled after {time.monotonic() - began:.0f} s")
     cells: list[Cell] = []
-    for source in (features(), prefill_cells(left) if os.environ.get("PREFILL_FIRST") else decode_cells(left),
-                   decode_cells(left) if os.environ.get("PREFILL_FIRST") else prefill_cells(left)):  # fmt: skip
+    for source in (features(), decode_cells(left), prefill_cells(left)):  # fmt: skip
         for cell in source:
             cells.append(cell)
             best = cell.best()

@@ -21,6 +21,8 @@ from hotplug.vendor import AttentionInputs
 
 release, wait = pdl.release, pdl.wait
 MAX_SPLITS = 64
+FEW_PAIRS = 64
+"""Pairs of request and key/value head that do not fill a device."""
 COUNTERS = 1 << 14
 """Pairs of request and key/value head whose contexts may be split; a counter each. More pairs fill any device."""
 
@@ -42,8 +44,12 @@ class DecodeConfig(NamedTuple):
 def config_for(pairs: int, dim: int, block_size: int, width: int) -> DecodeConfig:
     """The configuration for `pairs` of request and key/value head; `width` is the bytes of an element."""
     if width == 4:
-        return DecodeConfig(keys=16, stages=2)
-    return DecodeConfig(keys=32 if dim > 128 else 64, stages=5)
+        return DecodeConfig(keys=16, warps=4 if dim <= 128 else 8, stages=2)
+    if dim > 128:
+        return DecodeConfig(keys=32, stages=5)
+    if pairs <= FEW_PAIRS:  # short contexts are not worth splitting
+        return DecodeConfig(stages=5, least=4)
+    return DecodeConfig(stages=7, programs=4 if dim <= 64 else 2)
 
 
 @triton.jit(do_not_specialize=["splits", "least", "window", "table_stride"])

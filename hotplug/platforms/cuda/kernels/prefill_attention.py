@@ -23,8 +23,8 @@ class PrefillConfig(NamedTuple):
     stages: int = 3
     tma: bool = False
     """Read whole tiles through tensor descriptors; a tile then lies in one block."""
-    specialize: bool = False
-    """Warps of their own for loads (warp specialization)."""
+    overlap: bool = False
+    """Begin a tile's first product before the softmax of the tile before it (Shah et al., 2024, section 3.2)."""
 
 
 def config_for(queries: int, dim: int, block_size: int, width: int) -> PrefillConfig:
@@ -33,50 +33,73 @@ def config_for(queries: int, dim: int, block_size: int, width: int) -> PrefillCo
         return PrefillConfig(rows=16, keys=16, warps=4 if dim <= 128 else 8, stages=2)
     if dim > 128:
         return PrefillConfig(keys=32, stages=2)
-    return PrefillConfig() if queries > 64 else PrefillConfig(rows=64, warps=4)
+    return PrefillConfig(rows=64, warps=4, tma=True)
+
+
+@triton.jit
+def _load(cache, rows, table, origin, tile, length, kv_head, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+          SIZE: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr,
+          TMA: tl.constexpr):  # fmt: skip
+    """One tile of keys or values, [KEYS, COLS]; MASKED: zeros from `length` on."""
+    start = tile * KEYS
+    position = start + tl.arange(0, KEYS)
+    cols = tl.arange(0, COLS)
+    inside = position < length
+    if TMA:
+        row = origin + start if SIZE == 0 else tl.load(table + start // SIZE) * SIZE + start % SIZE
+        found = rows.load([row, kv_head * DIM])
+        if MASKED:  # cells past the end may hold anything, and nothing times NaN is NaN
+            found = tl.where(inside[:, None], found, 0.0)
+    else:
+        if SIZE % KEYS == 0:
+            cell = tl.load(table + start // SIZE).to(tl.int64) * SIZE + position % SIZE
+        else:
+            cell = tl.load(table + position // SIZE, mask=inside, other=0).to(tl.int64) * SIZE + position % SIZE
+        source = cache + ((cell * KV_HEADS + kv_head) * DIM)[:, None] + cols[None, :]
+        there = (cols < DIM)[None, :]
+        if MASKED:
+            there &= inside[:, None]
+        found = tl.load(source, mask=there, other=0.0) if MASKED or DIM < COLS else tl.load(source)
+    return found
 
 
 @triton.jit
 def _span(query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, begin, end, length, scale, cap,
           window, best, total, mixed, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
           KEYS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-          SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+          OVERLAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The tiles begin .. end-1 of keys; every query sees all of them unless MASKED."""
-    keys, cols = tl.arange(0, KEYS), tl.arange(0, COLS)
-    for tile in tl.range(begin, end, warp_specialize=SPECIALIZE):
-        start = tile * KEYS
-        position = start + keys
-        if TMA:
-            row = origin + start if SIZE == 0 else tl.load(table + start // SIZE) * SIZE + start % SIZE
-            key = k_rows.load([row, kv_head * DIM])
-        else:
-            inside = position < length
-            if SIZE % KEYS == 0:
-                block = tl.load(table + start // SIZE).to(tl.int64)
-                cell = ((block * SIZE + start % SIZE + keys) * KV_HEADS + kv_head) * DIM
-            else:
-                block = tl.load(table + position // SIZE, mask=inside, other=0).to(tl.int64)
-                cell = ((block * SIZE + position % SIZE) * KV_HEADS + kv_head) * DIM
-            there = (cols < DIM)[None, :]
+    keys = tl.arange(0, KEYS)
+    if OVERLAP and not MASKED:
+        if begin < end:
+            key = _load(k_cache, k_rows, table, origin, begin, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS, False,
+                        TMA)  # fmt: skip
+            products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            for tile in range(begin, end - 1):
+                key = _load(k_cache, k_rows, table, origin, tile + 1, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
+                            False, TMA)  # fmt: skip
+                following = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                value = _load(v_cache, v_rows, table, origin, tile, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
+                              False, TMA)  # fmt: skip
+                best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False,
+                                                PRECISION)  # fmt: skip
+                products = following
+            value = _load(v_cache, v_rows, table, origin, end - 1, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
+                          False, TMA)  # fmt: skip
+            best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False,
+                                            PRECISION)  # fmt: skip
+    else:
+        for tile in range(begin, end):
+            key = _load(k_cache, k_rows, table, origin, tile, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
+                        MASKED and not TMA, TMA)  # fmt: skip
+            scores = logits(tl.dot(query, tl.trans(key), input_precision=PRECISION), scale, cap, CAPPED)
             if MASKED:
-                there &= inside[:, None]
-            if MASKED or DIM < COLS:
-                key = tl.load(k_cache + cell[:, None] + cols[None, :], mask=there, other=0.0)
-            else:
-                key = tl.load(k_cache + cell[:, None] + cols[None, :])
-        scores = logits(tl.dot(query, tl.trans(key), input_precision=PRECISION), scale, cap, CAPPED)
-        if MASKED:
-            visible = (position[None, :] <= place[:, None]) & (position[None, :] > place[:, None] - window)
-            scores = tl.where(visible, scores, float("-inf"))
-        if TMA:
-            value = v_rows.load([row, kv_head * DIM])
-            if MASKED:  # cells past the end may hold anything, and nothing times NaN is NaN
-                value = tl.where((position < length)[:, None], value, 0.0)
-        elif MASKED or DIM < COLS:
-            value = tl.load(v_cache + cell[:, None] + cols[None, :], mask=there, other=0.0)
-        else:
-            value = tl.load(v_cache + cell[:, None] + cols[None, :])
-        best, total, mixed = accumulate(scores, value, best, total, mixed, MASKED, PRECISION)
+                position = tile * KEYS + keys
+                visible = (position[None, :] <= place[:, None]) & (position[None, :] > place[:, None] - window)
+                scores = tl.where(visible, scores, float("-inf"))
+            value = _load(v_cache, v_rows, table, origin, tile, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
+                          MASKED, TMA)  # fmt: skip
+            best, total, mixed = accumulate(scores, value, best, total, mixed, MASKED, PRECISION)
     return best, total, mixed
 
 
@@ -85,7 +108,7 @@ def _prefill(q, k_cache, v_cache, k_rows, v_rows, out, block_table, query_start,
              window, q_token, q_head, out_token, out_head, table_stride, first_request, KV_HEADS: tl.constexpr,
              GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
              COLS: tl.constexpr, WINDOWED: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-             SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             OVERLAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A program a query head, tile of one request's queries and request; programs past its queries end at once.
 
     The tiles with the most keys begin first. SIZE 0: keys are gathered, those of request i from row `key_start[i]` on.
@@ -119,7 +142,7 @@ def _prefill(q, k_cache, v_cache, k_rows, v_rows, out, block_table, query_start,
         middle = tl.maximum(before + 1, 0) // KEYS
         best, total, mixed = _span(
             query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, 0, middle, length, scale, cap,
-            window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, False, CAPPED, TMA, SPECIALIZE, PRECISION,
+            window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, False, CAPPED, TMA, OVERLAP, PRECISION,
         )  # fmt: skip
     best, total, mixed = _span(
         query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, middle, last, length, scale, cap,
@@ -153,5 +176,5 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, step: AttentionInputs, out: Tensor,
         window or 1 << 30, q.stride(0), q.stride(1), out.stride(0), out.stride(1), step.block_table.stride(0),
         step.num_decodes, kv_heads, heads // kv_heads, dim, size, ROWS=config.rows, KEYS=config.keys, COLS=cols,
         WINDOWED=window is not None, SINKS=sinks is not None, CAPPED=soft_cap is not None, TMA=tma,
-        SPECIALIZE=config.specialize, PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages,
+        OVERLAP=config.overlap, PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
