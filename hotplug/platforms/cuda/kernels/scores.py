@@ -40,7 +40,7 @@ def penalties(
     if rows:
         _penalties[(triton.cdiv(vocab, CHUNK), rows)](
             logits, logits.stride(0), prompt_seen.view(torch.uint8), prompt_seen.stride(0), output_counts,
-            output_counts.stride(0), repetition, presence, frequency, out, vocab, CHUNK=CHUNK, num_warps=8,
+            output_counts.stride(0), repetition.contiguous(), presence.contiguous(), frequency.contiguous(), out, vocab, CHUNK=CHUNK, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -77,7 +77,7 @@ def _combine(logits, stride, tokens, chunks, best, mass, better, log_sum, chosen
 def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Float32 `logits` [rows, vocab] and int64 `tokens` [rows]; the best `num_top` are torch's."""
     (rows, vocab), device = logits.shape, logits.device
-    chunks = triton.cdiv(vocab, CHUNK)
+    tokens, chunks = tokens.contiguous(), triton.cdiv(vocab, CHUNK)
     best, mass = (torch.empty((rows, chunks), dtype=torch.float32, device=device) for _ in range(2))
     better = torch.empty((rows, chunks), dtype=torch.int32, device=device)
     log_sum, chosen = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
