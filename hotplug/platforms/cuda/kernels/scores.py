@@ -37,10 +37,11 @@ def penalties(
     """Float32 `logits` [rows, vocab] to a new tensor."""
     rows, vocab = logits.shape
     out = torch.empty((rows, vocab), dtype=torch.float32, device=logits.device)
+    repetition, presence, frequency = repetition.contiguous(), presence.contiguous(), frequency.contiguous()
     if rows:
         _penalties[(triton.cdiv(vocab, CHUNK), rows)](
             logits, logits.stride(0), prompt_seen.view(torch.uint8), prompt_seen.stride(0), output_counts,
-            output_counts.stride(0), repetition.contiguous(), presence.contiguous(), frequency.contiguous(), out, vocab, CHUNK=CHUNK, num_warps=8,
+            output_counts.stride(0), repetition, presence, frequency, out, vocab, CHUNK=CHUNK, num_warps=8,
         )  # fmt: skip
     return out
 
