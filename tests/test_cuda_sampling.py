@@ -56,14 +56,14 @@ def test_draws_are_those_of_the_reference(vocab: int, spread: float, names: str)
     assert drawn(args).tolist() == sampling.sample(*args).tolist()
 
 
-def test_thousands_of_draws_are_those_of_the_reference() -> None:
-    """Rounding may decide one in a thousand."""
+def test_hundreds_of_draws_are_those_of_the_reference() -> None:
+    """Rounding may decide one."""
     logits = torch.randn(200, generator=rng(1)) * 2
-    count = 1000
+    count = 300
     args = (logits.expand(count, -1), torch.full((count,), 0.9), None, None, torch.full((count,), 0.01),
             torch.full((count,), -5), torch.arange(count))  # fmt: skip
     same = drawn(args, 4096) == sampling.sample(*args)
-    assert same.float().mean() >= 0.999
+    assert (~same).sum() <= 1
 
 
 @pytest.mark.parametrize("names", ["k", "p", "m", "kpm", "Kp"])
@@ -84,21 +84,24 @@ def test_ties_with_the_last_kept_are_kept_and_may_be_many() -> None:
     """More equal logits than a list holds, and the filters' limit among them."""
     logits = torch.zeros(1, 600)
     logits[0, 77] = 1.0
-    count = 12
+    count = 4
+    index = torch.arange(count)
     for top_k, top_p in ((torch.full((count,), 5), None), (None, torch.full((count,), 0.5))):
-        index = torch.arange(count)
         args = (logits.expand(count, -1), torch.ones(count), top_k, top_p, None, index, index)
-        assert drawn(args).tolist() == sampling.sample(*args).tolist()
-        assert len(set(drawn(args).tolist())) > 6
+        tokens = drawn(args).tolist()
+        assert tokens == sampling.sample(*args).tolist()
+        assert len(set(tokens)) == count
 
 
 def test_masked_tokens_are_never_drawn() -> None:
-    logits = torch.full((16, 500), float("-inf"))
+    logits = torch.full((4, 500), float("-inf"))
     logits[:, [3, 300, 301, 499]] = 0.0
-    index = torch.arange(16)
-    for top_k, top_p in ((None, None), (torch.full((16,), 10), None), (None, torch.full((16,), 0.9))):
-        tokens = drawn((logits, torch.ones(16), top_k, top_p, None, index, index))
-        assert set(tokens.tolist()) == {3, 300, 301, 499}
+    index = torch.arange(4)
+    for top_k, top_p in ((None, None), (torch.full((4,), 10), None), (None, torch.full((4,), 0.9))):
+        args = (logits, torch.ones(4), top_k, top_p, None, index, index)
+        tokens = drawn(args).tolist()
+        assert set(tokens) <= {3, 300, 301, 499}
+        assert tokens == sampling.sample(*args).tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-3])

@@ -140,7 +140,7 @@ def _search(source, vocab, best, scale, groups, num_groups, values, tokens, by_m
                     source, vocab, best, scale, by_mass, target, low, high, below, upto, lower, upper, CHUNK // 8
                 )
             searching = ((size > CHUNK) & (high - low > 1)).to(tl.int32)
-        whole = ((low == -1) & (size <= CHUNK)).to(tl.int32)
+        whole = ((low == -1) & (size > 0) & (size <= CHUNK)).to(tl.int32)  # NaN is in no list
     target -= tl.where(by_mass, lower, below * 1.0)
     near, far, few, many, light, heavy = low, high, 0, upto - below, 0.0, upper - lower
     while (many - few > 1) & (far - near > 1):
@@ -299,6 +299,9 @@ def _tokens(
     groups = torch.empty((entries, chunks, GROUPS), dtype=torch.float32, device=device)
     values = torch.empty((entries, chunk), dtype=torch.float32, device=device)
     tokens = torch.empty((entries, chunk), dtype=torch.int32, device=device)
+    rows, temperature, top_k, top_p, min_p, seeds, counters = (
+        None if t is None else t.contiguous() for t in (rows, temperature, top_k, top_p, min_p, seeds, counters)
+    )
     launch = pdl.options(device)
     _scan[(chunks, entries)](logits, logits.stride(0), vocab, rows, temperature, best, where, mass, groups,
                              CHUNK=chunk, GROUPS=GROUPS, num_warps=8, **launch)  # fmt: skip

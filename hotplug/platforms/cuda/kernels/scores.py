@@ -37,6 +37,7 @@ def penalties(
     """Float32 `logits` [rows, vocab] to a new tensor."""
     rows, vocab = logits.shape
     out = torch.empty((rows, vocab), dtype=torch.float32, device=logits.device)
+    repetition, presence, frequency = repetition.contiguous(), presence.contiguous(), frequency.contiguous()
     if rows:
         _penalties[(triton.cdiv(vocab, CHUNK), rows)](
             logits, logits.stride(0), prompt_seen.view(torch.uint8), prompt_seen.stride(0), output_counts,
@@ -77,7 +78,7 @@ def _combine(logits, stride, tokens, chunks, best, mass, better, log_sum, chosen
 def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Float32 `logits` [rows, vocab] and int64 `tokens` [rows]; the best `num_top` are torch's."""
     (rows, vocab), device = logits.shape, logits.device
-    chunks = triton.cdiv(vocab, CHUNK)
+    tokens, chunks = tokens.contiguous(), triton.cdiv(vocab, CHUNK)
     best, mass = (torch.empty((rows, chunks), dtype=torch.float32, device=device) for _ in range(2))
     better = torch.empty((rows, chunks), dtype=torch.int32, device=device)
     log_sum, chosen = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
