@@ -32,7 +32,7 @@ def _rotated(source, weight, cos, sin, mask, cols, eps, HALF: tl.constexpr, NORM
 
 @triton.jit(do_not_specialize=["q_token", "k_token", "v_token"])
 def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positions, slots, cos_sin, eps, q_token,
-                   k_token, v_token, heads: tl.constexpr, kv_heads: tl.constexpr, HALF: tl.constexpr,
+                   k_token, v_token, q_head, k_head, v_head, heads: tl.constexpr, kv_heads: tl.constexpr, HALF: tl.constexpr,
                    HEADS: tl.constexpr, COLS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program a token and HEADS of its heads: first those of queries, then of keys, then of values."""
     pdl.release(PDL)
@@ -51,7 +51,8 @@ def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positio
             head = part * HEADS + tl.arange(0, HEADS)
             mask = (head < heads)[:, None] & (cols < HALF)[None, :]
             cells = head[:, None] * dim + cols[None, :]
-            first, second = _rotated(q + token * q_token + cells, q_weight, cos, sin, mask, cols, eps, HALF, NORM)
+            source = q + token * q_token + head[:, None] * q_head + cols[None, :]
+            first, second = _rotated(source, q_weight, cos, sin, mask, cols, eps, HALF, NORM)
             target = q_out + token * (heads * dim) + cells
             tl.store(target, first, mask=mask)
             tl.store(target + HALF, second, mask=mask)
@@ -59,7 +60,8 @@ def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positio
             head = (part - q_parts) * HEADS + tl.arange(0, HEADS)
             mask = (head < kv_heads)[:, None] & (cols < HALF)[None, :]
             cells = head[:, None] * dim + cols[None, :]
-            first, second = _rotated(k + token * k_token + cells, k_weight, cos, sin, mask, cols, eps, HALF, NORM)
+            source = k + token * k_token + head[:, None] * k_head + cols[None, :]
+            first, second = _rotated(source, k_weight, cos, sin, mask, cols, eps, HALF, NORM)
             target = k_cache + slot * (kv_heads * dim) + cells
             tl.store(target, first, mask=mask)
             tl.store(target + HALF, second, mask=mask)
@@ -67,7 +69,8 @@ def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positio
         head = (part - q_parts - kv_parts) * HEADS + tl.arange(0, HEADS)
         mask = (head < kv_heads)[:, None] & (cols < HALF)[None, :]
         cells = head[:, None] * dim + cols[None, :]
-        source, target = v + token * v_token + cells, v_cache + slot * (kv_heads * dim) + cells
+        source = v + token * v_token + head[:, None] * v_head + cols[None, :]
+        target = v_cache + slot * (kv_heads * dim) + cells
         tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
         tl.store(target + HALF, tl.load(source + HALF, mask=mask, other=0.0), mask=mask)
 
@@ -82,7 +85,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float]
         parts = triton.cdiv(heads, _HEADS) + 2 * triton.cdiv(kv_heads, _HEADS)
         _rope_kv_write[(tokens, parts)](
             q, k, v, q_weight, k_weight, out, k_cache, v_cache, positions, slots, cos_sin, eps, q.stride(0),
-            k.stride(0), v.stride(0), heads, kv_heads, dim // 2, _HEADS, max(triton.next_power_of_2(dim // 2), 16),
+            k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), heads, kv_heads, dim // 2, _HEADS, max(triton.next_power_of_2(dim // 2), 16),
             norms is not None, num_warps=4, **pdl.options(q.device),
         )  # fmt: skip
     return out
@@ -90,7 +93,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float]
 
 def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor,
                   v_cache: Tensor, slots: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Heads dense in their last two dimensions, whole heads rotated, caches of the compute dtype in NHD."""
+    """Heads dense in their last dimension, whole heads rotated, caches of the compute dtype in NHD."""
     return _launch(q, k, v, None, positions, cos_sin, k_cache, v_cache, slots), k_cache, v_cache
 
 
