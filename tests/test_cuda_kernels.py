@@ -61,7 +61,8 @@ def test_a_check_keeps_its_word_by_chance(tmp_path: Path, monkeypatch: pytest.Mo
 
 # --- what the kit does not ask --------------------------------------------------------------------
 
-HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "layout": "NHD"}
+HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "layout": "NHD", "sinks": False,
+         "soft_cap": None}  # fmt: skip
 STEPS = {
     "decodes": [(1, 17), (1, 5), (1, 160)],
     "chunks": [(9, 30), (16, 16)],

@@ -24,6 +24,7 @@ from hotplug.core.ops.trace import Tracer, synchronizer
 from hotplug.core.platform.base import ExecMode, Limits
 from hotplug.core.platform.discovery import Candidate, discover
 from hotplug.core.platform.features import Resolved, resolve
+from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.scheme import NONE, QuantScheme
 from hotplug.core.runner import memory_guard
@@ -155,14 +156,15 @@ def bind(
         model = build_model(model_config, context, extension.models)
     batch = Batch(
         plan,
-        max_rows=config.max_num_seqs,
+        max_rows=resolved.max_num_seqs,
         max_len=max_model_len,
         block_size=resolved.block_size,
         index_dtype=TORCH_DTYPES[limits.index_dtype],
         device=device,
+        pin=selection.platform.pinned if isinstance(selection.platform, HasRuntime) and not meta else None,
     )
     with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
-        sampler = Sampler(plan, config.max_num_seqs, model_config.vocab_size, device, extension.logits_processors)
+        sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors)
     plan.finish()
     kv_shape = KVShape(
         model_config.num_layers,

@@ -62,15 +62,15 @@ class EngineCore:
         kv = KVManager(
             _kv_group(bound),
             num_blocks=num_blocks,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=bound.resolved.max_num_seqs,
             max_model_len=bound.max_model_len,
             enable_prefix_cache=config.enable_prefix_cache,
         )
         self.num_blocks = num_blocks
-        budget = config.max_num_batched_tokens
+        budget = bound.resolved.max_num_batched_tokens
         self._scheduler = Scheduler(
             SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
+                max_num_seqs=bound.resolved.max_num_seqs,
                 max_num_batched_tokens=budget if bounds is None else min(budget, bounds.max_tokens),
                 max_prefill_requests=None if bounds is None else bounds.max_requests,
                 max_model_len=bound.max_model_len,
@@ -196,9 +196,9 @@ def _num_blocks(bound: Bound) -> int:
         scratch = kv_memory.allocate(shape, 1, selection.platform, selection.device)
         with MemoryGuard("running the largest step", selection, memory_guard.PROFILE):
             run_largest_steps(
-                Runner(bound.model, bound.batch, bound.sampler, EagerStep(bound.model, scratch)),
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
+                Runner(bound.model, bound.batch, bound.sampler, EagerStep(bound.model, scratch, bound.batch)),
+                max_num_seqs=bound.resolved.max_num_seqs,
+                max_num_batched_tokens=bound.resolved.max_num_batched_tokens,
                 max_model_len=bound.max_model_len,
             )
     size = kv_memory.budget(config, limits, selection.platform.memory(selection.device))
@@ -221,7 +221,7 @@ def _executable(
     bound: Bound, kv: list[KVBlocks], shapes: Sequence[StepShape]
 ) -> EagerStep | CapturedSteps | CompiledSteps:
     """What runs the steps. `shapes` are those to compile."""
-    eager = EagerStep(bound.model, kv)
+    eager = EagerStep(bound.model, kv, bound.batch)
     match bound.resolved.exec_mode:
         case ExecMode.EAGER:
             return eager

@@ -26,6 +26,7 @@ class CudaPlatform:
         self._nvml: Nvml | None = None
         self._gpus: list[Gpu] = []
         self._pool: Any = None
+        self._capturing: Any = None
         self._graphs: WeakSet[Any] = WeakSet()
 
     def probe(self) -> Sequence[DeviceInfo]:
@@ -65,10 +66,12 @@ class CudaPlatform:
         self._refuse_faults(device)
         return Limits(
             dtypes=("bfloat16", "float16", "float32"),
-            block_sizes=(16, 32, 64),
+            block_sizes=(64, 16, 32, 128),
             kv_layouts=(KVLayout.NHD,),
             index_dtype="int32",
             exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER),
+            step_tokens=16384,
+            step_requests=256,
             asynchronous=True,
         )
 
@@ -101,9 +104,18 @@ class CudaPlatform:
         # Graphs share a memory pool, since they never run at once; it ends with the last graph in it.
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
+            self._capturing = torch.cuda.Stream(device.index)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device.index), torch.cuda.graph(graph, pool=self._pool):
-            step()
+        stream = self._capturing
+        stream.wait_stream(torch.cuda.current_stream(device.index))
+        # Not torch.cuda.graph: it collects garbage and empties the allocator's cache every time.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device.index).wait_stream(stream)
         self._graphs.add(graph)
         replay: Callable[[], Any] = graph.replay
         return replay

@@ -7,10 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hotplug.platforms.cuda.kernels import pdl
+
 
 @triton.jit
-def _rms_norm(x, weight, out, inner, outer_stride, inner_stride, n, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, inner, outer_stride, inner_stride, n, eps, BLOCK: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
     """A program a row of x [outer, inner, n]; out is dense."""
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
@@ -29,12 +34,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inner, inner_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
         block = triton.next_power_of_2(n)
         _rms_norm[(x.shape[0] * inner,)](x, weight, out, inner, x.stride(0), inner_stride, n, eps, BLOCK=block,
-                                         num_warps=_warps(block))  # fmt: skip
+                                         num_warps=_warps(block), **pdl.options(x.device))  # fmt: skip
     return out
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, total, x_stride, residual_stride, n, eps, BLOCK: tl.constexpr):
+def _add_rms_norm(x, residual, weight, out, total, x_stride, residual_stride, n, eps, BLOCK: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
@@ -55,12 +63,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         n = x.shape[-1]
         block = triton.next_power_of_2(n)
         _add_rms_norm[(x.shape[0],)](x, residual, weight, out, total, x.stride(0), residual.stride(0), n, eps,
-                                     BLOCK=block, num_warps=_warps(block))  # fmt: skip
+                                     BLOCK=block, num_warps=_warps(block), **pdl.options(x.device))  # fmt: skip
     return out, total
 
 
 @triton.jit
-def _silu_mul(gate_up, out, stride, n, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, stride, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n
@@ -76,7 +86,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((tokens, n), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         block = min(triton.next_power_of_2(n), 1024)
-        _silu_mul[(tokens, triton.cdiv(n, block))](gate_up, out, gate_up.stride(0), n, BLOCK=block, num_warps=4)
+        _silu_mul[(tokens, triton.cdiv(n, block))](gate_up, out, gate_up.stride(0), n, BLOCK=block, num_warps=4,
+                                                  **pdl.options(gate_up.device))  # fmt: skip
     return out
 
 
