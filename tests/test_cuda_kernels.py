@@ -30,6 +30,8 @@ from hotplug.plugins.conformance.target import Trusted
 
 REGISTRY = builtin_registry()
 DTYPES = ("float32", "bfloat16")
+TRITON = ("cuda.triton", "cuda.few_rows")
+"""Providers that run anywhere; the others are libraries of GPU machines."""
 
 
 def label(value: Any) -> str | None:
@@ -42,6 +44,8 @@ def test_a_kernel_equals_its_reference(kernel: Impl, dtype: str, tmp_path: Path,
     report = Report()
     ops(target(tmp_path, dtype, kernels=[kernel]), report)
     assert report.failures == []
+    if not report.cases and kernel.provider not in TRITON:
+        pytest.skip(f"a library's kernel, which is not here: {report.notes}")
     assert report.data["cases"][f"{kernel.op} -> {kernel.provider}"] > 0, report.notes
 
 
@@ -61,7 +65,8 @@ def test_a_check_keeps_its_word_by_chance(tmp_path: Path, monkeypatch: pytest.Mo
 
 # --- what the kit does not ask --------------------------------------------------------------------
 
-HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "layout": "NHD"}
+HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "layout": "NHD", "sinks": False,
+         "soft_cap": None}  # fmt: skip
 STEPS = {
     "decodes": [(1, 17), (1, 5), (1, 160)],
     "chunks": [(9, 30), (16, 16)],

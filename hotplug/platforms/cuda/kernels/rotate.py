@@ -79,6 +79,8 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float]
             cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Tensor:  # fmt: skip
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
+    # Parts of a fused projection are dense within a token; what is not, is copied.
+    q, k, v = (x if x.stride(1) == dim and x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens:
         q_weight, k_weight, eps = norms or (q, k, 0.0)

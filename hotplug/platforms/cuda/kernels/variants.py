@@ -48,12 +48,15 @@ def _attention(heads: tuple[int, int, int], lens: Lens, dtype: str = "bfloat16",
                **more: Any) -> Variant:  # fmt: skip
     """Decodes alone run in captured steps, of static shape; everything else op by op."""
     alone = all(query == 1 for query, _ in lens)
-    facts = {**_heads(*heads), **_cache(dtype), "window": window, "static": alone}
+    facts = {**_heads(*heads), **_cache(dtype), "window": window, "sinks": False, "soft_cap": None, "static": alone}
     return Variant("attention", facts, lens, dtype, **more)
 
 
 NO_TF32 = {"gfx950": "asks for TF32 products, which it has not", "gfx1100": "asks for TF32 products, which it has not"}
-WIDE = {**NO_TF32, "gfx942": "a head of 256 takes more than its 64 KiB of shared memory"}
+WIDE = {**NO_TF32, "gfx942": "decodes of such heads take more than its 64 KiB of shared memory"}
+
+UNLAUNCHED = {"_skinny": "no kernel of KERNELS accepts steps of more than one row yet"}
+"""Kernels that no call site of the platform launches, each with the reason."""
 
 LLAMA_8B, LLAMA_1B, QWEN3_30B, GEMMA, SMOLLM2 = (32, 8, 128), (32, 8, 64), (32, 4, 128), (8, 4, 256), (9, 3, 64)
 
@@ -66,14 +69,24 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("rope", {**_heads(*SMOLLM2), "rotary_dim": 64}, dtype="float32"),
     Variant("kv_write", {"num_kv_heads": 8, "head_dim": 128, **_cache()}),
     Variant("kv_write", {"num_kv_heads": 3, "head_dim": 64, **_cache("float32")}, dtype="float32"),
-    _attention(LLAMA_8B, ONE, excluded=NO_TF32),
-    _attention(LLAMA_8B, DECODES, excluded=NO_TF32),
-    _attention(LLAMA_8B, MIXED, excluded=NO_TF32),
-    _attention(LLAMA_8B, MIXED, "float16", excluded=NO_TF32),
+    *(
+        Variant(op, {**_heads(*heads), "rotary_dim": heads[2], **_cache()})
+        for op, heads in (("rope_kv_write", LLAMA_8B), ("qk_norm_rope_kv_write", QWEN3_30B))
+    ),
+    *(
+        Variant("linear", {"in_features": i, "out_features": o, "bias": False, "scheme": "none"}, ONE)
+        for i, o in ((4096, 6144), (14336, 4096), (2048, 2048))
+    ),
+    Variant("linear_silu_mul", {"in_features": 4096, "width": 14336, "bias": False, "scheme": "none"}, ONE),
+    Variant("logits", {"hidden": 4096, "vocab": 128256, "bias": False, "scheme": "none"}, ONE),
+    _attention(LLAMA_8B, ONE, excluded=WIDE),
+    _attention(LLAMA_8B, DECODES, excluded=WIDE),
+    _attention(LLAMA_8B, MIXED, excluded=WIDE),
+    _attention(LLAMA_8B, MIXED, "float16", excluded=WIDE),
     _attention(LLAMA_1B, DECODES, excluded=NO_TF32),
     _attention(LLAMA_1B, MIXED, excluded=NO_TF32),
-    _attention(QWEN3_30B, DECODES, excluded=NO_TF32),
-    _attention(QWEN3_30B, MIXED, excluded=NO_TF32),
+    _attention(QWEN3_30B, DECODES, excluded=WIDE),
+    _attention(QWEN3_30B, MIXED, excluded=WIDE),
     _attention(GEMMA, MIXED, window=1024, excluded=WIDE),
     _attention(SMOLLM2, MIXED, "float32"),
 )
