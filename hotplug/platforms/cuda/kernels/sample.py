@@ -245,15 +245,16 @@ def _finish(logits, stride, vocab, rows, temperature, top_k, top_p, min_p, filte
 
 
 @cache
-def _cold(device: torch.device) -> Tensor:
-    """Temperatures of 0, more than a step has rows."""
-    return torch.zeros(1 << 16, dtype=torch.float32, device=device)
+def _cold(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Temperatures and seeds of 0, for more rows than a step has."""
+    rows = 1 << 16
+    return torch.zeros(rows, dtype=torch.float32, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
 
 
 def argmax(logits: Tensor) -> Tensor:
     """The best tokens of float32 `logits` [rows, vocab]."""
-    cold = _cold(logits.device)
-    return _tokens(logits, None, cold, None, None, None, cold, cold)
+    temperature, seeds = _cold(logits.device)
+    return _tokens(logits, None, temperature, None, None, None, seeds, seeds)
 
 
 def sample(
