@@ -32,8 +32,8 @@ def _rotated(source, weight, cos, sin, mask, cols, eps, HALF: tl.constexpr, NORM
 
 @triton.jit(do_not_specialize=["q_token", "k_token", "v_token"])
 def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positions, slots, cos_sin, eps, q_token,
-                   k_token, v_token, q_head, k_head, v_head, heads: tl.constexpr, kv_heads: tl.constexpr, HALF: tl.constexpr,
-                   HEADS: tl.constexpr, COLS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   k_token, v_token, q_head, k_head, v_head, heads: tl.constexpr, kv_heads: tl.constexpr,
+                   HALF: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program a token and HEADS of its heads: first those of queries, then of keys, then of values."""
     pdl.release(PDL)
     pdl.wait(PDL)
@@ -79,16 +79,15 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float]
             cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Tensor:  # fmt: skip
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
-    # Parts of a fused projection are dense within a token; what is not, is copied.
-    q, k, v = (x if x.stride(1) == dim and x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens:
         q_weight, k_weight, eps = norms or (q, k, 0.0)
         parts = triton.cdiv(heads, _HEADS) + 2 * triton.cdiv(kv_heads, _HEADS)
         _rope_kv_write[(tokens, parts)](
             q, k, v, q_weight, k_weight, out, k_cache, v_cache, positions, slots, cos_sin, eps, q.stride(0),
-            k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), heads, kv_heads, dim // 2, _HEADS, max(triton.next_power_of_2(dim // 2), 16),
-            norms is not None, num_warps=4, **pdl.options(q.device),
+            k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), heads, kv_heads, dim // 2, _HEADS,
+            max(triton.next_power_of_2(dim // 2), 16), norms is not None, num_warps=4, **pdl.options(q.device),
         )  # fmt: skip
     return out
 
