@@ -33,7 +33,8 @@ def _rotated(source, weight, cos, sin, mask, cols, eps, HALF: tl.constexpr, NORM
 @triton.jit(do_not_specialize=["q_token", "k_token", "v_token"])
 def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positions, slots, cos_sin, eps, q_token,
                    k_token, v_token, q_head, k_head, v_head, heads: tl.constexpr, kv_heads: tl.constexpr,
-                   HALF: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                   HALF: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr, NORM: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
     """A program a token and HEADS of its heads: first those of queries, then of keys, then of values."""
     pdl.release(PDL)
     pdl.wait(PDL)

@@ -215,7 +215,7 @@ def _finish(logits, stride, vocab, rows, temperature, top_k, top_p, min_p, filte
                 )  # fmt: skip
         if least > 0:
             limit = tl.minimum(limit, tl.abs(tl.log2(least)).to(tl.int32, bitcast=True))
-        uniform = _uniform(tl.load(seeds + row), tl.load(counters + entry))
+        uniform = _uniform(tl.load(seeds + row), tl.load(counters + entry).to(tl.int64))
         first, end, rest = 0, size, uniform * 0
         if whole == 1:
             source = values
