@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
 from hotplug.platforms.cuda.kernels.decode_attention import decode
-from hotplug.platforms.cuda.kernels.prefill_attention import prefill
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict
 
 LEAST_QUERIES = 256
 """Queries that a gathered key must meet on average: copying it then costs less than the library saves."""
-MOST_TOKENS = 1 << 18
-"""Keys gathered at once: 1 GiB for 8 heads of 128 in bfloat16."""
+MOST_TOKENS = 1 << 17
+"""Keys gathered at once: half a GiB for 8 heads of 128 in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +73,20 @@ def attention(
     prefixes: bool = True,
 ) -> Tensor:  # fmt: skip
     """Chunks by `attend` where gathering pays; without `prefixes`, only if no chunk of the step has one."""
-    decodes, size = step.num_decodes, k_cache.shape[1]
+    decodes = step.num_decodes
     chunks = None
     if decodes < len(step.seq_lens):
         if step.prepared is None:
-            step.prepared = (chunks_of(step, size),)
+            step.prepared = (chunks_of(step, k_cache.shape[1]),)
         (chunks,) = step.prepared
-        if chunks is not None and not (prefixes or chunks.fresh):
-            chunks = None
-    if chunks is not None and not decodes:
-        return attend(q, *gather(k_cache, v_cache, chunks), chunks, scale, window, soft_cap)
+    if chunks is None or not (prefixes or chunks.fresh):
+        return paged_attention(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
+    k, v = gather(k_cache, v_cache, chunks)
+    if not decodes:
+        return attend(q, k, v, chunks, scale, window, soft_cap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if decodes:
-        decode(q[:decodes], k_cache, v_cache, step, out[:decodes], scale, window, sinks, soft_cap)
-    if chunks is not None:
-        out[decodes:] = attend(q[decodes:], *gather(k_cache, v_cache, chunks), chunks, scale, window, soft_cap)
-    elif decodes < len(step.seq_lens):
-        prefill(q, k_cache, v_cache, step, out, scale, window, sinks, soft_cap)
+    decode(q[:decodes], k_cache, v_cache, step, out[:decodes], scale, window, sinks, soft_cap)
+    out[decodes:] = attend(q[decodes:], k, v, chunks, scale, window, soft_cap)
     return out
 
 
