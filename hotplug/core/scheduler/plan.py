@@ -39,9 +39,9 @@ class StepPlan:
     """One step. Arrays of length R run over the scheduled requests, decodes first.
 
     The runner applies it in this order: `saves`, `swap_out`, `swap_in`, `loads`, `released`, `admitted`, new blocks,
-    then the forward pass over positions [start, start + num_tokens) of each row. Key and value of every token in the step are written
-    before any query of the step reads them (layer by layer), so a request may share blocks that another one
-    fills in the same step.
+    then the forward pass over positions [start, start + num_tokens) of each row. Key and value of every token in the
+    step are written before any query of the step reads them (layer by layer), so a request may share blocks that
+    another one fills in the same step.
     """
 
     rows: IntArray
