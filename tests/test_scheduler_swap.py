@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from scheduler_fakes import FakeEngine
 
+from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.scheduler.policy import PRIORITY
 
 
@@ -76,6 +78,51 @@ def test_a_prefix_still_cached_on_the_device_is_shared_and_not_copied() -> None:
     engine.check_outputs()
     stats = engine.scheduler.stats()
     assert stats.blocks_swapped_out == 3 and stats.blocks_swapped_in < 3
+
+
+def test_of_a_window_the_cached_blocks_are_shared_and_the_others_copied() -> None:
+    engine = FakeEngine(
+        num_blocks=13, block_size=2, window=8, num_host_blocks=9, policy=PRIORITY, max_num_seqs=1,
+        max_num_batched_tokens=16,
+    )  # fmt: skip
+    tokens = list(range(20))
+    engine.add(tokens, max_tokens=4, priority=1)
+    engine.step()
+    engine.step()
+    # It finds 16 tokens cached, and what it takes beyond evicts the two last of the four blocks in the window.
+    engine.add(tokens[:16] + [1] * 15, max_tokens=2, priority=0)
+    engine.run()
+    engine.check_outputs()
+    stats = engine.scheduler.stats()
+    assert (stats.preemptions, stats.blocks_swapped_out, stats.blocks_swapped_in) == (1, 4, 2)
+
+
+def test_what_came_back_can_be_shared_again() -> None:
+    engine = FakeEngine(num_blocks=7, num_host_blocks=20, policy=PRIORITY, max_num_seqs=2, max_num_batched_tokens=24)
+    engine.add(prompt(12), max_tokens=8, priority=1)
+    engine.step()
+    engine.add(prompt(20, first=2), max_tokens=2, priority=0)  # evicts the other's whole prefix
+    while not engine.scheduler.stats().blocks_swapped_in:
+        engine.step()
+    engine.add([*prompt(12), 3], max_tokens=1)
+    engine.run()
+    engine.check_outputs()
+    assert [d.num_cached_tokens for d in engine.deltas if d.request_id == "r2"] == [12]
+
+
+def test_a_block_whose_tokens_are_still_in_flight_has_no_hash() -> None:
+    engine = FakeEngine(num_blocks=25, block_size=1, depth=2, num_host_blocks=30)
+    for i in range(2):
+        engine.add(prompt(8, first=i), max_tokens=12)
+    until_preempted(engine)
+    sequence = engine.scheduler._requests["r1"]
+    assert sequence.swapped is not None and sequence.in_flight
+    while engine.pending:
+        engine.update()
+    tokens = np.array([*prompt(8, first=1), *engine.outputs["r1"]], np.int32)
+    found = sequence.hashes.digests
+    assert len(found) < sequence.swapped.num_tokens
+    assert found == BlockHashes(1).extend(tokens, len(found))
 
 
 def test_a_prefix_that_requests_share_is_copied_once() -> None:
@@ -157,7 +204,7 @@ def test_a_longer_prefix_in_the_cache_beats_what_is_on_the_host() -> None:
     engine.check_outputs()
     stats = engine.scheduler.stats()
     assert (stats.preemptions, stats.blocks_swapped_in) == (1, 0)
-    assert engine.device.computed_tokens < 40 + 40
+    assert engine.device.computed_tokens == 8 + (41 - 8 + 1) + (40 - 36 + 1)
 
 
 @pytest.mark.parametrize("depth", [0, 1])
