@@ -52,6 +52,7 @@ class SwapSpace:
 class BlockSwap:
     """Copies blocks between `kv`, one (keys, values) pair a layer, and a swap space.
 
+    `kv` is looked at anew in each call: a compiled step replaces its entries.
     Everything is queued on the current stream, in the order of the calls: a copy may outlast its call where `copy`
     does not wait, but not the start of what is launched after it.
     """
