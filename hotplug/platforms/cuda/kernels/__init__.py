@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
-from hotplug.vendor import Impl, SiteSpec, Verdict
+from hotplug.platforms.cuda.kernels.moe import grouped_mm, moe_experts
+from hotplug.platforms.cuda.kernels.moe_route import moe_route
+from hotplug.vendor import Bucket, Impl, SiteSpec, Verdict
 
 WIDEST_ROW = 16384
 """Elements of a row that one program keeps in registers."""
+
+MOST_EXPERTS = 1024
+"""Experts that one program keeps in registers."""
+GROUPED_MM_RANK = 5
+"""Of PyTorch's grouped product for many tokens: above 10 it goes before ours, below it has to be forced."""
+GROUPED_MM_TOKENS = 1024
 
 
 def _row(spec: SiteSpec) -> Verdict:
@@ -25,6 +33,24 @@ def _cache(spec: SiteSpec) -> Verdict:
     return Verdict(True)
 
 
+def _experts(spec: SiteSpec) -> Verdict:
+    if spec["num_experts"] > MOST_EXPERTS:
+        return Verdict(False, f"{spec['num_experts']} experts are above {MOST_EXPERTS}")
+    return Verdict(True)
+
+
+def _grouped_mm(spec: SiteSpec) -> Verdict:
+    if spec.dtype != "bfloat16":
+        return Verdict(False, f"PyTorch's grouped product takes bfloat16, not {spec.dtype}")
+    if spec["hidden"] % 8 or spec["width"] % 8:
+        return Verdict(False, f"rows of {spec['hidden']} and {spec['width']} elements are not multiples of 16 bytes")
+    return _experts(spec)
+
+
+def _many_tokens(bucket: Bucket) -> bool:
+    return bucket.num_tokens >= GROUPED_MM_TOKENS
+
+
 KERNELS = (
     Impl("rms_norm", "cuda.triton", rms_norm, check=_row, rank=10),
     Impl("add_rms_norm", "cuda.triton", add_rms_norm, check=_row, rank=10),
@@ -32,4 +58,7 @@ KERNELS = (
     Impl("rope", "cuda.triton", rope, rank=10),
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
+    Impl("moe_route", "cuda.triton", moe_route, check=_experts, rank=10),
+    Impl("moe_experts", "cuda.triton", moe_experts, check=_experts, rank=10),
+    Impl("moe_experts", "cuda.grouped_mm", grouped_mm, check=_grouped_mm, accepts=_many_tokens, rank=GROUPED_MM_RANK),
 )

@@ -74,10 +74,7 @@ def block_rows(each: float) -> int:
 @triton.jit
 def _load(pointer, mask, WHOLE: tl.constexpr):
     """What lies at `pointer`, unmasked where all of it is there."""
-    if WHOLE:
-        value = tl.load(pointer)
-    else:
-        value = tl.load(pointer, mask=mask, other=0.0)
+    value = tl.load(pointer) if WHOLE else tl.load(pointer, mask=mask, other=0.0)
     return value.to(tl.float32)
 
 
@@ -99,7 +96,8 @@ def _few_gate_up(x, experts, gate_up, out, x_stride, TOP_K: tl.constexpr, HIDDEN
     for start in tl.static_range(0, HIDDEN, COLS):
         at = start + cols
         mask = there & (at < HIDDEN)[None, :]
-        value = _load(token + at, at < HIDDEN, whole)[None, :]
+        # A row as wide as the tile: in a layout of its own it would go through shared memory, behind a barrier.
+        value = _load(tl.broadcast_to(token + at[None, :], [ROWS, COLS]), mask, whole)
         gate += value * _load(gates + at[None, :], mask, whole)
         up += value * _load(gates + WIDTH * HIDDEN + at[None, :], mask, whole)
     gated = tl.sum(gate, 1)
@@ -125,23 +123,27 @@ def _few_down(gated, weights, experts, down, out, TOP_K: tl.constexpr, HIDDEN: t
         matrix = down + expert * (HIDDEN * WIDTH) + rows[:, None] * WIDTH
         for start in tl.static_range(0, WIDTH, COLS):
             at = start + cols
-            value = _load(gated + assignment * WIDTH + at, at < WIDTH, whole) * share
-            total += value[None, :] * _load(matrix + at[None, :], there & (at < WIDTH)[None, :], whole)
+            mask = there & (at < WIDTH)[None, :]
+            value = _load(tl.broadcast_to(gated + assignment * WIDTH + at[None, :], [ROWS, COLS]), mask, whole)
+            total += value * share * _load(matrix + at[None, :], mask, whole)
     tl.store(out + token * HIDDEN + rows, tl.sum(total, 1).to(out.dtype.element_ty), mask=rows < HIDDEN)
 
 
-def few(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def few(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, rows: int = FEW_ROWS,
+    cols: int = FEW_COLS,
+) -> Tensor:  # fmt: skip
     """`moe_experts` with every assignment reading its expert by itself."""
     (tokens, hidden), top_k, width = x.shape, experts.shape[1], down.shape[2]
     gated = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     options = pdl.options(x.device)
-    cols = [min(triton.next_power_of_2(n), FEW_COLS) for n in (hidden, width)]
-    _few_gate_up[(triton.cdiv(width, FEW_ROWS), tokens * top_k)](
-        x, experts, gate_up, gated, x.stride(0), top_k, hidden, width, FEW_ROWS, cols[0], num_warps=4, **options
+    deep, wide = (min(triton.next_power_of_2(n), cols) for n in (hidden, width))
+    _few_gate_up[(triton.cdiv(width, rows), tokens * top_k)](
+        x, experts, gate_up, gated, x.stride(0), top_k, hidden, width, rows, deep, num_warps=4, **options
     )
-    _few_down[(triton.cdiv(hidden, FEW_ROWS), tokens)](
-        gated, weights, experts, down, out, top_k, hidden, width, FEW_ROWS, cols[1], num_warps=4, **options
+    _few_down[(triton.cdiv(hidden, rows), tokens)](
+        gated, weights, experts, down, out, top_k, hidden, width, rows, wide, num_warps=4, **options
     )
     return out
 
@@ -360,7 +362,7 @@ def grouped(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, first: Tiles, second: Tiles
 ) -> Tensor:
     """`moe_experts` by grouped products, cut as `first` and `second` say; both have the same rows."""
-    (tokens, hidden), top_k, (count, _, width) = x.shape, experts.shape[1], down.shape
+    hidden, top_k, (count, _, width) = x.shape[1], experts.shape[1], down.shape
     order = by_expert(experts, count, first.rows)
     blocks, options = len(order.block_rows), pdl.options(x.device)
     precision = "ieee" if x.dtype is torch.float32 else "tf32"
