@@ -123,6 +123,8 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {
     "few": few,
     "few-8-rows": lambda *call: few(*call, rows=8, cols=64),
     "swapped": tiled(Tiles(16, 64, 64, 4, 3, swap=True), Tiles(16, 64, 32, 4, 3, swap=True)),
+    "swapped-tma": tiled(Tiles(16, 64, 64, 4, 3, swap=True, tma=True), Tiles(16, 64, 32, 4, 3, swap=True, tma=True)),
+    "straight-tma": tiled(Tiles(32, 64, 32, 4, 2, tma=True), Tiles(32, 128, 64, 4, 2, tma=True)),
     "straight": tiled(Tiles(32, 32, 32, 4, 2), Tiles(32, 64, 64, 4, 2)),
     "prefill": tiled(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 3)),
 }

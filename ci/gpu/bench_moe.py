@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,21 +35,16 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 2048, 768, 128, 8
 DTYPE = torch.bfloat16
 TOKENS = "1,2,4,8,16,64,256,16384"
 MOST_ERROR = 1e-2
-CANDIDATES: dict[int, tuple[list[Tiles], list[Tiles]]] = {
-    rows: (
-        [Tiles(rows, c, d, w, s, swap=True) for c, d, w, s in
-         ((64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3))],
-        [Tiles(rows, c, d, w, s, swap=True) for c, d, w, s in
-         ((64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 5), (128, 64, 4, 5), (128, 128, 8, 3), (64, 256, 4, 3))],
-    )
-    for rows in (16, 32, 64)
-} | {
-    128: (
-        [Tiles(128, c, d, w, s) for c, d, w, s in
-         ((128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (128, 32, 8, 5))],
-        [Tiles(128, c, d, w, s) for c, d, w, s in
-         ((256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 3))],
-    ),
+SHAPES: dict[bool, tuple[Any, Any]] = {  # swapped or not: columns, depth, warps and stages of both products
+    True: (((64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3), (128, 64, 8, 4), (128, 64, 4, 4)),
+           ((64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 4, 5), (128, 64, 4, 5), (64, 256, 4, 3))),
+    False: (((128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 5)),
+            ((256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 8, 4), (128, 64, 4, 3), (128, 128, 8, 3))),
+}  # fmt: skip
+CANDIDATES = {
+    rows: tuple([Tiles(rows, *shape, swap=rows < 128, tma=tma) for shape in shapes for tma in (False, True)]
+                for shapes in SHAPES[rows < 128])
+    for rows in (16, 32, 64, 128)
 }  # fmt: skip
 Call = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -72,7 +68,9 @@ def variants(tokens: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
         for rows in (2, 4, 8):
             yield f"few {rows} rows", partial(few, rows=rows)
     first, second = gate_up_tiles(assignments, EXPERTS, 2), down_tiles(assignments, EXPERTS, 2)
-    yield "grouped", partial(grouped, first=first, second=second)
+    for tma in (False, True):
+        tiles = {"first": replace(first, tma=tma), "second": replace(second, tma=tma)}
+        yield f"grouped{' by TMA' if tma else ''}", partial(grouped, **tiles)
     if tokens >= 256:
         yield "grouped_mm", grouped_mm
 
@@ -96,13 +94,13 @@ def measured(name: str, run: Callable[..., Tensor], calls: list[Call], expected:
         wrong = error(calls[0], run(*calls[0]), expected)
         us = graph_time([partial(run, *call) for call in calls])
     except Exception as e:
-        print(f"  {name:44s} {type(e).__name__}: {str(e).splitlines()[0][:90]}")
+        print(f"  {name:52s} {type(e).__name__}: {str(e).splitlines()[0][:90]}")
         return float("inf")
     distinct = sum(len(torch.unique(call[2])) for call in calls) / len(calls)
     rate = distinct * 3 * WIDTH * HIDDEN * 2 / us / 1e6
     flops = calls[0][2].numel() * 6 * WIDTH * HIDDEN / us / 1e6
     mark = "" if wrong < MOST_ERROR else "  WRONG"
-    print(f"  {name:44s} {us:9.1f} us {rate:6.2f} TB/s {flops:7.1f} TFLOP/s  error {wrong:.1e}{mark}", flush=True)
+    print(f"  {name:52s} {us:9.1f} us {rate:6.2f} TB/s {flops:7.1f} TFLOP/s  error {wrong:.1e}{mark}", flush=True)
     return us if wrong < MOST_ERROR else float("inf")
 
 
@@ -124,7 +122,8 @@ def rows_to_try(tokens: int) -> list[int]:
 
 
 def words(t: Tiles) -> str:
-    return f"{t.rows} x {t.cols} x {t.depth}, {t.warps} warps, {t.stages} stages{', swap' if t.swap else ''}"
+    marks = f"{', swap' if t.swap else ''}{', TMA' if t.tma else ''}"
+    return f"{t.rows} x {t.cols} x {t.depth}, {t.warps} warps, {t.stages} stages{marks}"
 
 
 def compile_one(item: Any) -> None:
