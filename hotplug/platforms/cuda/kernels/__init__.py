@@ -6,6 +6,8 @@ from hotplug.platforms.cuda.kernels import dense, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.platforms.cuda.kernels.inputs import embed, prepare_inputs
+from hotplug.platforms.cuda.kernels.moe import grouped_mm, moe_experts
+from hotplug.platforms.cuda.kernels.moe_route import moe_route
 from hotplug.platforms.cuda.kernels.rotate import qk_norm_rope_kv_write, rope_kv_write
 from hotplug.platforms.cuda.kernels.sample import argmax, sample, sample_rows
 from hotplug.platforms.cuda.kernels.scores import logprobs, penalties
@@ -13,6 +15,12 @@ from hotplug.vendor import Bucket, Impl, SiteSpec, Verdict
 
 WIDEST_ROW = 16384
 """Elements of a row that one program keeps in registers."""
+
+MOST_EXPERTS = 1024
+"""Experts that one program keeps in registers."""
+GROUPED_MM_RANK = 5
+"""Of PyTorch's grouped product for many tokens: above 10 it goes before ours, below it has to be forced."""
+GROUPED_MM_TOKENS = 1024
 
 
 def _row(spec: SiteSpec) -> Verdict:
@@ -46,6 +54,24 @@ def _few_rows(bucket: Bucket) -> bool:
     return 0 < bucket.num_tokens <= linear.MOST_ROWS
 
 
+def _experts(spec: SiteSpec) -> Verdict:
+    if spec["num_experts"] > MOST_EXPERTS:
+        return Verdict(False, f"{spec['num_experts']} experts are above {MOST_EXPERTS}")
+    return Verdict(True)
+
+
+def _grouped_mm(spec: SiteSpec) -> Verdict:
+    if spec.dtype != "bfloat16":
+        return Verdict(False, f"PyTorch's grouped product takes bfloat16, not {spec.dtype}")
+    if spec["hidden"] % 8 or spec["width"] % 8:
+        return Verdict(False, f"rows of {spec['hidden']} and {spec['width']} elements are not multiples of 16 bytes")
+    return _experts(spec)
+
+
+def _many_tokens(bucket: Bucket) -> bool:
+    return bucket.num_tokens >= GROUPED_MM_TOKENS
+
+
 KERNELS = (
     Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
     Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
@@ -66,6 +92,9 @@ KERNELS = (
     Impl("sample_rows", "cuda.triton", sample_rows, rank=10),
     Impl("penalties", "cuda.triton", penalties, rank=10),
     Impl("logprobs", "cuda.triton", logprobs, rank=10),
+    Impl("moe_route", "cuda.triton", moe_route, check=_experts, rank=10),
+    Impl("moe_experts", "cuda.triton", moe_experts, check=_experts, rank=10),
+    Impl("moe_experts", "cuda.grouped_mm", grouped_mm, check=_grouped_mm, accepts=_many_tokens, rank=GROUPED_MM_RANK),
 )
 
 TUNABLES = (*dense.TUNABLES, *linear.TUNABLES)

@@ -9,13 +9,14 @@ does not depend on it, and no sum is in an order of chance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
@@ -41,6 +42,8 @@ class Tiles:
     stages: int
     swap: bool = False
     """Whether the weights are the first operand, whose tile is at least 64 rows: few assignments waste nothing."""
+    tma: bool = False
+    """Whether what lies in rows is read by the tensor memory accelerator, if rows are multiples of 16 bytes."""
 
 
 def gate_up_tiles(assignments: int, experts: int, size: int) -> Tiles:
@@ -96,7 +99,8 @@ def _few_gate_up(x, experts, gate_up, out, x_stride, TOP_K: tl.constexpr, HIDDEN
     for start in tl.static_range(0, HIDDEN, COLS):
         at = start + cols
         mask = there & (at < HIDDEN)[None, :]
-        value = _load(token + at, at < HIDDEN, whole)[None, :]
+        # A row as wide as the tile: in a layout of its own it would go through shared memory, behind a barrier.
+        value = _load(tl.broadcast_to(token + at[None, :], [ROWS, COLS]), mask, whole)
         gate += value * _load(gates + at[None, :], mask, whole)
         up += value * _load(gates + WIDTH * HIDDEN + at[None, :], mask, whole)
     gated = tl.sum(gate, 1)
@@ -122,23 +126,27 @@ def _few_down(gated, weights, experts, down, out, TOP_K: tl.constexpr, HIDDEN: t
         matrix = down + expert * (HIDDEN * WIDTH) + rows[:, None] * WIDTH
         for start in tl.static_range(0, WIDTH, COLS):
             at = start + cols
-            value = _load(gated + assignment * WIDTH + at, at < WIDTH, whole) * share
-            total += value[None, :] * _load(matrix + at[None, :], there & (at < WIDTH)[None, :], whole)
+            mask = there & (at < WIDTH)[None, :]
+            value = _load(tl.broadcast_to(gated + assignment * WIDTH + at[None, :], [ROWS, COLS]), mask, whole)
+            total += value * share * _load(matrix + at[None, :], mask, whole)
     tl.store(out + token * HIDDEN + rows, tl.sum(total, 1).to(out.dtype.element_ty), mask=rows < HIDDEN)
 
 
-def few(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def few(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, rows: int = FEW_ROWS,
+    cols: int = FEW_COLS,
+) -> Tensor:  # fmt: skip
     """`moe_experts` with every assignment reading its expert by itself."""
     (tokens, hidden), top_k, width = x.shape, experts.shape[1], down.shape[2]
     gated = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     options = pdl.options(x.device)
-    cols = [min(triton.next_power_of_2(n), FEW_COLS) for n in (hidden, width)]
-    _few_gate_up[(triton.cdiv(width, FEW_ROWS), tokens * top_k)](
-        x, experts, gate_up, gated, x.stride(0), top_k, hidden, width, FEW_ROWS, cols[0], num_warps=4, **options
+    deep, wide = (min(triton.next_power_of_2(n), cols) for n in (hidden, width))
+    _few_gate_up[(triton.cdiv(width, rows), tokens * top_k)](
+        x, experts, gate_up, gated, x.stride(0), top_k, hidden, width, rows, deep, num_warps=4, **options
     )
-    _few_down[(triton.cdiv(hidden, FEW_ROWS), tokens)](
-        gated, weights, experts, down, out, top_k, hidden, width, FEW_ROWS, cols[1], num_warps=4, **options
+    _few_down[(triton.cdiv(hidden, rows), tokens)](
+        gated, weights, experts, down, out, top_k, hidden, width, rows, wide, num_warps=4, **options
     )
     return out
 
@@ -246,6 +254,23 @@ def _tile(program, blocks, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _read(matrix, first, rows, start, LENGTH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+          TMA: tl.constexpr):  # fmt: skip
+    """Tile [ROWS, DEPTH] of matrix [.., LENGTH] from row `first` and column `start`, with zeros past the last column.
+
+    Of its rows `rows` are wanted; what the others hold is not said. With TMA the matrix is a descriptor.
+    """
+    if TMA:
+        tile = matrix.load([first.to(tl.int32), start])
+    else:
+        row = first + tl.minimum(tl.arange(0, ROWS), rows - 1)
+        at = start + tl.arange(0, DEPTH)
+        pointer = matrix + row.to(tl.int64)[:, None] * LENGTH + at[None, :]
+        tile = tl.load(pointer) if LENGTH % DEPTH == 0 else tl.load(pointer, mask=(at < LENGTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def _product(tile, weight, total, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """total plus tile [rows, depth] times weight [cols, depth]; transposed where SWAP."""
     if SWAP:
@@ -258,7 +283,8 @@ def _product(tile, weight, total, SWAP: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["blocks"])
 def _gate_up(x, gate_up, out, order, block_expert, block_rows, x_stride, blocks, TOP_K: tl.constexpr,
              HIDDEN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-             GROUP: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+             GROUP: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+             PDL: tl.constexpr):  # fmt: skip
     """A program a block and COLS of the width: silu(gate) * up in out [blocks * ROWS, WIDTH], in the order's rows."""
     pdl.release(PDL)
     pdl.wait(PDL)
@@ -270,21 +296,17 @@ def _gate_up(x, gate_up, out, order, block_expert, block_rows, x_stride, blocks,
         # Rows that the block does not have read the first token: what comes of it is never read.
         assignment = tl.load(order + block * ROWS + rows, mask=rows < filled, other=0)
         source = x + (assignment // TOP_K).to(tl.int64)[:, None] * x_stride + deep[None, :]
-        # Columns past the width read its last row, and are not stored.
-        gates = gate_up + expert * (2 * WIDTH * HIDDEN) + tl.minimum(cols, WIDTH - 1)[:, None] * HIDDEN + deep[None, :]
+        gates, left = expert * (2 * WIDTH) + column * COLS, WIDTH - column * COLS
         shape: tl.constexpr = [COLS, ROWS] if SWAP else [ROWS, COLS]
         gate = tl.zeros(shape, tl.float32)
         up = tl.zeros(shape, tl.float32)
         for start in range(0, HIDDEN, DEPTH):
             if HIDDEN % DEPTH == 0:
                 tile = tl.load(source + start)
-                gate_tile = tl.load(gates + start)
-                up_tile = tl.load(gates + WIDTH * HIDDEN + start)
             else:
-                mask = (start + deep < HIDDEN)[None, :]
-                tile = tl.load(source + start, mask=mask, other=0.0)
-                gate_tile = tl.load(gates + start, mask=mask, other=0.0)
-                up_tile = tl.load(gates + WIDTH * HIDDEN + start, mask=mask, other=0.0)
+                tile = tl.load(source + start, mask=(start + deep < HIDDEN)[None, :], other=0.0)
+            gate_tile = _read(gate_up, gates, left, start, HIDDEN, COLS, DEPTH, TMA)
+            up_tile = _read(gate_up, gates + WIDTH, left, start, HIDDEN, COLS, DEPTH, TMA)
             gate = _product(tile, gate_tile, gate, SWAP, PRECISION)
             up = _product(tile, up_tile, up, SWAP, PRECISION)
         gated = (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
@@ -297,7 +319,7 @@ def _gate_up(x, gate_up, out, order, block_expert, block_rows, x_stride, blocks,
 @triton.jit(do_not_specialize=["blocks"])
 def _down(gated, down, out, block_expert, block_rows, blocks, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
           ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
-          PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program a block and COLS of the hidden state, in out [blocks * ROWS, HIDDEN], in the order's rows."""
     pdl.release(PDL)
     pdl.wait(PDL)
@@ -305,19 +327,14 @@ def _down(gated, down, out, block_expert, block_rows, blocks, HIDDEN: tl.constex
     filled = tl.load(block_rows + block)
     if filled > 0:
         expert = tl.load(block_expert + block).to(tl.int64)
-        rows, cols, deep = tl.arange(0, ROWS), column * COLS + tl.arange(0, COLS), tl.arange(0, DEPTH)
-        source = gated + (block * ROWS + rows).to(tl.int64)[:, None] * WIDTH + deep[None, :]
-        matrix = down + expert * (HIDDEN * WIDTH) + tl.minimum(cols, HIDDEN - 1)[:, None] * WIDTH + deep[None, :]
+        rows, cols = tl.arange(0, ROWS), column * COLS + tl.arange(0, COLS)
         shape: tl.constexpr = [COLS, ROWS] if SWAP else [ROWS, COLS]
         total = tl.zeros(shape, tl.float32)
         for start in range(0, WIDTH, DEPTH):
-            if WIDTH % DEPTH == 0:
-                tile = tl.load(source + start)
-                weight = tl.load(matrix + start)
-            else:
-                mask = (start + deep < WIDTH)[None, :]
-                tile = tl.load(source + start, mask=mask, other=0.0)
-                weight = tl.load(matrix + start, mask=mask, other=0.0)
+            tile = _read(gated, block * ROWS, ROWS, start, WIDTH, ROWS, DEPTH, TMA)
+            weight = _read(
+                down, expert * HIDDEN + column * COLS, HIDDEN - column * COLS, start, WIDTH, COLS, DEPTH, TMA
+            )
             total = _product(tile, weight, total, SWAP, PRECISION)
         if SWAP:
             total = tl.trans(total)
@@ -358,21 +375,32 @@ def grouped(
 ) -> Tensor:
     """`moe_experts` by grouped products, cut as `first` and `second` say; both have the same rows."""
     hidden, top_k, (count, _, width) = x.shape[1], experts.shape[1], down.shape
+    if hidden * x.element_size() % 16 or width * x.element_size() % 16:  # no rows for a descriptor
+        first, second = replace(first, tma=False), replace(second, tma=False)
     order = by_expert(experts, count, first.rows)
     blocks, options = len(order.block_rows), pdl.options(x.device)
     precision = "ieee" if x.dtype is torch.float32 else "tf32"
     gated = torch.empty((blocks * first.rows, width), dtype=x.dtype, device=x.device)
     _gate_up[(blocks * triton.cdiv(width, first.cols),)](
-        x, gate_up, gated, order.rows, order.block_expert, order.block_rows, x.stride(0), blocks, top_k, hidden, width,
-        first.rows, first.cols, first.depth, GROUP, first.swap, precision, num_warps=first.warps,
-        num_stages=first.stages, **options,
+        x, _matrix(gate_up, first.cols, first), gated, order.rows, order.block_expert, order.block_rows, x.stride(0),
+        blocks, top_k, hidden, width, first.rows, first.cols, first.depth, GROUP, first.swap, first.tma, precision,
+        num_warps=first.warps, num_stages=first.stages, **options,
     )  # fmt: skip
     parts = torch.empty((blocks * first.rows, hidden), dtype=x.dtype, device=x.device)
     _down[(blocks * triton.cdiv(hidden, second.cols),)](
-        gated, down, parts, order.block_expert, order.block_rows, blocks, hidden, width, first.rows, second.cols,
-        second.depth, GROUP, second.swap, precision, num_warps=second.warps, num_stages=second.stages, **options,
+        _matrix(gated, first.rows, second), _matrix(down, second.cols, second), parts, order.block_expert,
+        order.block_rows, blocks, hidden, width, first.rows, second.cols, second.depth, GROUP, second.swap, second.tma,
+        precision, num_warps=second.warps, num_stages=second.stages, **options,
     )  # fmt: skip
     return combine(parts, order.position, weights)
+
+
+def _matrix(x: Tensor, rows: int, tiles: Tiles) -> Tensor | TensorDescriptor:
+    """`x` [.., columns] as a kernel reads it in tiles of `rows`."""
+    if not tiles.tma:
+        return x
+    flat = x.view(-1, x.shape[-1])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, tiles.depth])
 
 
 def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def _best(scores, weights, chosen, experts, RENORMALIZE: tl.constexpr, TOP_K: tl
         keys = tl.where(keys == key, least, keys)
     largest = tl.max(score, 0)
     share = tl.exp(best_score - largest)
-    share = share / (tl.sum(share, 0) if RENORMALIZE else tl.sum(tl.exp(score - largest), 0))
+    odds = share if RENORMALIZE else tl.exp(score - largest)
+    share = share / tl.sum(odds, 0)
     tl.store(weights + token * TOP_K + slots, share, mask=slots < TOP_K)
     tl.store(chosen + token * TOP_K + slots, best, mask=slots < TOP_K)
 
