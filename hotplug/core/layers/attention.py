@@ -44,8 +44,13 @@ class Attention(nn.Module):
             soft_cap=self.soft_cap, static=ctx.static_steps, **cache,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> tuple[Tensor, KVBlocks]:
-        """x [num_tokens, hidden] -> [num_tokens, hidden], and the caches with the tokens' keys and values."""
+    def forward(
+        self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks, *, scored_only: bool = False
+    ) -> tuple[Tensor, KVBlocks]:
+        """x [num_tokens, hidden] -> [num_tokens, hidden], and the caches with the tokens' keys and values.
+
+        With `scored_only` the rows of `step.logit_indices` alone, [S, hidden]: `step.scored` must be there.
+        """
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.head_counts, dim=1)
         place = (step.positions, cos_sin, *kv, step.slots, self.layout)
@@ -53,7 +58,11 @@ class Attention(nn.Module):
             q, k_cache, v_cache = self.rope_kv_write(q, k, v, *place)
         else:
             q, k_cache, v_cache = self.rope_kv_write(q, k, v, self.q_norm, self.k_norm, self.eps, *place)
+        queries = step.attention
+        if scored_only:
+            assert step.scored is not None
+            q, queries = q[step.logit_indices], step.scored
         mixed = self.attention(
-            q, k_cache, v_cache, step.attention, self.scale, self.window, self.layout, self.sinks, self.soft_cap
+            q, k_cache, v_cache, queries, self.scale, self.window, self.layout, self.sinks, self.soft_cap
         )
         return self.out(mixed.flatten(1)), (k_cache, v_cache)

@@ -36,13 +36,23 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp(ctx, f"{site}.mlp", config)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, step: StepInputs, cos_sin: Tensor, kv: KVBlocks
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        step: StepInputs,
+        cos_sin: Tensor,
+        kv: KVBlocks,
+        *,
+        scored_only: bool = False,
     ) -> tuple[Tensor, Tensor, KVBlocks]:
+        """With `scored_only`, keys and values of all tokens, and the rest of the scored ones alone."""
         if residual is None:
             residual, x = x, self.attn_norm(x)
         else:
             x, residual = self.attn_norm(x, residual)
-        x, kv = self.attn(x, step, cos_sin, kv)
+        x, kv = self.attn(x, step, cos_sin, kv, scored_only=scored_only)
+        if scored_only:
+            residual = residual[step.logit_indices]
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual, kv
 
@@ -73,12 +83,16 @@ class Decoder(nn.Module):
     def forward(self, step: StepInputs, kv: Sequence[KVBlocks]) -> tuple[Tensor, list[KVBlocks]]:
         """Hidden states [num_tokens, hidden] of the step's tokens after the last norm, and the caches written.
 
+        Where the step has `scored`, those of its S scored tokens alone: [S, hidden].
+
         The caches are the ones given unless a whole-step program is being made (`kv_write`).
         """
         x, residual = self.embed(step.token_ids), None
         written = []
-        for layer, blocks in zip(self.layers, kv, strict=True):
-            x, residual, blocks = layer(x, residual, step, self.cos_sin, blocks)
+        last = len(self.layers) - 1
+        for i, (layer, blocks) in enumerate(zip(self.layers, kv, strict=True)):
+            only = i == last and step.scored is not None
+            x, residual, blocks = layer(x, residual, step, self.cos_sin, blocks, scored_only=only)
             written.append(blocks)
         return self.norm(x, residual)[0], written
 

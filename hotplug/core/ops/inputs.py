@@ -24,6 +24,9 @@ class StepInputs:
     attention: AttentionInputs
     logit_indices: Tensor
     """[S] which of the T tokens need vocabulary scores."""
+    scored: AttentionInputs | None = None
+    """The queries of the S tokens alone, where nothing wants the hidden states of the others: then the last layer
+    computes no more than their keys and values, and the model returns S hidden states."""
 
 
 def prepare_inputs(

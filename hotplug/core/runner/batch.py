@@ -68,18 +68,21 @@ class Batch:
             rows, cols, ids = self.upload(plan.block_rows, plan.block_cols, plan.block_ids)
             self.block_tables[rows, cols] = ids
 
-    def inputs(self, plan: StepPlan) -> StepInputs:
-        """The device inputs of a step."""
+    def inputs(self, plan: StepPlan, *, scored_only: bool = False) -> StepInputs:
+        """The device inputs of a step; `scored_only` says that nobody wants hidden states of tokens without scores."""
         query_start = np.zeros(len(plan.rows) + 1, np.int64)
         np.cumsum(plan.num_tokens, out=query_start[1:])
         seq_lens = plan.start + plan.num_tokens
         longest = int(seq_lens.max())
-        host_tokens, rows, starts, first, last = self.upload(
+        samples = np.flatnonzero(plan.samples)
+        host_tokens, rows, starts, first, last, which, ones = self.upload(
             self._host_tokens(plan, query_start),
             plan.rows,
             query_start,
             plan.start,
-            query_start[1:][plan.samples] - 1,
+            query_start[1:][samples] - 1,
+            samples,
+            np.arange(len(samples) + 1),
         )
         token_ids, positions, slots, lens, block_table = self._prepare(
             host_tokens, rows, starts, first, self.last_tokens, self.block_tables, self._block_size,
@@ -95,7 +98,20 @@ class Batch:
             max_query_len=int(plan.num_tokens.max()),
             max_seq_len=longest,
         )
-        return StepInputs(token_ids, positions, slots, attention, last)
+        scored = None
+        if scored_only and len(samples) < query_start[-1]:
+            scored_lens = seq_lens[samples]
+            scored = AttentionInputs(
+                block_table=block_table[which],
+                query_start=ones,
+                seq_lens=lens[which],
+                query_lens_host=[1] * len(samples),
+                seq_lens_host=scored_lens.tolist(),
+                num_decodes=len(samples),
+                max_query_len=1,
+                max_seq_len=int(scored_lens.max(initial=1)),
+            )
+        return StepInputs(token_ids, positions, slots, attention, last, scored)
 
     def decodes(self, rows: Tensor, start: Tensor, unknown: Tensor, query_start: Tensor) -> StepInputs:
         """The inputs of a step of static shape with one token a row, made on the device alone.

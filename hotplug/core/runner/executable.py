@@ -30,6 +30,8 @@ class HostStep:
     """What sampling needs."""
     counters: npt.NDArray[np.int64]
     """[S] how many tokens each has generated."""
+    scored_only: bool = True
+    """Whether nobody wants the hidden states of tokens that are not sampled."""
 
 
 @dataclass(slots=True)
@@ -37,7 +39,7 @@ class StepOutputs:
     """What a step leaves on the device."""
 
     hidden: Tensor | None
-    """[T, hidden] last hidden states; None in a captured step, which has no prompt tokens."""
+    """[T, hidden] last hidden states; None where only those of sampled tokens were computed."""
     logits: Tensor | None
     """float32 [S, vocab] scores; None where `tokens` are drawn already."""
     tokens: Tensor | None = None
@@ -72,11 +74,13 @@ class EagerStep:
         self._batch = batch
 
     def __call__(self, step: HostStep) -> StepOutputs:
-        return self.run(self._batch.inputs(step.plan))
+        return self.run(self._batch.inputs(step.plan, scored_only=step.scored_only))
 
     def run(self, inputs: StepInputs) -> StepOutputs:
         """The outputs of prepared inputs."""
         hidden, _ = self._model(inputs, self._kv)
+        if inputs.scored is not None:
+            return StepOutputs(None, self._model.logits(hidden))
         return StepOutputs(hidden, self._model.logits(hidden[inputs.logit_indices]))
 
     def decode(self, inputs: StepInputs) -> Tensor:

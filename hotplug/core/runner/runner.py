@@ -111,7 +111,8 @@ class Runner:
             self._transfer.load(plan.loads)
         self._apply(plan)
         rows = plan.rows[plan.samples]
-        outputs = self._executable(HostStep(plan, rows, *self._sampler.demand(rows)))
+        scored_only = not any(row in self._prompt_logprobs for row in plan.rows[plan.num_decodes :].tolist())
+        outputs = self._executable(HostStep(plan, rows, *self._sampler.demand(rows), scored_only))
         sampled = tokens = None
         if len(rows):
             if outputs.tokens is not None:
