@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Made anew only when what it is made from changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-slow lint format docs bench-cpu clean
+.PHONY: serve test test-slow test-gpu lint format docs kernels kernels-check bench-cpu clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -33,6 +33,16 @@ test: $(STAMP) ## the test suite (ARGS= for pytest)
 
 test-slow: $(STAMP) ## the long runs, which `make test` leaves out
 	$(BIN)/pytest -q -m slow $(ARGS)
+
+test-gpu: ## on the GPU machine: kernels, models and conformance on the device (PYTHON= is the machine's own)
+	$(PYTHON) -m pytest -q tests/gpu tests/test_cuda_kernels.py $(ARGS)
+	$(PYTHON) -m hotplug.cli conform --platform cuda --quick
+
+kernels: $(STAMP) ## compile every Triton kernel for all GPUs and record what it takes in ci/kernels.json
+	$(BIN)/python ci/kernels.py --write $(ARGS)
+
+kernels-check: $(STAMP) ## the same, compared with what is recorded
+	$(BIN)/python ci/kernels.py --check $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

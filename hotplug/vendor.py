@@ -29,10 +29,13 @@ if TYPE_CHECKING:
         HasDiagnosis,
         HasKV,
         HasRuntime,
+        HasTuning,
         HasWeights,
         NotHandled,
     )
     from hotplug.core.platform.program import StepProgram
+    from hotplug.core.platform.tuning import TuningResult, TuningSummary
+    from hotplug.core.weights.source import cache_folder
 
 _WHERE = {
     "hotplug.core.errors": ("HotplugError", "PlatformError"),
@@ -42,9 +45,12 @@ _WHERE = {
         "API_VERSION", "DeviceInfo", "ExecMode", "Feature", "KVLayout", "Limits", "MemoryInfo", "Platform",
     ),
     "hotplug.core.platform.optional": (
-        "HasCapture", "HasComm", "HasCompile", "HasDiagnosis", "HasKV", "HasRuntime", "HasWeights", "NotHandled",
+        "HasCapture", "HasComm", "HasCompile", "HasDiagnosis", "HasKV", "HasRuntime", "HasTuning", "HasWeights",
+        "NotHandled",
     ),
     "hotplug.core.platform.program": ("StepProgram",),
+    "hotplug.core.platform.tuning": ("TuningResult", "TuningSummary"),
+    "hotplug.core.weights.source": ("cache_folder",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -61,6 +67,7 @@ __all__ = [
     "HasDiagnosis",
     "HasKV",
     "HasRuntime",
+    "HasTuning",
     "HasWeights",
     "HotplugError",
     "Impl",
@@ -74,7 +81,10 @@ __all__ = [
     "PlatformError",
     "SiteSpec",
     "StepProgram",
+    "TuningResult",
+    "TuningSummary",
     "Verdict",
+    "cache_folder",
     "gather_kv",
 ]
 

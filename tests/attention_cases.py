@@ -26,14 +26,14 @@ class Case:
 def make_case(
     lens: list[tuple[int, int]], *, heads: int = 4, kv_heads: int = 2, dim: int = 8, block: int = 4,
     layout: str = "NHD", dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None, seed: int = 0,
-    index_dtype: torch.dtype = torch.int64,
+    index_dtype: torch.dtype = torch.int64, unused: float = 7.0,
 ) -> Case:  # fmt: skip
-    """`lens` holds (query tokens, sequence tokens) of each request, decodes first. Unused blocks hold garbage."""
+    """`lens` holds (query tokens, sequence tokens) of each request, decodes first. Unused cells hold `unused`."""
     rng = torch.Generator().manual_seed(seed)
     widths = [-(-seq // block) for _, seq in lens]
     total, widest = sum(widths) + 3, max(widths, default=1)
     shape = (total, block, kv_heads, dim) if layout == "NHD" else (total, kv_heads, block, dim)
-    k_cache, v_cache = (torch.full(shape, 7.0, dtype=cache_dtype or dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full(shape, unused, dtype=cache_dtype or dtype) for _ in range(2))
     ids = torch.randperm(total - 1, generator=rng)[: sum(widths)] + 1
     table = torch.zeros((len(lens), widest), dtype=index_dtype)
     keys, values, used = [], [], 0
@@ -61,7 +61,9 @@ def make_case(
     return Case(q, k_cache, v_cache, step, keys, values, layout)
 
 
-def dense_attention(case: Case, scale: float, window: int | None) -> Tensor:
+def dense_attention(
+    case: Case, scale: float, window: int | None, sinks: Tensor | None = None, soft_cap: float | None = None
+) -> Tensor:
     """Every query and head by itself, in float64."""
     out = torch.empty(case.q.shape, dtype=torch.float64)
     group = case.q.shape[1] // case.keys[0].shape[1] if case.keys else 1
@@ -73,7 +75,11 @@ def dense_attention(case: Case, scale: float, window: int | None) -> Tensor:
             for head in range(case.q.shape[1]):
                 k = case.keys[i][first : position + 1, head // group].double()
                 v = case.values[i][first : position + 1, head // group].double()
-                weights = (k @ case.q[at, head].double() * scale).softmax(0)
-                out[at, head] = weights @ v
+                scores = k @ case.q[at, head].double() * scale
+                if soft_cap is not None:
+                    scores = (scores / soft_cap).tanh() * soft_cap
+                weights = scores.exp()
+                total = weights.sum() + (0 if sinks is None else sinks[head].double().exp())
+                out[at, head] = weights @ v / total
             at += 1
     return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import interpreter
@@ -83,3 +85,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What `torch.empty` gives holds NaN, or the largest integer, so that what a kernel leaves out shows."""
+    import torch
+
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
+        warnings.filterwarnings("ignore", "Deterministic behavior was enabled")
+        yield
+    torch.use_deterministic_algorithms(False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import bind
 from hotplug.core.models.loader import load_weights
+from hotplug.core.platform.discovery import Candidate
 from hotplug.core.request import SamplingParams
 from hotplug.core.runner import kv_memory
 from hotplug.core.scheduler.plan import Admission, StepPlan
@@ -27,11 +28,11 @@ def int32(*values: int) -> np.ndarray:
 class ModelRun:
     """A loaded checkpoint with a small KV cache whose blocks are handed out in a shuffled order."""
 
-    def __init__(self, folder: Path, *, max_len: int = 64, block_size: int = 4, **options: object) -> None:
-        config = EngineConfig(
-            model=str(folder), device="cpu", max_num_seqs=4, max_model_len=max_len, block_size=block_size, **options
-        )
-        self.bound = bind(config)
+    def __init__(self, folder: Path, *, max_len: int = 64, block_size: int = 4,
+                 candidates: Sequence[Candidate] | None = None, **options: object) -> None:  # fmt: skip
+        fixed = {"model": str(folder), "device": "cpu", "max_num_seqs": 4, "max_model_len": max_len}
+        config = EngineConfig(**{**fixed, "block_size": block_size, **options})
+        self.bound = bind(config, candidates=candidates)
         load_weights(self.bound.model, self.bound.checkpoint)
         blocks = -(-max_len // block_size)
         self.kv = kv_memory.allocate(

@@ -59,7 +59,7 @@ def test_right_kernels_are_acquitted(run):
     assert found.divergent == []
     assert found.tokens == found.expected
     assert found.compared > 0
-    assert {s.op for s in found.sites} == {"rms_norm", "linear", "add_rms_norm"}
+    assert {s.op for s in found.sites} == {"rms_norm", "linear", "add_rms_norm", "linear_silu_mul", "rope_kv_write"}
 
 
 def test_one_wrong_site_is_named_with_its_worst_element(run):
@@ -73,7 +73,7 @@ def test_one_wrong_site_is_named_with_its_worst_element(run):
 
 def test_what_a_kernel_left_in_its_arguments_is_judged(run):
     found = run(Impl("kv_write", "acme", shifted))
-    assert found.divergent[0].site == "layers.0.attn.kv_write"
+    assert found.divergent[0].site == "layers.0.attn.write.kv_write"
     assert {s.op for s in found.divergent} == {"kv_write"}
 
 
@@ -98,7 +98,7 @@ def test_a_kernel_that_raises_is_named(run):
     def broken(*args: Any) -> Any:
         raise RuntimeError("bad launch")
 
-    with pytest.raises(HotplugError, match=r"layers\.0\.mlp\.act: kernel acme of silu_mul raised.*bad launch"):
+    with pytest.raises(HotplugError, match=r"layers\.0\.mlp\.gate_up\.act: kernel acme of silu_mul raised.*bad launch"):
         run(Impl("silu_mul", "acme", broken))
 
 

@@ -73,10 +73,10 @@ def test_captured_decodes_give_the_eager_tokens(tiny_model, monkeypatch):
     recorder = Recorder()
     expected = tokens(engine(tiny_model, monkeypatch, FakePlatform(facts=limits(accelerator=False))))
     core = engine(tiny_model, monkeypatch, recorder)
-    assert recorder.recorded == 3
+    assert recorder.recorded == 9  # three sizes, each greedy, random and up to the scores
     assert tokens(core) == expected
-    assert set(recorder.replayed) == {0, 1, 2}  # five requests in the shape of 8, then 4, then 2
-    assert recorder.recorded == 3
+    assert set(recorder.replayed) == {3, 4, 5, 2}  # five requests drawn in the size of 8, then 4, then 2
+    assert recorder.recorded == 9
 
 
 def test_the_report_lists_the_captured_shapes(tiny_model, monkeypatch):
@@ -102,9 +102,18 @@ def test_declaring_capture_without_the_method_is_an_error(tiny_model, monkeypatc
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "max_shapes", "sizes"),
-    [(1, 0, [1]), (2, 0, [1, 2]), (8, 0, [1, 2, 4, 8]), (10, 0, [1, 2, 4, 8, 10]), (10, 2, [8, 10]), (128, 1, [128])],
+    [
+        (1, 0, [1]),
+        (2, 0, [1, 2]),
+        (8, 0, [1, 2, 4, 8]),
+        (10, 0, [1, 2, 4, 8, 10]),
+        (10, 2, [8, 10]),
+        (128, 1, [128]),
+        (50, 0, [1, 2, 4, 8, 16, 32, 48, 50]),
+        (320, 0, [1, 2, 4, 8, *range(16, 257, 16), 288, 320]),
+    ],
 )
-def test_decode_shapes_are_powers_of_two_and_the_largest_batch(max_num_seqs, max_shapes, sizes):
+def test_decode_shapes_are_powers_of_two_then_steps_of_16_and_the_largest_batch(max_num_seqs, max_shapes, sizes):
     assert decode_shapes(max_num_seqs, max_shapes) == [StepShape(n, n) for n in sizes]
 
 
@@ -118,9 +127,11 @@ chunk = st.integers(1, 20).flatmap(lambda seq: st.integers(1, seq).map(lambda qu
     spare=st.integers(0, 3),
     window=st.none() | st.integers(1, 24),
     layout=st.sampled_from(["NHD", "HND"]),
+    sinks=st.none() | st.just(torch.tensor([-1.0, 0.0, 1.0, 4.0])),
+    soft_cap=st.none() | st.just(0.7),
     seed=st.integers(0, 99),
 )
-def test_static_attention_ignores_its_padding(lens, spare, window, layout, seed):
+def test_static_attention_ignores_its_padding(lens, spare, window, layout, sinks, soft_cap, seed):
     lens = sorted(lens, key=lambda pair: pair[0] > 1)
     case = make_case(lens, layout=layout, seed=seed)
     count, longest = len(case.q), max(query for query, _ in lens)
@@ -137,7 +148,8 @@ def test_static_attention_ignores_its_padding(lens, spare, window, layout, seed)
     static.fill(StepInputs(zeros, zeros, zeros, case.step, zeros[: len(lens)]))
     q = torch.randn((shape.num_tokens, *case.q.shape[1:]))
     q[:count] = case.q
-    got = attention_op.attention(q, case.k_cache, case.v_cache, static.inputs.attention, 0.3, window, layout)
-    expected = attention_op.attention(case.q, case.k_cache, case.v_cache, case.step, 0.3, window, layout)
+    rest = (0.3, window, layout, sinks, soft_cap)
+    got = attention_op.attention(q, case.k_cache, case.v_cache, static.inputs.attention, *rest)
+    expected = attention_op.attention(case.q, case.k_cache, case.v_cache, case.step, *rest)
     assert_close(got[:count], expected, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(got).all()

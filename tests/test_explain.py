@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def explain(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_sites_of_one_choice_are_one_line_with_the_reason(explain):
-    out = explain()
-    assert "1x attention      -> acme.decode+acme.flash: rank 7  layers.0.attn" in out
-    assert "1x                -> acme.decode+reference: rank 7, other shapes to the reference  layers.1.attn" in out
+    out = re.sub(" +", " ", explain())
+    assert "1x attention -> acme.decode+acme.flash: rank 7 layers.0.attn" in out
+    assert "1x -> acme.decode+reference: rank 7, other shapes to the reference layers.1.attn" in out
 
 
 def test_a_reference_says_which_kernel_refused_and_why(explain):
@@ -83,8 +84,8 @@ def test_why_lists_every_candidate_with_its_verdict(explain):
 
 
 def test_why_takes_a_pattern_and_shows_sites_that_are_alike_once(explain):
-    out = explain("--why", "layers.*.mlp.act")
-    assert "layers.[0-1].mlp.act (2 sites alike): silu_mul -> reference" in out
+    out = explain("--why", "layers.*.mlp.down")
+    assert "layers.[0-1].mlp.down (2 sites alike): linear -> reference" in out
 
 
 def test_why_of_a_forced_site_says_so(explain):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from model_runs import ModelRun
 
+from hotplug.core.models.decoder import MODELS
+
 PROMPT = [(7 * i * i + 3 * i + 5) % 64 for i in range(23)]
 TOLERANCE = 1e-4
 
@@ -87,6 +89,10 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def difference(reference: tuple[Path, torch.Tensor], chunks: list[int], **options: object) -> float:
     folder, expected = reference
     return (ModelRun(folder, **options).logits(PROMPT, chunks) - expected).abs().max().item()
+
+
+def test_every_architecture_has_a_case() -> None:
+    assert {f"{family}ForCausalLM" for family, _ in CASES.values()} == set(MODELS)
 
 
 def test_logits_of_a_whole_prefill_equal_transformers(reference: tuple[Path, torch.Tensor]) -> None:

@@ -33,6 +33,19 @@ def test_attention_over_shuffled_blocks_equals_dense(
     assert_close(actual.double(), dense_attention(case, 0.3, window), rtol=1e-5, atol=1e-5)
 
 
+@LAYOUTS
+@pytest.mark.parametrize(("soft_cap", "scale"), [(None, 0.3), (0.5, 0.3), (2.0, 3.0)])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_with_sinks_and_soft_cap(
+    window: int | None, soft_cap: float | None, scale: float, layout: str
+) -> None:
+    case = make_case(STEPS["mixed"], layout=layout)
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 4.0])
+    for logits in (None, sinks):
+        actual = attention(case.q, case.k_cache, case.v_cache, case.step, scale, window, layout, logits, soft_cap)
+        assert_close(actual.double(), dense_attention(case, scale, window, logits, soft_cap), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 2), (5, 1)])
 def test_attention_shares_key_heads_in_consecutive_groups(heads: int, kv_heads: int) -> None:
     case = make_case([(1, 6), (4, 7)], heads=heads, kv_heads=kv_heads)
@@ -100,7 +113,7 @@ def test_prepare_inputs_equals_a_loop(index_dtype: torch.dtype) -> None:
     tables = torch.tensor([[9, 8, 7], [0, 0, 0], [1, 2, 3], [4, 5, 6]], dtype=index_dtype)
     last = index(100, 101, 102, 103)
     host = [-1, 10, 11, 12, 13, 20, 21, 22]
-    actual = prepare_inputs(index(*host), index(*rows), index(0, 1, 5, 8), index(*start), last, tables, block)
+    actual = prepare_inputs(index(*host), index(*rows), index(0, 1, 5, 8), index(*start), last, tables, block, 2)
     tokens, positions, slots = [], [], []
     for row, first, count in zip(rows, start, counts, strict=True):
         for position in range(first, first + count):
@@ -109,5 +122,5 @@ def test_prepare_inputs_equals_a_loop(index_dtype: torch.dtype) -> None:
             positions.append(position)
             slots.append(int(tables[row, position // block]) * block + position % block)
     seq_lens = [s + n for s, n in zip(start, counts, strict=True)]
-    assert [t.tolist() for t in actual] == [tokens, positions, slots, seq_lens]
+    assert [t.tolist() for t in actual] == [tokens, positions, slots, seq_lens, tables[rows, :2].tolist()]
     assert {t.dtype for t in actual} == {index_dtype}

@@ -15,7 +15,7 @@ from hotplug.core.ops import attention as attention_op
 from hotplug.core.ops import moe, norm
 from hotplug.core.ops import rope as rope_op
 from hotplug.core.ops.builtin import builtin_registry
-from hotplug.core.ops.registry import SiteSpec, Verdict
+from hotplug.core.ops.registry import Fact, SiteSpec, Verdict
 from hotplug.platforms.cpu import CpuPlatform
 from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, moe_experts, rms_norm, rope
 
@@ -150,12 +150,20 @@ def test_kernels_refuse_what_they_do_not_serve_with_the_reason() -> None:
 
 def test_attention_refuses_the_layout_that_it_does_not_read() -> None:
     check = next(k for k in KERNELS if k.op == "attention").check
-    assert check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "NHD", "static": False})).ok
+    facts = {"static": False, "sinks": False, "soft_cap": None}
+    assert check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "NHD", **facts})).ok
     assert (
-        check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "HND", "static": False})).reason
+        check(SiteSpec("attention", "s", "float32", "avx2", {"layout": "HND", **facts})).reason
         == "layout HND is not NHD"
     )
 
 
 def test_attention_refuses_steps_of_static_shape() -> None:
     assert "on the host" in check_of("attention", layout="NHD", static=True).reason
+
+
+@pytest.mark.parametrize("fact", [{"sinks": True}, {"soft_cap": 20.0}])
+def test_attention_refuses_sinks_and_soft_caps(fact: dict[str, Fact]) -> None:
+    check = next(k for k in KERNELS if k.op == "attention").check
+    facts: dict[str, Fact] = {"layout": "NHD", "static": False, "sinks": False, "soft_cap": None, **fact}
+    assert "no sinks" in check(SiteSpec("attention", "s", "float32", "avx2", facts)).reason

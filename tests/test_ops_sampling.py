@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hotplug.core.ops.sampling import logprobs, penalties, sample, uniform
+from hotplug.core.ops.builtin import builtin_registry
+from hotplug.core.ops.plan import Plan
+from hotplug.core.ops.sampling import logprobs, penalties, sample, sample_rows, uniform
+from hotplug.core.request import SamplingParams
+from hotplug.core.sample.sampler import Sampler
 
 DRAWS = 20_000
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, -3.0, 1.9, 0.0, 1.2])
@@ -110,6 +114,57 @@ def test_draws_of_successive_tokens_and_of_other_seeds_differ() -> None:
     first = draw(flat, draws=50)
     assert len(set(first.tolist())) > 40
     assert (first == draw(flat, draws=50, seed=1)).sum() < 5
+
+
+def batch(count: int, seed: int) -> dict[str, Tensor]:
+    """Parameters of `count` batch rows: greedy ones, and every mixture of neutral and narrow filters."""
+    rng = torch.Generator().manual_seed(seed)
+    some, coin = torch.rand((4, count), generator=rng), torch.rand((4, count), generator=rng) < 0.5
+    neutral = torch.tensor([[0.0], [0.0], [1.0], [0.0]])
+    wide = torch.stack([some[0] * 2 + 0.1, some[1] * 20 + 1, some[2].clamp(0.05), some[3] * 0.3])
+    temperature, top_k, top_p, min_p = torch.where(coin, wide, neutral)
+    seeds = torch.randint(-(2**62), 2**62, (count,), generator=rng)
+    return {"temperature": temperature, "top_k": top_k.to(torch.int64), "top_p": top_p, "min_p": min_p, "seeds": seeds}
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_of_a_batch_take_their_best_token_or_draw_as_each_does_alone(seed: int, index_dtype: torch.dtype) -> None:
+    state, rng = batch(16, seed), torch.Generator().manual_seed(seed)
+    rows = torch.randperm(16, generator=rng)[:11]
+    logits = torch.randn((11, 60), generator=rng) * 3
+    counters = torch.randint(0, 500, (11,), generator=rng)
+    expected = []
+    for i, row in enumerate(rows.tolist()):
+        own = {name: values[row : row + 1] for name, values in state.items()}
+        draw_alone = sample(logits[i : i + 1], **own, counters=counters[i : i + 1]) if own["temperature"] > 0 else None
+        expected.append(logits[i].argmax() if draw_alone is None else draw_alone[0])
+    actual = sample_rows(logits, rows.to(index_dtype), **state, counters=counters)
+    assert (state["temperature"][rows] == 0).any() and (state["temperature"][rows] > 0).any()
+    assert actual.dtype == torch.int64
+    assert actual.tolist() == [int(token) for token in expected]
+
+
+def test_rows_of_a_batch_take_the_tokens_that_the_sampler_takes() -> None:
+    state, vocab = batch(12, 7), 40
+    sampler = Sampler(Plan(builtin_registry(), arch="test"), 12, vocab, torch.device("cpu"))
+    for row in range(12):
+        own = {name: values[row].item() for name, values in state.items()}
+        sampler.admit(row, SamplingParams(**{k: v for k, v in own.items() if k != "seeds"}), int(own["seeds"]),
+                      np.zeros(3, np.int32), 1, ())  # fmt: skip
+    rows = np.array([11, 2, 5, 0, 8, 3, 9], np.int32)
+    for counter in range(2, 6):  # two tokens are there already
+        logits = torch.randn((len(rows), vocab), generator=torch.Generator().manual_seed(counter)) * 2
+        actual = sample_rows(logits, torch.from_numpy(rows), **state, counters=torch.full((len(rows),), counter))
+        assert actual.tolist() == sampler.sample(logits, rows).tokens.tolist()
+
+
+def test_greedy_rows_take_the_first_of_equals_and_ignore_filters() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [float("-inf"), -5.0, -7.0, -5.0]])
+    one = torch.ones(1)
+    tokens = sample_rows(logits, torch.tensor([0, 0]), one * 0, torch.tensor([3]), one * 0.5, one * 0.1,
+                         torch.tensor([9]), torch.tensor([0, 1]))  # fmt: skip
+    assert tokens.tolist() == [1, 1]
 
 
 def splitmix64(seed: int, counter: int) -> float:

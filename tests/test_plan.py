@@ -111,7 +111,7 @@ def test_attention_buckets_by_tokens_and_longest_query() -> None:
     seen: list[Bucket] = []
     plan = make_plan(kernel(op="attention", accepts=lambda b: bool(seen.append(b)) or True))
     cache = {"num_kv_heads": 2, "head_dim": 8, "block_size": 4, "layout": "NHD", "kv_dtype": "float32"}
-    facts = {"num_heads": 4, "window": None, "static": False, **cache}
+    facts = {"num_heads": 4, "window": None, "sinks": False, "soft_cap": None, "static": False, **cache}
     case = make_case([(1, 9), (5, 7)])
     plan.bind("attention", "a", "float32", **facts)(case.q, case.k_cache, case.v_cache, case.step, 1.0, None, "NHD")
     assert seen == [Bucket(num_tokens=6, max_query_len=5)]

@@ -25,7 +25,22 @@ def settle(facts: Limits, checkpoint: str = "bfloat16", **options: Any) -> Resol
 def test_open_choices_take_what_the_platform_prefers() -> None:
     facts = limits(dtypes=("float16", "bfloat16"), block_sizes=(32, 16), kv_layouts=(KVLayout.HND, KVLayout.NHD))
     assert settle(facts) == Resolved(dtype="bfloat16", kv_dtype="bfloat16", block_size=32, kv_layout=KVLayout.HND,
-                                     exec_mode=ExecMode.EAGER)  # fmt: skip
+                                     exec_mode=ExecMode.EAGER, max_num_seqs=128,
+                                     max_num_batched_tokens=2048)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "settled"),
+    [
+        ({}, (64, 512)),
+        ({"max_num_seqs": 600}, (600, 600)),
+        ({"max_num_batched_tokens": 32}, (32, 32)),
+        ({"max_num_seqs": 5, "max_num_batched_tokens": 7}, (5, 7)),
+    ],
+)
+def test_the_size_of_a_step_is_the_platforms_where_the_user_leaves_it_open(options, settled):
+    found = settle(limits(step_tokens=512, step_requests=64), "float32", **options)
+    assert (found.max_num_seqs, found.max_num_batched_tokens) == settled
 
 
 def test_auto_dtype_is_the_platforms_first_where_it_lacks_the_checkpoints() -> None:

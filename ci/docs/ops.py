@@ -37,6 +37,8 @@ FACTS = {
     "head_dim": "elements of a head",
     "rotary_dim": "leading elements of a head that are rotated",
     "window": "tokens that a query sees, itself included; None = all before it",
+    "sinks": "whether heads have a logit that takes part in the softmax's sum only",
+    "soft_cap": "bound that a tanh puts on scores; None = none",
     "static": "whether steps may have a static shape: then lengths are on the device only",
     "block_size": "tokens in a KV block",
     "layout": "`NHD` or `HND`",

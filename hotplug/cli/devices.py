@@ -1,4 +1,4 @@
-"""`hotplug devices`: every platform plugin, found or absent and why. Loads no torch."""
+"""`hotplug devices`: every platform plugin, found or absent and why, and what is wrong with it. Loads no torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,20 @@ def _describe(candidate: Candidate) -> dict[str, Any]:
         "distribution": candidate.distribution,
         "api_version": candidate.api_version,
         "devices": found,
+        "findings": _findings(candidate),
     }
+
+
+def _findings(candidate: Candidate) -> list[str]:
+    """What a platform with devices says is wrong; without any, that is its reason already."""
+    from hotplug.core.platform.optional import HasDiagnosis
+
+    if not candidate.devices or not isinstance(candidate.platform, HasDiagnosis):
+        return []
+    try:
+        return list(candidate.platform.diagnose())
+    except Exception as e:  # as above: the list must still be shown
+        return [f"diagnose failed: {type(e).__name__}: {e}"]
 
 
 _COLORS = {"found": "green", "absent": "yellow", "broken": "red"}
@@ -72,3 +85,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 row["distribution"],
             )  # fmt: skip
     out().print(table)
+    for row in rows:
+        for finding in row["findings"]:
+            out().print(f"[yellow]{row['platform']}[/]: {escape(finding)}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hotplug.cli import bench, bisect, chat, conform, devices, doctor, explain, plugin, pull, run, serve, version
+from hotplug.cli import bench, bisect, chat, conform, devices, doctor, explain, plugin, pull, run, serve, tune, version
 from hotplug.cli.options import SectionedCommand
 from hotplug.core.errors import ConfigError, HotplugError, RequestError
 
@@ -70,6 +70,7 @@ app.add_typer(bench.app, name="bench")
 app.command("explain", cls=SectionedCommand)(explain.explain)
 app.command("bisect", cls=SectionedCommand)(bisect.bisect)
 app.command("conform")(conform.conform)
+app.command("tune", cls=SectionedCommand)(tune.tune)
 app.command("devices")(devices.devices)
 app.add_typer(plugin.app, name="plugin")
 app.command("pull")(pull.pull)

@@ -59,8 +59,10 @@ class EngineConfig:
 
     max_model_len: int | None = option(
         None, "Longest sequence, prompt plus output; default: the model's own", low=1)  # fmt: skip
-    max_num_seqs: int = option(128, "Most requests that run at once", low=1, high=65536)
-    max_num_batched_tokens: int = option(2048, "Token budget of one step", low=1)
+    max_num_seqs: int | None = option(
+        None, "Most requests that run at once; default: the platform's preference", low=1, high=65536)  # fmt: skip
+    max_num_batched_tokens: int | None = option(
+        None, "Token budget of one step; default: the platform's preference", low=1)  # fmt: skip
     max_queue: int = option(4096, "Requests that may wait before new ones are refused", low=0)
     scheduling: str = option("fcfs", "Order of waiting requests: fcfs, priority, or a plugin's policy")
     enable_chunked_prefill: bool = option(True, "Split long prompts over steps")
@@ -89,12 +91,8 @@ class EngineConfig:
             raise ConfigError(f"trace_ops cannot go with exec {self.exec}",
                               why="a step that runs as a whole has no ops to time",
                               hint="Leave --exec out, or set it to eager.")  # fmt: skip
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs})",
-                why="every running request needs one token of the budget a step",
-                hint="Raise max_num_batched_tokens or lower max_num_seqs.",
-            )
+        if self.max_num_batched_tokens and self.max_num_seqs:
+            check_budget(self.max_num_batched_tokens, self.max_num_seqs)
 
     @property
     def model_name(self) -> str:
@@ -109,6 +107,16 @@ class EngineConfig:
     def from_file(cls, path: Path, **overrides: Any) -> EngineConfig:
         """A configuration from the `[engine]` table of a TOML file; `overrides` win."""
         return cls.from_mapping({**read_table(path, "engine"), **overrides}, where=str(path))
+
+
+def check_budget(max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    """Raise ConfigError where a step has no room for a token of every request."""
+    if max_num_batched_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({max_num_batched_tokens}) is below max_num_seqs ({max_num_seqs})",
+            why="every running request needs one token of the budget a step",
+            hint="Raise max_num_batched_tokens or lower max_num_seqs.",
+        )
 
 
 def read_table(path: Path, table: str) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class Right:
 
         if spec["static"]:
             return Verdict(False, "reads lengths on the host")
+        if spec["sinks"] or spec["soft_cap"] is not None:
+            return Verdict(False, "has no sinks and no soft cap")
         return Verdict(spec["head_dim"] <= 128, "" if spec["head_dim"] <= 128 else "head_dim above 128")
 
     def kv_of(self, k_cache: Any, v_cache: Any, table: Any, seq_len: int, layout: str) -> Any:
@@ -74,8 +76,9 @@ class Right:
         return torch.arange(heads) // (heads // kv_heads)
 
     def attention(
-        self, q: Any, k_cache: Any, v_cache: Any, step: AttentionInputs, scale: float, window: int | None, layout: str
-    ) -> Any:
+        self, q: Any, k_cache: Any, v_cache: Any, step: AttentionInputs, scale: float, window: int | None, layout: str,
+        sinks: Any, soft_cap: Any,
+    ) -> Any:  # fmt: skip
         import torch
 
         out, begin, window = torch.zeros_like(q), 0, self.window_of(window)

@@ -30,7 +30,8 @@ class ReadsPastTheEnd(Right):
 
 class LiesInCheck(Right):
     def check_attention(self, spec: SiteSpec) -> Verdict:
-        return Verdict(not spec["static"], "reads lengths on the host" if spec["static"] else "")
+        honest = super().check_attention(spec)
+        return Verdict(True) if "head_dim" in honest.reason else honest
 
     def attention(self, q: Any, *args: Any) -> Any:
         if q.shape[-1] > 128:
@@ -133,7 +134,7 @@ class CopiesKeysOnly(ForgetsToZero):
 
 class RefusesWithoutReason(Right):
     def check_attention(self, spec: SiteSpec) -> Verdict:
-        return Verdict(not spec["static"] and spec["head_dim"] <= 128)
+        return Verdict(super().check_attention(spec).ok)
 
 
 class FindsOthersWhenSpawned(Right):

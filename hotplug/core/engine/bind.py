@@ -24,10 +24,13 @@ from hotplug.core.ops.trace import Tracer, synchronizer
 from hotplug.core.platform.base import ExecMode, Limits
 from hotplug.core.platform.discovery import Candidate, discover
 from hotplug.core.platform.features import Resolved, resolve
+from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.scheme import NONE, QuantScheme
+from hotplug.core.runner import memory_guard
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.kv_memory import KVShape, torch_device
+from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.sample.sampler import Sampler
 from hotplug.core.scheduler.policy import SchedulingPolicy
 from hotplug.core.transfer.connector import KVConnector, KVFormat
@@ -109,7 +112,7 @@ def bind(
 
     With `meta` no memory is taken. `observe` stands in front of every bound callable. `candidates` are the platforms
     to choose from (default: all that are installed). Raises ConfigError,
-    PlatformError, FeatureError, SourceError, ModelError or PlanError.
+    PlatformError, FeatureError, SourceError, ModelError, PlanError or OutOfMemoryError.
     """
     selection = select(config.device, discover() if candidates is None else candidates)
     limits = selection.platform.limits(selection.device)
@@ -149,16 +152,19 @@ def bind(
         scheme=scheme,
         max_position=max_model_len,
     )
-    model = build_model(model_config, context, extension.models)
+    with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
+        model = build_model(model_config, context, extension.models)
     batch = Batch(
         plan,
-        max_rows=config.max_num_seqs,
+        max_rows=resolved.max_num_seqs,
         max_len=max_model_len,
         block_size=resolved.block_size,
         index_dtype=TORCH_DTYPES[limits.index_dtype],
         device=device,
+        pin=selection.platform.pinned if isinstance(selection.platform, HasRuntime) and not meta else None,
     )
-    sampler = Sampler(plan, config.max_num_seqs, model_config.vocab_size, device, extension.logits_processors)
+    with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
+        sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors)
     plan.finish()
     kv_shape = KVShape(
         model_config.num_layers,

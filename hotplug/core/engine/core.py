@@ -21,10 +21,11 @@ from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.request import EngineStats, Request, TokenDelta
-from hotplug.core.runner import kv_memory
+from hotplug.core.runner import kv_memory, memory_guard
 from hotplug.core.runner.capture import CapturedSteps
 from hotplug.core.runner.compile import CompiledSteps
 from hotplug.core.runner.executable import EagerStep
+from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner, StepHandle
 from hotplug.core.runner.static import StepShape
@@ -45,28 +46,31 @@ class EngineCore:
         self.bound = bound = bind(config, observe=observe, candidates=candidates)
         shapes, bounds = compiled_shapes(bound) or ((), None)
         connector = make_connector(bound)
-        load_weights(bound.model, bound.checkpoint)
+        with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
+            load_weights(bound.model, bound.checkpoint)
         num_blocks = _num_blocks(bound)
-        cache = kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
-        self._executable = _executable(bound, cache, shapes)
+        cache = _cache(bound, num_blocks)
+        with MemoryGuard("preparing the steps", bound.selection, memory_guard.EXECUTABLES):
+            self._executable = _executable(bound, cache, shapes)
         transfer = make_transfer(bound, cache, connector)
         platform = bound.selection.platform
         runtime = platform if isinstance(platform, HasRuntime) else None
         self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime)
+        self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)
         self._ahead = int(bound.limits.asynchronous)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         kv = KVManager(
             _kv_group(bound),
             num_blocks=num_blocks,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=bound.resolved.max_num_seqs,
             max_model_len=bound.max_model_len,
             enable_prefix_cache=config.enable_prefix_cache,
         )
         self.num_blocks = num_blocks
-        budget = config.max_num_batched_tokens
+        budget = bound.resolved.max_num_batched_tokens
         self._scheduler = Scheduler(
             SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
+                max_num_seqs=bound.resolved.max_num_seqs,
                 max_num_batched_tokens=budget if bounds is None else min(budget, bounds.max_tokens),
                 max_prefill_requests=None if bounds is None else bounds.max_requests,
                 max_model_len=bound.max_model_len,
@@ -136,7 +140,12 @@ class EngineCore:
         """Plan and launch one step, and return what the oldest in flight added to which request.
 
         On an asynchronous device one step stays in flight: its results come with the next call.
+        Raises OutOfMemoryError, after which the engine must not go on.
         """
+        with self._step_guard:
+            return self._step()
+
+    def _step(self) -> list[TokenDelta]:
         plan = self._scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._runner.execute(plan)))
@@ -185,12 +194,13 @@ def _num_blocks(bound: Bound) -> int:
     capped = config.kv_cache_memory is not None
     if not capped and not limits.shared_host_memory and ExecMode.EAGER in limits.exec_modes:
         scratch = kv_memory.allocate(shape, 1, selection.platform, selection.device)
-        run_largest_steps(
-            Runner(bound.model, bound.batch, bound.sampler, EagerStep(bound.model, scratch)),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=bound.max_model_len,
-        )
+        with MemoryGuard("running the largest step", selection, memory_guard.PROFILE):
+            run_largest_steps(
+                Runner(bound.model, bound.batch, bound.sampler, EagerStep(bound.model, scratch, bound.batch)),
+                max_num_seqs=bound.resolved.max_num_seqs,
+                max_num_batched_tokens=bound.resolved.max_num_batched_tokens,
+                max_model_len=bound.max_model_len,
+            )
     size = kv_memory.budget(config, limits, selection.platform.memory(selection.device))
     found = kv_memory.num_blocks(shape, size, bound.max_model_len, capped=capped)
     compiles = bound.resolved.exec_mode is ExecMode.COMPILE
@@ -198,11 +208,20 @@ def _num_blocks(bound: Bound) -> int:
     return kv_memory.rounded(found) if compiles and not capped else found
 
 
+def _cache(bound: Bound, num_blocks: int) -> list[KVBlocks]:
+    """The KV cache. Raises OutOfMemoryError."""
+    capped = bound.config.kv_cache_memory is not None
+    hint = memory_guard.KV_CACHE_CAPPED if capped else memory_guard.KV_CACHE
+    asked = num_blocks * bound.kv_shape.block_bytes
+    with MemoryGuard("allocating the KV cache", bound.selection, hint, asked=asked):
+        return kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
+
+
 def _executable(
     bound: Bound, kv: list[KVBlocks], shapes: Sequence[StepShape]
 ) -> EagerStep | CapturedSteps | CompiledSteps:
     """What runs the steps. `shapes` are those to compile."""
-    eager = EagerStep(bound.model, kv)
+    eager = EagerStep(bound.model, kv, bound.batch)
     match bound.resolved.exec_mode:
         case ExecMode.EAGER:
             return eager

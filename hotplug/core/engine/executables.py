@@ -29,16 +29,16 @@ def compiled_shapes(bound: Bound) -> tuple[list[StepShape], StepBounds] | None:
     """
     if bound.resolved.exec_mode is not ExecMode.COMPILE:
         return None
-    platform, config = bound.selection.platform, bound.config
+    platform, seqs = bound.selection.platform, bound.resolved.max_num_seqs
     if not isinstance(platform, HasCompile):
         raise PlatformError("the platform declares compile but has not all of HasCompile", where=platform.name)
-    tokens = min(config.max_num_batched_tokens, max(bound.max_model_len, config.max_num_seqs))
+    tokens = min(bound.resolved.max_num_batched_tokens, max(bound.max_model_len, seqs))
     return checked_shapes(
-        platform.buckets(tokens, config.max_num_seqs),
-        max_num_seqs=config.max_num_seqs,
+        platform.buckets(tokens, seqs),
+        max_num_seqs=seqs,
         max_shapes=bound.limits.max_graph_shapes,
         mixed_steps=bound.limits.mixed_steps,
-        where=f"{platform.name}.buckets({tokens}, {config.max_num_seqs})",
+        where=f"{platform.name}.buckets({tokens}, {seqs})",
     )
 
 
@@ -47,16 +47,8 @@ def captured(bound: Bound, eager: EagerStep) -> CapturedSteps:
     platform, device = bound.selection.platform, bound.selection.device
     if not isinstance(platform, HasCapture):
         raise PlatformError("the platform declares capture but has no `capture` method", where=platform.name)
-    tables = bound.batch.block_tables
-    return CapturedSteps(
-        eager,
-        platform,
-        device,
-        shapes=decode_shapes(bound.config.max_num_seqs, bound.limits.max_graph_shapes),
-        max_blocks=tables.shape[1],
-        index_dtype=tables.dtype,
-        torch_device=tables.device,
-    )
+    shapes = decode_shapes(bound.batch.spare_row, bound.limits.max_graph_shapes)
+    return CapturedSteps(eager, bound.batch, bound.sampler, platform, device, shapes)
 
 
 def compiled(bound: Bound, shapes: Sequence[StepShape], kv: list[KVBlocks], eager: EagerStep) -> CompiledSteps:
@@ -77,6 +69,7 @@ def compiled(bound: Bound, shapes: Sequence[StepShape], kv: list[KVBlocks], eage
         compile_shape,
         [StaticInputs(s, max_blocks=tables.shape[1], index_dtype=tables.dtype, device=tables.device) for s in shapes],
         kv,
+        bound.batch,
         eager if ExecMode.EAGER in bound.limits.exec_modes else None,
     )
 

@@ -28,28 +28,32 @@ class Attention(nn.Module):
         self.window = config.sliding_window if layer in config.sliding_layers else None
         self.layout = ctx.kv_layout
         self.eps = config.rms_norm_eps
+        self.sinks: Tensor | None = None
+        self.soft_cap: float | None = None
 
         self.qkv = make_linear(ctx, f"{site}.qkv", config.hidden_size, sum(self.sizes), bias=config.attention_bias)
         self.out = make_linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
         self.q_norm = ctx.weight(dim) if qk_norm else None
         self.k_norm = ctx.weight(dim) if qk_norm else None
-        rotary: dict[str, Fact] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "rotary_dim": dim}
-        self.rope = ctx.bind("qk_norm_rope" if qk_norm else "rope", f"{site}.rope", **rotary)
         cache: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": ctx.block_size,
                  "layout": ctx.kv_layout, "kv_dtype": ctx.kv_dtype}  # fmt: skip
-        self.kv_write = ctx.bind("kv_write", f"{site}.kv_write", **cache)
+        write = "qk_norm_rope_kv_write" if qk_norm else "rope_kv_write"
+        self.rope_kv_write = ctx.bind(write, f"{site}.write", num_heads=heads, rotary_dim=dim, **cache)
         self.attention = ctx.bind(
-            "attention", site, num_heads=heads, window=self.window, static=ctx.static_steps, **cache
-        )
+            "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None,
+            soft_cap=self.soft_cap, static=ctx.static_steps, **cache,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks) -> tuple[Tensor, KVBlocks]:
         """x [num_tokens, hidden] -> [num_tokens, hidden], and the caches with the tokens' keys and values."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.head_counts, dim=1)
+        place = (step.positions, cos_sin, *kv, step.slots, self.layout)
         if self.q_norm is None:
-            q, k = self.rope(q, k, step.positions, cos_sin)
+            q, k_cache, v_cache = self.rope_kv_write(q, k, v, *place)
         else:
-            q, k = self.rope(q, k, self.q_norm, self.k_norm, self.eps, step.positions, cos_sin)
-        k_cache, v_cache = self.kv_write(k, v, *kv, step.slots, self.layout)
-        mixed = self.attention(q, k_cache, v_cache, step.attention, self.scale, self.window, self.layout)
+            q, k_cache, v_cache = self.rope_kv_write(q, k, v, self.q_norm, self.k_norm, self.eps, *place)
+        mixed = self.attention(
+            q, k_cache, v_cache, step.attention, self.scale, self.window, self.layout, self.sinks, self.soft_cap
+        )
         return self.out(mixed.flatten(1)), (k_cache, v_cache)

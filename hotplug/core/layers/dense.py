@@ -41,6 +41,23 @@ class Linear(nn.Module):
         return torch.split(self.weight, list(sizes))
 
 
+class LinearSiluMul(nn.Module):
+    """x [num_tokens, in] to [num_tokens, width]: the gate and up projections of SwiGLU, stacked, and the gating."""
+
+    def __init__(self, ctx: BuildContext, site: str, in_features: int, width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = ctx.weight(2 * width, in_features)
+        self.bias = ctx.weight(2 * width) if bias else None
+        self.op = ctx.bind("linear_silu_mul", site, in_features=in_features, width=width, bias=bias, scheme=NONE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.bias)
+
+    def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
+        """Places for the checkpoint matrices that are stacked here, `sizes` rows each."""
+        return torch.split(self.weight, list(sizes))
+
+
 class QuantizedLinear(nn.Module):
     """`Linear` with its weight stored as a quantization scheme has it."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hotplug.core.layers.attention import Attention, KVBlocks
 from hotplug.core.layers.context import BuildContext
-from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, QuantizedLinear, RMSNorm
+from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, LinearSiluMul, QuantizedLinear, RMSNorm
 from hotplug.core.layers.destination import Destination
 from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.moe import SparseMLP, unstacked
@@ -119,7 +119,7 @@ def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str,
 
 
 def _stacked(
-    prefix: str, names: Sequence[str], linear: Linear | QuantizedLinear, sizes: list[int]
+    prefix: str, names: Sequence[str], linear: Linear | LinearSiluMul | QuantizedLinear, sizes: list[int]
 ) -> Iterator[tuple[str, Destination]]:
     """The parts of a linear layer that stacks several checkpoint matrices along its outputs."""
     for name, weight in zip(names, linear.rows(sizes), strict=True):

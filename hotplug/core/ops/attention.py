@@ -95,20 +95,24 @@ def attention(
     scale: float,
     window: int | None,
     layout: str,
+    sinks: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Causal attention of `q` [num_tokens, heads, head_dim] over each request's blocks; same shape and dtype.
 
     `window` w lets a query at position p see p-w+1 .. p. Softmax in float32. Heads share key/value heads in
-    consecutive groups (grouped-query attention, Ainslie et al., 2023).
+    consecutive groups (grouped-query attention, Ainslie et al., 2023). `sinks` [heads], of any floating dtype,
+    are logits that take part in each softmax's sum and have no value (gpt-oss, OpenAI, 2025). `soft_cap` c makes
+    a score s, scaled, c * tanh(s / c) (Gemma 2, 2024).
     """
     if step.query_lens_host is None or step.seq_lens_host is None:
-        return _attend_static(q, k_cache, v_cache, step, scale, window, layout)
+        return _attend_static(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
     out = torch.empty_like(q)
     begin = 0
     for i, (query_len, seq_len) in enumerate(zip(step.query_lens_host, step.seq_lens_host, strict=True)):
         end = begin + query_len
         k, v = gather_kv(k_cache, v_cache, step.block_table[i], seq_len, layout)
-        out[begin:end] = _attend(q[begin:end], k, v, scale, window)
+        out[begin:end] = _attend(q[begin:end], k, v, scale, window, sinks, soft_cap)
         begin = end
     return out
 
@@ -125,25 +129,41 @@ def gather_kv(
     return k.flatten(0, 1)[:seq_len], v.flatten(0, 1)[:seq_len]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: Tensor | None, soft_cap: float | None
+) -> Tensor:
     """Attention of the last len(q) positions of one sequence over all of it."""
     query_len, heads, head_dim = q.shape
     seq_len, kv_heads, _ = k.shape
     grouped = q.reshape(query_len, kv_heads, heads // kv_heads, head_dim).to(torch.float32)
-    scores = torch.einsum("qhgd,khd->hgqk", grouped, k.to(torch.float32)) * scale
+    scores = _capped(torch.einsum("qhgd,khd->hgqk", grouped, k.to(torch.float32)) * scale, soft_cap)
     key = torch.arange(seq_len, device=q.device)
     query = torch.arange(seq_len - query_len, seq_len, device=q.device).unsqueeze(1)
     visible = key <= query
     if window is not None:
         visible &= key > query - window
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    sinks = None if sinks is None else sinks.view(kv_heads, -1, 1)
+    weights = _softmax(scores.masked_fill(~visible, float("-inf")), sinks)
     mixed = torch.einsum("hgqk,khd->qhgd", weights, v.to(torch.float32))
     return mixed.reshape(query_len, heads, head_dim).to(q.dtype)
 
 
+def _capped(scores: Tensor, soft_cap: float | None) -> Tensor:
+    return scores if soft_cap is None else soft_cap * (scores / soft_cap).tanh()
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Over the last dimension; `sinks`, broadcast over the others, adds to the sum."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sinks = sinks.to(torch.float32).expand(scores.shape[:-1]).unsqueeze(-1)
+    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+
+
 def _attend_static(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
+    sinks: Tensor | None, soft_cap: float | None,
+) -> Tensor:  # fmt: skip
     """`attention` with no length read on the host: every query meets every key of its step, masked.
 
     So it can be recorded and replayed. Tokens past the last request are padding; they see position 0 at least,
@@ -154,10 +174,11 @@ def _attend_static(
     requests, context, kv_heads, _ = k.shape
     grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).to(torch.float32)
     key = torch.arange(context, device=q.device, dtype=step.seq_lens.dtype)
+    sinks = None if sinks is None else sinks.view(kv_heads, -1)
     if step.max_query_len == 1:  # one query a request: no request meets another's keys
         visible = _visible((step.seq_lens - 1).clamp(min=0), key, window)
-        scores = torch.einsum("rhgd,rshd->rhgs", grouped, k) * scale
-        weights = scores.masked_fill(~visible[:, None, None, :], float("-inf")).softmax(-1)
+        scores = _capped(torch.einsum("rhgd,rshd->rhgs", grouped, k) * scale, soft_cap)
+        weights = _softmax(scores.masked_fill(~visible[:, None, None, :], float("-inf")), sinks)
         mixed = torch.einsum("rhgs,rshd->rhgd", weights, v)
         return mixed.reshape(tokens, heads, head_dim).to(q.dtype)
     index = torch.arange(tokens, device=q.device, dtype=step.query_start.dtype)
@@ -168,9 +189,9 @@ def _attend_static(
     visible = _visible(query.clamp(min=0), key, window).unsqueeze(1)  # [tokens, 1, context]
     own = request.unsqueeze(1) == torch.arange(requests, device=q.device, dtype=request.dtype)
     visible = visible & own.unsqueeze(2)  # [tokens, requests, context]
-    scores = torch.einsum("thgd,rshd->thgrs", grouped, k) * scale
+    scores = _capped(torch.einsum("thgd,rshd->thgrs", grouped, k) * scale, soft_cap)
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-    weights = scores.flatten(-2).softmax(-1).view_as(scores)
+    weights = _softmax(scores.flatten(-2), sinks).view_as(scores)
     return torch.einsum("thgrs,rshd->thgd", weights, v).reshape(tokens, heads, head_dim).to(q.dtype)
 
 
@@ -197,5 +218,10 @@ _CACHE_FACTS = ("num_kv_heads", "head_dim", "block_size", "layout", "kv_dtype")
 
 OPS = (
     Op("kv_write", kv_write, facts=_CACHE_FACTS, functional=functional_kv_write),
-    Op("attention", attention, facts=("num_heads", "window", "static", *_CACHE_FACTS), bucket=_bucket),
+    Op(
+        "attention",
+        attention,
+        facts=("num_heads", "window", "sinks", "soft_cap", "static", *_CACHE_FACTS),
+        bucket=_bucket,
+    ),
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from hotplug.core.ops import attention, dense, inputs, moe, norm, rope, sampling
+from hotplug.core.ops import attention, dense, inputs, moe, norm, rope, rope_kv_write, sampling
 from hotplug.core.ops.registry import Op, OpRegistry
 
 
 def builtin_ops() -> tuple[Op, ...]:
     """Every built-in op."""
-    return tuple(op for module in (dense, norm, rope, attention, moe, inputs, sampling) for op in module.OPS)
+    modules = (dense, norm, rope, attention, rope_kv_write, moe, inputs, sampling)
+    return tuple(op for module in modules for op in module.OPS)
 
 
 def builtin_registry() -> OpRegistry:

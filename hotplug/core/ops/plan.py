@@ -119,9 +119,9 @@ class Plan:
         if impl.accepts is None:
             self.choices.append(Choice(spec, provider, "forced", (), part_of))
             return self._observed(op, spec, provider, impl.fn)
-        both = f"{provider}+{REFERENCE}"
-        self.choices.append(Choice(spec, both, "forced, other shapes to the reference", (), part_of))
-        return self._by_shape(op, spec, impl, self._observed(op, spec, REFERENCE, op.reference))
+        both, reason = f"{provider}+{_fallback(op)}", f"forced, other shapes to {_FALLBACKS[_fallback(op)]}"
+        self.choices.append(Choice(spec, both, reason, (), part_of))
+        return self._by_shape(op, spec, impl, self._without_kernel(op, spec))
 
     def _ask(self, impl: Impl, spec: SiteSpec) -> Verdict:
         """The kernel's verdict; one that cannot be had is an error of the plan."""
@@ -158,18 +158,16 @@ class Plan:
                 )
         rejected += [Rejected(i.provider, f"outranked by {chain[-1].provider}") for i in able[len(chain) :]]
         whole = bool(chain) and chain[-1].accepts is None
-        if not chain and op.lower is not None:
-            self.choices.append(Choice(spec, COMPOSED, "no kernel claims the fused op", tuple(rejected), part_of))
-            return self._observed(op, spec, COMPOSED, self._lowered(op, spec))
+        fallback = _fallback(op)
         if not chain:
-            self.choices.append(Choice(spec, REFERENCE, "no kernel claims it", tuple(rejected), part_of))
-            return self._observed(op, spec, REFERENCE, op.reference)
-        provider = "+".join([i.provider for i in chain] + ([] if whole else [REFERENCE]))
-        reason = f"rank {chain[0].rank}" if whole else f"rank {chain[0].rank}, other shapes to the reference"
+            reason = "no kernel claims it" if op.lower is None else "no kernel claims the fused op"
+        else:
+            reason = f"rank {chain[0].rank}" + ("" if whole else f", other shapes to {_FALLBACKS[fallback]}")
+        provider = "+".join([i.provider for i in chain] + ([] if whole else [fallback]))
         self.choices.append(Choice(spec, provider, reason, tuple(rejected), part_of))
-        last = chain[-1] if whole else Impl(op.name, REFERENCE, op.reference)
-        fn = self._observed(op, spec, last.provider, last.fn)
-        for impl in reversed(chain[:-1] if whole else chain):
+        fn = self._observed(op, spec, chain[-1].provider, chain[-1].fn) if whole else self._without_kernel(op, spec)
+        partial = chain[:-1] if whole else chain
+        for impl in reversed(partial):
             fn = self._by_shape(op, spec, impl, fn)
         return fn
 
@@ -186,6 +184,12 @@ class Plan:
 
     def _observed(self, op: Op, spec: SiteSpec, provider: str, fn: Fn) -> Fn:
         return fn if self._observe is None else self._observe(op, spec, provider, fn)
+
+    def _without_kernel(self, op: Op, spec: SiteSpec) -> Fn:
+        """What serves a site where no kernel of the op itself does: its parts, or its reference."""
+        if op.lower is None:
+            return self._observed(op, spec, REFERENCE, op.reference)
+        return self._observed(op, spec, COMPOSED, self._lowered(op, spec))
 
     def _lowered(self, op: Op, spec: SiteSpec) -> Fn:
         assert op.lower is not None
@@ -239,6 +243,14 @@ class Plan:
             }
             for c in self.choices
         ]
+
+
+_FALLBACKS = {COMPOSED: "its parts", REFERENCE: "the reference"}
+
+
+def _fallback(op: Op) -> str:
+    """What serves the shapes of an op that no kernel takes."""
+    return REFERENCE if op.lower is None else COMPOSED
 
 
 def _some(sites: Sequence[str]) -> str:

@@ -32,6 +32,11 @@ def penalties(
     return logits - frequency.unsqueeze(1) * output_counts - presence.unsqueeze(1) * in_output
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The best token of each row of float32 `logits` [rows, vocab], the first where several are; int64 [rows]."""
+    return logits.argmax(-1)
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -93,6 +98,30 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def sample_rows(
+    logits: Tensor,
+    rows: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    counters: Tensor,
+) -> Tensor:
+    """Tokens of a step whose sampling parameters live by batch row; int64 [S].
+
+    logits: float32 [S, vocab]; rows: [S] in the index dtype, each entry's batch row, never negative.
+    temperature, top_p, min_p: float32 [max_rows]; top_k, seeds: int64 [max_rows]; counters: int64 [S].
+    A row of temperature 0 takes its best token, the first among equals, whatever its other parameters; any other row
+    draws what `sample` draws. Nothing is read on the host, so that a captured step may end with it.
+    """
+    warm = temperature[rows]
+    greedy = warm == 0
+    # a greedy row's draw is thrown away, but its temperature must not divide by zero
+    drawn = sample(logits, warm.masked_fill(greedy, 1.0), top_k[rows], top_p[rows], min_p[rows], seeds[rows], counters)
+    return torch.where(greedy, logits.argmax(-1), drawn)
+
+
 def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of `tokens` [rows] under float32 `logits` [rows, vocab], and the `num_top` best.
 
@@ -107,6 +136,8 @@ def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tens
 
 OPS = (
     Op("penalties", penalties, facts=("vocab",)),
+    Op("argmax", argmax, facts=("vocab",)),
     Op("sample", sample, facts=("vocab",)),
+    Op("sample_rows", sample_rows, facts=("vocab",)),
     Op("logprobs", logprobs, facts=("vocab",)),
 )

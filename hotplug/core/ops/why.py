@@ -59,7 +59,7 @@ def candidates(plan: Plan, choice: Choice) -> list[Candidate]:
 
 
 def _reference(choice: Choice, bound: list[str]) -> Candidate:
-    if bound == [COMPOSED]:
+    if bound[-1] == COMPOSED:
         outcome, reason = "set aside", "the op is lowered to its parts, which are bound in turn"
     elif bound == [REFERENCE]:
         outcome, reason = "bound", choice.reason

@@ -89,6 +89,10 @@ class Limits:
     exec_modes: tuple[ExecMode, ...] = (ExecMode.EAGER,)
     max_graph_shapes: int = 0
     """Most step shapes that may be captured or compiled; 0 = no such limit."""
+    step_tokens: int = 2048
+    """Token budget of a step where the user sets none: the least that keeps the device's matrix units busy."""
+    step_requests: int = 128
+    """Most requests that run at once where the user sets none."""
     mixed_steps: bool = True
     """Whether one step may hold prompt chunks and decodes together."""
     shared_host_memory: bool = False
@@ -106,6 +110,7 @@ class Limits:
                 _check(name in known, field, f"{name!r} is no dtype", nearest(str(name), known))
         _check(self.auto_dtype in (None, *self.dtypes), "auto_dtype", f"{self.auto_dtype!r} is not in dtypes")
         _check(self.index_dtype in INDEX_DTYPES, "index_dtype", f"{self.index_dtype!r} is neither int32 nor int64")
+        _check(self.step_tokens >= self.step_requests > 0, "step_tokens", "a step holds a token of every request")
         _check(all(size > 0 for size in self.block_sizes), "block_sizes", "a block holds at least one token")
         for field in ("dtypes", "block_sizes", "kv_layouts", "exec_modes"):
             _check(bool(getattr(self, field)), field, "at least one is needed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hotplug.core.config import EngineConfig
+from hotplug.core.config import EngineConfig, check_budget
 from hotplug.core.errors import FeatureError
 from hotplug.core.platform.base import ExecMode, Feature, KVLayout, Limits
 
@@ -14,13 +14,15 @@ EXEC_MODES = (ExecMode.EAGER, ExecMode.CAPTURE, ExecMode.COMPILE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """The choices that "auto" left open, settled for one platform and checkpoint. Dtypes by name."""
+    """The choices that the configuration left open, settled for one platform and checkpoint. Dtypes by name."""
 
     dtype: str
     kv_dtype: str
     block_size: int
     kv_layout: KVLayout
     exec_mode: ExecMode
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
 
 def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_dtype: str) -> Resolved:
@@ -51,8 +53,20 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
     if reasons:
         raise FeatureError("the platform does not serve this configuration", where=f"platform {platform}",
                            why=reasons, hint="Change these options or choose another --device.")  # fmt: skip
-    return Resolved(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size,
-                    kv_layout=limits.kv_layouts[0], exec_mode=mode)  # fmt: skip
+    seqs, tokens = _step_size(config, limits)
+    return Resolved(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, kv_layout=limits.kv_layouts[0],
+                    exec_mode=mode, max_num_seqs=seqs, max_num_batched_tokens=tokens)  # fmt: skip
+
+
+def _step_size(config: EngineConfig, limits: Limits) -> tuple[int, int]:
+    """(requests, tokens) that a step may hold; what the user set bounds what he left open."""
+    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if seqs is None:
+        seqs = limits.step_requests if tokens is None else min(limits.step_requests, tokens)
+    if tokens is None:
+        tokens = max(limits.step_tokens, seqs)
+    check_budget(tokens, seqs)
+    return seqs, tokens
 
 
 def _compute_dtype(config: EngineConfig, limits: Limits, checkpoint_dtype: str) -> str:

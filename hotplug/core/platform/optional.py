@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from hotplug.core.ops.registry import SiteSpec
     from hotplug.core.platform.program import StepProgram
+    from hotplug.core.platform.tuning import TuningResult, TuningSummary
 
 
 class NotHandledType:
@@ -118,3 +119,22 @@ class HasWeights(Protocol):
 
     def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
         """The weight as the chosen kernel of this site reads it."""
+
+
+@runtime_checkable
+class HasTuning(Protocol):
+    """Measure configurations of the platform's kernels on a device and keep the fastest, for `hotplug tune`."""
+
+    def tune(
+        self,
+        device: DeviceInfo,
+        sites: Sequence[SiteSpec],
+        seconds: float,
+        report: Callable[[TuningResult], None],
+        output: Path | None,
+    ) -> TuningSummary:
+        """Tune what serves `sites`, which differ in op, dtype or facts, within about `seconds`.
+
+        `report` is called after each kernel and shape. `output` is the file to write; None is the platform's own
+        place for this device, where its kernels find it.
+        """

@@ -1,12 +1,17 @@
 """The persistent batch: what the device must know of every running request, kept between steps.
 
 Indexed by row (see `hotplug.core.scheduler.plan`). A step changes it by differences: rows admitted, block
-table entries added, last tokens overwritten on the device by the sampler.
+table entries added, last tokens overwritten on the device by the sampler. One row more than requests may have is
+the spare: its block table is all null blocks, and what pads a step of static shape belongs to it.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,6 +19,13 @@ from hotplug.core.ops.attention import AttentionInputs
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.ops.plan import Plan
 from hotplug.core.scheduler.plan import Admission, StepPlan
+
+Pin = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes a host tensor that the device copies from asynchronously (`HasRuntime.pinned`)."""
+Ints = npt.NDArray[np.integer]
+
+_STAGED = 32
+"""Host tensors kept while the device may still copy from them: more than two steps in flight send."""
 
 
 class Batch:
@@ -28,18 +40,22 @@ class Batch:
         block_size: int,
         index_dtype: torch.dtype,
         device: torch.device,
+        pin: Pin | None = None,
     ) -> None:
         self._prepare = plan.bind("prepare_inputs", "inputs", "int", block_size=block_size)
         self._block_size = block_size
-        self._index_dtype = index_dtype
+        self.index_dtype = index_dtype
         self._index_type = np.int32 if index_dtype is torch.int32 else np.int64
-        self._device = device
+        self.device = device
+        self._pin = pin
+        self._staged: deque[Tensor] = deque(maxlen=_STAGED)
         # Lazily paged: only rows that hold long sequences cost memory.
         self.tokens = np.zeros((max_rows, max_len), np.int32)
         self.num_prompt_tokens = np.zeros(max_rows, np.int32)
-        max_blocks = -(-max_len // block_size)
-        self.block_tables = torch.zeros((max_rows, max_blocks), dtype=index_dtype, device=device)
-        self.last_tokens = torch.zeros(max_rows, dtype=index_dtype, device=device)
+        self.spare_row = max_rows
+        self.max_blocks = -(-max_len // block_size)
+        self.block_tables = torch.zeros((max_rows + 1, self.max_blocks), dtype=index_dtype, device=device)
+        self.last_tokens = torch.zeros(max_rows + 1, dtype=index_dtype, device=device)
 
     def admit(self, admission: Admission) -> None:
         row, tokens = admission.row, admission.token_ids
@@ -49,7 +65,7 @@ class Batch:
     def update_tables(self, plan: StepPlan) -> None:
         """Apply the step's new block table entries."""
         if len(plan.block_rows):
-            rows, cols, ids = (self.upload(a) for a in (plan.block_rows, plan.block_cols, plan.block_ids))
+            rows, cols, ids = self.upload(plan.block_rows, plan.block_cols, plan.block_ids)
             self.block_tables[rows, cols] = ids
 
     def inputs(self, plan: StepPlan) -> StepInputs:
@@ -58,19 +74,19 @@ class Batch:
         np.cumsum(plan.num_tokens, out=query_start[1:])
         seq_lens = plan.start + plan.num_tokens
         longest = int(seq_lens.max())
-
-        rows, starts = self.upload(plan.rows), self.upload(query_start)
-        token_ids, positions, slots, lens = self._prepare(
-            self.upload(self._host_tokens(plan, query_start)),
-            rows,
-            starts,
-            self.upload(plan.start),
-            self.last_tokens,
-            self.block_tables,
-            self._block_size,
+        host_tokens, rows, starts, first, last = self.upload(
+            self._host_tokens(plan, query_start),
+            plan.rows,
+            query_start,
+            plan.start,
+            query_start[1:][plan.samples] - 1,
         )
+        token_ids, positions, slots, lens, block_table = self._prepare(
+            host_tokens, rows, starts, first, self.last_tokens, self.block_tables, self._block_size,
+            -(-longest // self._block_size),
+        )  # fmt: skip
         attention = AttentionInputs(
-            block_table=self.block_tables[rows, : -(-longest // self._block_size)],
+            block_table=block_table,
             query_start=starts,
             seq_lens=lens,
             query_lens_host=plan.num_tokens.tolist(),
@@ -79,8 +95,27 @@ class Batch:
             max_query_len=int(plan.num_tokens.max()),
             max_seq_len=longest,
         )
-        last = self.upload(query_start[1:][plan.samples] - 1)
         return StepInputs(token_ids, positions, slots, attention, last)
+
+    def decodes(self, rows: Tensor, start: Tensor, unknown: Tensor, query_start: Tensor) -> StepInputs:
+        """The inputs of a step of static shape with one token a row, made on the device alone.
+
+        rows, start: [R]; `unknown` [R] is -1 everywhere, `query_start` counts from 0 to R.
+        """
+        token_ids, positions, slots, lens, block_table = self._prepare(
+            unknown, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
+        )
+        attention = AttentionInputs(
+            block_table=block_table,
+            query_start=query_start,
+            seq_lens=lens,
+            query_lens_host=None,
+            seq_lens_host=None,
+            num_decodes=len(rows),
+            max_query_len=1,
+            max_seq_len=0,
+        )
+        return StepInputs(token_ids, positions, slots, attention, query_start[:-1])
 
     def _host_tokens(self, plan: StepPlan, query_start: np.ndarray) -> np.ndarray:
         """[T] token ids; -1 where only the device knows the value. Loops over prompt chunks, never decodes."""
@@ -90,7 +125,17 @@ class Batch:
             token_ids[query_start[i] : query_start[i + 1]] = self.tokens[row, start : start + plan.num_tokens[i]]
         return token_ids
 
-    def upload(self, values: np.ndarray) -> Tensor:
-        """A host array as an index tensor on the device. Does not wait for what the device is at."""
-        values = values.astype(self._index_type)  # here, so that the device need not convert; also a copy to send
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+    def upload(self, *arrays: Ints) -> tuple[Tensor, ...]:
+        """Host arrays of one dimension as index tensors on the device, in one copy that does not wait for it."""
+        sizes = [len(a) for a in arrays]
+        both = self.stage([sum(sizes)])
+        np.concatenate(arrays, out=both.numpy(), casting="same_kind")
+        return tuple(torch.split_with_sizes(both.to(self.device, non_blocking=True), sizes))
+
+    def stage(self, shape: Sequence[int]) -> Tensor:
+        """An uninitialized host tensor of the index dtype, to be filled and sent to the device before long."""
+        if self._pin is None:
+            return torch.empty(tuple(shape), dtype=self.index_dtype)
+        staged = self._pin(shape, self.index_dtype)
+        self._staged.append(staged)
+        return staged

@@ -1,55 +1,92 @@
-"""Captured executables: decode steps recorded once a shape and replayed, everything else op by op."""
+"""Captured executables: whole decode steps, from row numbers to sampled tokens, recorded once a size and replayed.
+
+What a step needs from the host is one small array; everything else is on the device. Steps with prompt chunks run
+op by op.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.optional import HasCapture
-from hotplug.core.runner.executable import EagerStep, StepOutputs
-from hotplug.core.runner.static import StaticInputs, StepShape
+from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
+from hotplug.core.runner.static import StepShape
+from hotplug.core.sample.sampler import Draw, Sampler
+
+_FINE, _MIDDLE = 16, 256
+"""Sizes are this far apart from the first on, and twice that above the second."""
 
 
 def decode_shapes(max_num_seqs: int, max_shapes: int) -> list[StepShape]:
-    """Shapes to capture, smallest first: powers of two up to `max_num_seqs`, the largest `max_shapes` of them.
+    """Shapes to capture, smallest first: powers of two, from 16 on multiples of 16 (32 above 256), and the largest.
 
-    `max_shapes` 0 is no limit.
+    Padding costs little where reading the weights is most of a step, and much where the rows are. With `max_shapes`
+    above 0, no more than that: powers of two below the largest.
     """
-    sizes = [max_num_seqs]
-    power = 1 << max(max_num_seqs - 1, 1).bit_length() - 1
-    while power >= 1:
-        if power < max_num_seqs:
-            sizes.append(power)
-        power //= 2
-    kept = sizes[:max_shapes] if max_shapes else sizes
-    return [StepShape(size, size) for size in sorted(kept)]
+    powers = [1 << i for i in range(max_num_seqs.bit_length())]
+    if max_shapes:
+        sizes = sorted({*powers, max_num_seqs})[-max_shapes:]
+    else:
+        fine = range(_FINE, min(max_num_seqs, _MIDDLE) + 1, _FINE)
+        coarse = range(_MIDDLE, max_num_seqs + 1, 2 * _FINE)
+        sizes = sorted({max_num_seqs, *(p for p in powers if p < _FINE), *fine, *coarse})
+    return [StepShape(size, size) for size in sizes]
 
 
-class _Captured:
-    """One shape's recorded step."""
+class _Decodes:
+    """One size: its input on the device, and a recorded step for each way to draw."""
 
-    def __init__(self, eager: EagerStep, static: StaticInputs, platform: HasCapture, device: DeviceInfo) -> None:
-        self.static = static
-        self._outputs = eager(static.inputs)  # warm-up: what is made on first use must not be recorded
+    def __init__(self, size: int, eager: EagerStep, batch: Batch, sampler: Sampler, logits: torch.Tensor) -> None:
+        self.size = size
+        self._eager = eager
+        self._batch = batch
+        self._sampler = sampler
+        self._logits = logits
+        dtype, device = batch.index_dtype, batch.device
+        self._input = torch.zeros((3, size), dtype=dtype, device=device)
+        """Row, position and number of generated tokens of each request."""
+        self._input[0] = batch.spare_row
+        self._unknown = torch.full((size,), -1, dtype=dtype, device=device)
+        self._query_start = torch.arange(size + 1, dtype=dtype, device=device)
+        self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self._replay: dict[Draw, Callable[[], Any]] = {}
 
-        def step() -> None:
-            self._outputs = eager(static.inputs)
+    def record(self, draw: Draw, platform: HasCapture, device: DeviceInfo) -> None:
+        self._step(draw)  # warm-up: what is made on first use must not be recorded
+        self._replay[draw] = platform.capture(lambda: self._step(draw), device)
 
-        self._replay = platform.capture(step, device)
+    def __call__(self, step: HostStep) -> StepOutputs:
+        plan, n = step.plan, len(step.plan.rows)
+        staged = self._batch.stage((3, self.size))
+        values = staged.numpy()
+        values[0, :n], values[0, n:] = plan.rows, self._batch.spare_row
+        values[1, :n], values[1, n:] = plan.start, 0
+        values[2, :n], values[2, n:] = step.counters, 0
+        self._input.copy_(staged, non_blocking=True)
+        self._replay[step.draw]()
+        if step.draw is Draw.LOGITS:
+            return StepOutputs(None, self._logits[:n])
+        return StepOutputs(None, None, self._tokens[:n])
 
-    def __call__(self, step: StepInputs) -> StepOutputs:
-        """The step's outputs; they hold until the next replay of this shape."""
-        self.static.fill(step)
-        self._replay()
-        outputs = self._outputs
-        return StepOutputs(outputs.hidden[: len(step.token_ids)], outputs.logits[: len(step.logit_indices)])
+    def _step(self, draw: Draw) -> None:
+        rows, start, counters = self._input.unbind()
+        logits = self._eager.decode(self._batch.decodes(rows, start, self._unknown, self._query_start))
+        if draw is Draw.LOGITS:  # kept in memory that all recorded steps share: the scores of each would be too much
+            self._logits[: self.size] = logits
+            return
+        tokens = self._sampler.draw(logits, rows, counters, draw)
+        self._batch.last_tokens[rows] = tokens.to(self._batch.index_dtype)
+        self._tokens.copy_(tokens)
 
 
 class CapturedSteps:
-    """Replays the smallest captured shape that holds a step; prompt chunks and larger steps run eagerly."""
+    """Replays the smallest captured size that holds a step; prompt chunks and larger steps run eagerly."""
 
     recompiles = 0
 
@@ -57,30 +94,24 @@ class CapturedSteps:
     def __init__(
         self,
         eager: EagerStep,
+        batch: Batch,
+        sampler: Sampler,
         platform: HasCapture,
         device: DeviceInfo,
-        *,
         shapes: Sequence[StepShape],
-        max_blocks: int,
-        index_dtype: torch.dtype,
-        torch_device: torch.device,
     ) -> None:
         self._eager = eager
         self.shapes = tuple(shapes)
-        self._captured = [
-            _Captured(
-                eager,
-                StaticInputs(shape, max_blocks=max_blocks, index_dtype=index_dtype, device=torch_device),
-                platform,
-                device,
-            )
-            for shape in shapes
-        ]
+        self._sizes = [shape.num_requests for shape in shapes]
+        logits = torch.empty((self._sizes[-1], sampler.vocab), dtype=torch.float32, device=batch.device)
+        self._captured = [_Decodes(size, eager, batch, sampler, logits) for size in self._sizes]
+        for draw in Draw:
+            for captured in reversed(self._captured):  # the largest first, so that others fit into its memory
+                captured.record(draw, platform, device)
 
-    def __call__(self, inputs: StepInputs) -> StepOutputs:
-        attention = inputs.attention
-        tokens, requests = len(inputs.token_ids), len(attention.seq_lens)
-        for captured in self._captured:
-            if captured.static.shape.holds(tokens, requests, attention.max_query_len):
-                return captured(inputs)
-        return self._eager(inputs)
+    def __call__(self, step: HostStep) -> StepOutputs:
+        plan = step.plan
+        at = bisect_left(self._sizes, len(plan.rows))
+        if plan.num_decodes < len(plan.rows) or at == len(self._sizes):
+            return self._eager(step)
+        return self._captured[at](step)

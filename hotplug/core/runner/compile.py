@@ -20,7 +20,8 @@ from hotplug.core.errors import PlatformError
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.platform.optional import HasCompile
-from hotplug.core.runner.executable import EagerStep, StepOutputs
+from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.static import StaticInputs, StepShape
 
 Compiled = Callable[..., Any]
@@ -80,9 +81,11 @@ class CompiledSteps:
         compile_shape: Callable[[StaticInputs], Compiled],
         statics: Sequence[StaticInputs],
         kv: list[KVBlocks],
+        batch: Batch,
         eager: EagerStep | None,
     ) -> None:
         self._platform = platform
+        self._batch = batch
         self._compile_shape = compile_shape
         self._kv = kv
         self._eager = eager
@@ -113,8 +116,9 @@ class CompiledSteps:
         return [{"shape": list(e.static.shape), "state": e.state, "seconds": round(e.seconds, 3)}
                 for e in self._entries]  # fmt: skip
 
-    def __call__(self, inputs: StepInputs) -> StepOutputs:
+    def __call__(self, step: HostStep) -> StepOutputs:
         self._raise_failure()
+        inputs = self._batch.inputs(step.plan)
         attention = inputs.attention
         tokens, requests = len(inputs.token_ids), len(attention.seq_lens)
         for entry in self._ready:
@@ -123,7 +127,7 @@ class CompiledSteps:
         if self._eager is None:
             raise PlatformError(f"no compiled shape holds a step of {tokens} tokens and {requests} requests")
         self.eager_steps += 1
-        return self._eager(inputs)
+        return self._eager.run(inputs)
 
     def _run(self, entry: _Entry, inputs: StepInputs) -> StepOutputs:
         assert entry.run is not None

@@ -1,4 +1,4 @@
-"""Executables: how a step's inputs become its outputs. The eager one is here; see `capture` for recorded steps."""
+"""Executables: how a planned step becomes its outputs. The eager one is here; see `capture` and `compile`."""
 
 from __future__ import annotations
 
@@ -6,26 +6,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.static import StepShape
+from hotplug.core.sample.sampler import Draw
+from hotplug.core.scheduler.plan import IntArray, StepPlan
+
+
+@dataclass(slots=True)
+class HostStep:
+    """A step as the host knows it, S of its R requests with a token to sample."""
+
+    plan: StepPlan
+    rows: IntArray
+    """[S] batch rows that get a token."""
+    draw: Draw
+    """What sampling needs."""
+    counters: npt.NDArray[np.int64]
+    """[S] how many tokens each has generated."""
 
 
 @dataclass(slots=True)
 class StepOutputs:
     """What a step leaves on the device."""
 
-    hidden: Tensor
-    """[T, hidden] last hidden states."""
-    logits: Tensor
-    """float32 [S, vocab] scores of the tokens in `logit_indices`."""
+    hidden: Tensor | None
+    """[T, hidden] last hidden states; None in a captured step, which has no prompt tokens."""
+    logits: Tensor | None
+    """float32 [S, vocab] scores; None where `tokens` are drawn already."""
+    tokens: Tensor | None = None
+    """int64 [S] sampled tokens, where sampling was part of the executable; they are in the batch too."""
 
 
 class Executable(Protocol):
-    """Runs the step that `inputs` describe; the outputs hold until the next call."""
+    """Runs a step; the outputs hold until the next call."""
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:
@@ -37,7 +57,7 @@ class Executable(Protocol):
         """Compilations that steps set off, beyond the prepared shapes."""
         ...
 
-    def __call__(self, inputs: StepInputs) -> StepOutputs: ...
+    def __call__(self, step: HostStep) -> StepOutputs: ...
 
 
 class EagerStep:
@@ -46,10 +66,19 @@ class EagerStep:
     shapes: tuple[StepShape, ...] = ()
     recompiles = 0
 
-    def __init__(self, model: Decoder, kv: Sequence[KVBlocks]) -> None:
+    def __init__(self, model: Decoder, kv: Sequence[KVBlocks], batch: Batch) -> None:
         self._model = model
         self._kv = kv
+        self._batch = batch
 
-    def __call__(self, inputs: StepInputs) -> StepOutputs:
+    def __call__(self, step: HostStep) -> StepOutputs:
+        return self.run(self._batch.inputs(step.plan))
+
+    def run(self, inputs: StepInputs) -> StepOutputs:
+        """The outputs of prepared inputs."""
         hidden, _ = self._model(inputs, self._kv)
         return StepOutputs(hidden, self._model.logits(hidden[inputs.logit_indices]))
+
+    def decode(self, inputs: StepInputs) -> Tensor:
+        """Scores of a step with one token a request, in their order."""
+        return self._model.logits(self._model(inputs, self._kv)[0])

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from hotplug.core.models.decoder import Decoder
-from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.request import TokenLogprobs
 from hotplug.core.runner.batch import Batch
-from hotplug.core.runner.executable import Executable, StepOutputs
+from hotplug.core.runner.executable import Executable, HostStep, StepOutputs
 from hotplug.core.sample.sampler import Logprobs, Sampled, Sampler
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 from hotplug.core.transfer.blocks import BlockTransfer
@@ -104,15 +103,19 @@ class Runner:
             self._transfer.save(plan.saves)
             self._transfer.load(plan.loads)
         self._apply(plan)
-        inputs = self._batch.inputs(plan)
-        outputs = self._executable(inputs)
+        rows = plan.rows[plan.samples]
+        outputs = self._executable(HostStep(plan, rows, *self._sampler.demand(rows)))
         sampled = tokens = None
-        if plan.samples.any():
-            rows = plan.rows[plan.samples]
-            sampled = self._sampler.sample(outputs.logits, rows)
-            self._batch.last_tokens[self._batch.upload(rows)] = sampled.tokens.to(self._batch.last_tokens.dtype)
+        if len(rows):
+            if outputs.tokens is not None:
+                sampled = self._sampler.accept(outputs.tokens, rows)
+            else:
+                assert outputs.logits is not None
+                sampled = self._sampler.sample(outputs.logits, rows)
+                last_tokens = self._batch.last_tokens
+                last_tokens[self._batch.upload(rows)[0]] = sampled.tokens.to(last_tokens.dtype)
             tokens = _Tokens(sampled.tokens, self._runtime)
-        return StepHandle(plan, sampled, tokens, self._score_prompts(plan, inputs, outputs))
+        return StepHandle(plan, sampled, tokens, self._score_prompts(plan, outputs))
 
     @torch.inference_mode()
     def save(self, blocks: list[tuple[int, bytes]]) -> None:
@@ -133,9 +136,9 @@ class Runner:
                 self._prompt_logprobs[a.row] = a.sampling.prompt_logprobs
         self._batch.update_tables(plan)
 
-    def _score_prompts(self, plan: StepPlan, inputs: StepInputs, outputs: StepOutputs) -> list[_PromptScores]:
+    def _score_prompts(self, plan: StepPlan, outputs: StepOutputs) -> list[_PromptScores]:
         """Log-probabilities of the prompt tokens that follow each position of this step's chunks."""
-        if not self._prompt_logprobs:
+        if not self._prompt_logprobs or outputs.hidden is None:
             return []
         found = []
         ends = np.cumsum(plan.num_tokens)
@@ -147,7 +150,7 @@ class Runner:
             begin = int(ends[i]) - count
             prompt_end = int(self._batch.num_prompt_tokens[row])
             following = self._batch.tokens[row, start + 1 : min(start + count + 1, prompt_end)]
-            targets = self._batch.upload(following).to(torch.int64)
+            targets = self._batch.upload(following)[0].to(torch.int64)
             for at in range(0, len(targets), PROMPT_LOGPROB_ROWS):
                 part = targets[at : at + PROMPT_LOGPROB_ROWS]
                 hidden: Tensor = outputs.hidden[begin + at : begin + at + len(part)]

@@ -7,6 +7,7 @@ temperature, top-k, top-p, min-p, then the draw. Log-probabilities are of the lo
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,6 +24,18 @@ from hotplug.core.sample.history import TokenHistory
 from hotplug.core.sample.processors import Factory, LogitsProcessor, make_processors
 
 Rows = npt.NDArray[np.int32]
+
+
+class Draw(enum.Enum):
+    """What the sampling of a step needs."""
+
+    GREEDY = enum.auto()
+    """The best token of every row."""
+    RANDOM = enum.auto()
+    """Temperatures, filters and seeds of the rows (the op `sample_rows`)."""
+    LOGITS = enum.auto()
+    """More than that: penalties, biases, log-probabilities or a logits processor of some row."""
+
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _NEUTRAL = SamplingParams(temperature=0.0)
@@ -70,18 +83,31 @@ class Sampler:
         device: torch.device,
         processors: Mapping[str, Factory] = MappingProxyType({}),
     ) -> None:
-        self._vocab = vocab
+        self.vocab = vocab
         self._factories = processors
         self._device = device
+        self._argmax = plan.bind("argmax", "argmax", "float32", vocab=vocab)
         self._sample = plan.bind("sample", "sample", "float32", vocab=vocab)
+        self._sample_rows = plan.bind("sample_rows", "sample_rows", "float32", vocab=vocab)
         self._logprobs = plan.bind("logprobs", "logprobs", "float32", vocab=vocab)
         self._history = TokenHistory(plan, max_rows, vocab, device)
 
-        self._host = {name: np.full(max_rows, getattr(_NEUTRAL, name), np.float32) for name in _FLOATS}
-        self._floats = {name: torch.from_numpy(a.copy()).to(device) for name, a in self._host.items()}
-        self._host_top_k = np.zeros(max_rows, np.int64)
-        self._top_k = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._seeds = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        # One row more than requests may have: what pads a step of static shape is greedy.
+        self._host_floats = np.empty((len(_FLOATS), max_rows + 1), np.float32)
+        self._host_floats[:] = [[getattr(_NEUTRAL, name)] for name in _FLOATS]
+        self._host_ints = np.zeros((2, max_rows + 1), np.int64)
+        """top_k and seed."""
+        self._host = dict(zip(_FLOATS, self._host_floats, strict=True))
+        floats = torch.from_numpy(self._host_floats.copy()).to(device)
+        ints = torch.zeros((2, max_rows + 1), dtype=torch.int64, device=device)
+        self._tables = (floats, ints)
+        self._floats = dict(zip(_FLOATS, floats.unbind(), strict=True))
+        self._host_top_k, self._host_seeds = self._host_ints
+        self._top_k, self._seeds = ints.unbind()
+        self._stale = False
+        """Whether the host knows parameters that the device does not."""
+        self._special = np.zeros(max_rows, bool)
+        """Rows that need more than `sample_rows`, as long as they run."""
         self._num_outputs = np.zeros(max_rows, np.int64)
         self._num_logprobs = np.full(max_rows, -1, np.int32)
         self._min_tokens = np.zeros(max_rows, np.int64)
@@ -102,12 +128,9 @@ class Sampler:
     ) -> None:
         """Set up a row. `token_ids` holds the prompt and what was generated before a preemption."""
         for name in _FLOATS:
-            value = getattr(params, name)
-            self._host[name][row] = value
-            self._floats[name][row] = value
-        self._host_top_k[row] = params.top_k
-        self._top_k[row] = params.top_k
-        self._seeds[row] = seed
+            self._host[name][row] = getattr(params, name)
+        self._host_top_k[row], self._host_seeds[row] = params.top_k, seed
+        self._stale = True
         self._num_outputs[row] = len(token_ids) - num_prompt_tokens
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._min_tokens[row] = params.min_tokens
@@ -124,16 +147,19 @@ class Sampler:
             self._start_processors(row, params.logits_processors, token_ids, num_prompt_tokens)
         if _penalized(params):
             self._history.admit(row, token_ids, num_prompt_tokens)
+        self._special[row] = (
+            _penalized(params) or params.logprobs is not None or bool(params.logit_bias or params.logits_processors)
+        )
 
     def check_processors(self, params: SamplingParams) -> None:
         """Raises RequestError for a processor that does not exist or does not take its arguments."""
-        make_processors(self._factories, params.logits_processors or {}, self._vocab)
+        make_processors(self._factories, params.logits_processors or {}, self.vocab)
 
     def _start_processors(
         self, row: int, asked: Mapping[str, Mapping[str, Any]], token_ids: npt.NDArray[np.int32], num_prompt: int
     ) -> None:
         tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
-        self._processors[row] = make_processors(self._factories, asked, self._vocab)
+        self._processors[row] = make_processors(self._factories, asked, self.vocab)
         for processor in self._processors[row]:
             processor.start(tokens, num_prompt)
 
@@ -146,11 +172,49 @@ class Sampler:
             self._held_back.pop(row, None)
             self._history.release(row)
 
+    def demand(self, rows: Rows) -> tuple[Draw, npt.NDArray[np.int64]]:
+        """What a step that samples for `rows` [S] needs, and how many tokens each has generated [S].
+
+        Sends to the device what it does not know yet of admitted rows.
+        """
+        self._send()
+        counters = self._num_outputs[rows]
+        if self._special[rows].any() or (counters < self._min_tokens[rows]).any():
+            return Draw.LOGITS, counters
+        return (Draw.RANDOM if (self._host["temperature"][rows] > 0).any() else Draw.GREEDY), counters
+
+    def draw(self, logits: Tensor, rows: Tensor, counters: Tensor, draw: Draw) -> Tensor:
+        """Int64 [S] tokens for float32 `logits` [S, vocab] of batch `rows` [S], made on the device alone.
+
+        For recorded steps: what it reads of a row is what the device knows when the step runs.
+        """
+        if draw is Draw.GREEDY:
+            best: Tensor = self._argmax(logits)
+            return best
+        tokens: Tensor = self._sample_rows(
+            logits, rows, self._floats["temperature"], self._top_k, self._floats["top_p"], self._floats["min_p"],
+            self._seeds, counters,
+        )  # fmt: skip
+        return tokens
+
+    def accept(self, tokens: Tensor, rows: Rows) -> Sampled:
+        """Count `tokens` [S] that `draw` gave for `rows` [S]."""
+        self._num_outputs[rows] += 1
+        return Sampled(tokens, None, [], [])
+
+    def _send(self) -> None:
+        if self._stale:
+            floats, ints = self._tables
+            floats.copy_(torch.from_numpy(self._host_floats.copy()), non_blocking=True)
+            ints.copy_(torch.from_numpy(self._host_ints.copy()), non_blocking=True)
+            self._stale = False
+
     def sample(self, logits: Tensor, rows: Rows) -> Sampled:
         """Tokens for float32 `logits` [S, vocab] of batch `rows` [S]."""
+        self._send()
         raw = logits
         logits = self._adjust(logits, rows)
-        tokens = logits.argmax(-1)
+        tokens = self._argmax(logits)
         random = np.flatnonzero(self._host["temperature"][rows] > 0)
         if len(random):
             tokens[self._index(random)] = self._draw(logits, rows, random)

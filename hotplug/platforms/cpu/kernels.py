@@ -22,8 +22,9 @@ class _DecodeState:
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
+    sinks: None = None, soft_cap: None = None,
+) -> Tensor:  # fmt: skip
     """Decodes as one padded batch, prompt chunks one request at a time, through PyTorch's fused attention."""
     decodes = step.num_decodes
     if not q.shape[0]:
@@ -152,6 +153,8 @@ def _token_major(spec: SiteSpec) -> Verdict:
 def _host_lengths(spec: SiteSpec) -> Verdict:
     if spec["static"]:
         return Verdict(False, "reads sequence lengths on the host, which a step of static shape does not have")
+    if spec["sinks"] or spec["soft_cap"] is not None:
+        return Verdict(False, "PyTorch's attention has no sinks and no soft cap")
     return _token_major(spec)
 
 

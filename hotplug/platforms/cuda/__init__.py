@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo
+from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo, PlatformError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
+    from hotplug.platforms.cuda.compile import Compiler
     from hotplug.platforms.cuda.nvml import Gpu, Nvml
-    from hotplug.vendor import OpRegistry
-
-LEAST = (8, 0)
-"""Oldest compute capability that the kernels are written for."""
+    from hotplug.vendor import OpRegistry, SiteSpec, StepProgram, TuningResult, TuningSummary
 
 
 class CudaPlatform:
@@ -29,15 +29,23 @@ class CudaPlatform:
         self._nvml: Nvml | None = None
         self._gpus: list[Gpu] = []
         self._pool: Any = None
+        self._capturing: Any = None
         self._graphs: WeakSet[Any] = WeakSet()
+        self._compiler: Compiler | None = None
 
     def probe(self) -> Sequence[DeviceInfo]:
-        from hotplug.platforms.cuda.nvml import Nvml
+        from hotplug.platforms.cuda.machine import LEAST
+        from hotplug.platforms.cuda.nvml import NO_LIBRARY, NOT_LOADED, Nvml, NvmlError
 
         try:
             self._nvml = Nvml()
         except OSError:  # no driver on this machine
             return []
+        except NvmlError as e:
+            if e.code in (NOT_LOADED, NO_LIBRARY):
+                return []
+            hint = "After an upgrade of the driver, load it anew or restart the machine."
+            raise PlatformError(f"the NVIDIA driver answers with an error ({e})", hint=hint) from e
         self._gpus = self._nvml.gpus()
         return [
             DeviceInfo(index=gpu.index, name=gpu.name, arch=f"sm_{gpu.capability[0]}{gpu.capability[1]}",
@@ -46,28 +54,41 @@ class CudaPlatform:
         ]  # fmt: skip
 
     def diagnose(self) -> Sequence[str]:
+        from hotplug.platforms.cuda.machine import LEAST, absence, faults
         from hotplug.platforms.cuda.nvml import LIBRARY, Nvml, NvmlError
 
         try:
-            gpus = Nvml().gpus()
+            nvml = Nvml()
+            usable = any(gpu.capability >= LEAST for gpu in nvml.gpus())
+            return [*absence(nvml), *(faults(nvml.driver(), nvml.driver_cuda()) if usable else ())]
         except OSError:
             return [f"no NVIDIA driver: {LIBRARY} is not found"]
         except NvmlError as e:
             return [f"the NVIDIA driver answers with an error ({e}); is it loaded, and does it match its libraries?"]
-        if not gpus:
-            return ["the driver shows no GPU to this process; look at CUDA_VISIBLE_DEVICES"]
-        return [f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
-                f"{LEAST[0]}.{LEAST[1]} is the least" for gpu in gpus if gpu.capability < LEAST]  # fmt: skip
 
     def limits(self, device: DeviceInfo) -> Limits:
+        self._refuse_faults(device)
         return Limits(
             dtypes=("bfloat16", "float16", "float32"),
-            block_sizes=(16, 32, 64),
+            block_sizes=(64, 16, 32, 128),
             kv_layouts=(KVLayout.NHD,),
             index_dtype="int32",
-            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER),
+            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER, ExecMode.COMPILE),
+            step_tokens=16384,
+            step_requests=256,
             asynchronous=True,
         )
+
+    def _refuse_faults(self, device: DeviceInfo) -> None:
+        """Raise PlatformError where a probed GPU cannot be used by what is installed."""
+        from hotplug.platforms.cuda.machine import faults
+
+        if self._nvml is None:  # asked about a device that is not here
+            return
+        wrong = faults(self._nvml.driver(), self._nvml.driver_cuda())
+        if wrong:
+            raise PlatformError(f"{device.name} is here, but what is installed cannot use it",
+                                where=f"platform {self.name}", why=wrong)  # fmt: skip
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:
         assert self._nvml is not None
@@ -87,12 +108,62 @@ class CudaPlatform:
         # Graphs share a memory pool, since they never run at once; it ends with the last graph in it.
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
+            self._capturing = torch.cuda.Stream(device.index)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device.index), torch.cuda.graph(graph, pool=self._pool):
-            step()
+        stream = self._capturing
+        stream.wait_stream(torch.cuda.current_stream(device.index))
+        # Not torch.cuda.graph: it collects garbage and empties the allocator's cache every time.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device.index).wait_stream(stream)
         self._graphs.add(graph)
         replay: Callable[[], Any] = graph.replay
         return replay
+
+    def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
+        from hotplug.platforms.cuda import compile as inductor
+
+        return inductor.buckets(max_tokens, max_requests)
+
+    def compile(self, program: StepProgram, device: DeviceInfo, cache: Path) -> Callable[..., Sequence[torch.Tensor]]:
+        import torch
+
+        from hotplug.platforms.cuda.compile import Compiler
+
+        if self._compiler is None:
+            self._compiler = Compiler(self.capture)
+        with torch.cuda.device(device.index):
+            return self._compiler.compile(program, device, cache)
+
+    def fingerprint(self) -> str:
+        from hotplug.platforms.cuda import compile as inductor
+
+        return inductor.fingerprint([f"{gpu.name} (driver {gpu.driver})" for gpu in self._gpus])
+
+    def num_compiled(self) -> int:
+        return self._compiler.num_compiled if self._compiler is not None else 0
+
+    def tune(
+        self, device: DeviceInfo, sites: Sequence[SiteSpec], seconds: float, report: Callable[[TuningResult], None],
+        output: Path | None,
+    ) -> TuningSummary:  # fmt: skip
+        import torch
+
+        from hotplug.platforms.cuda.kernels import TUNABLES
+        from hotplug.platforms.cuda.tuner import CompileAhead, graph_time, tune
+        from hotplug.platforms.cuda.tuning import file_name, own_folder
+
+        own, properties = torch.device("cuda", device.index), torch.cuda.get_device_properties(device.index)
+        with torch.cuda.device(own), CompileAhead(own) as ahead:
+            return tune(
+                TUNABLES, sites, device=own, device_name=properties.name, seconds=seconds, report=report,
+                output=output or own_folder() / file_name(properties.name), timer=graph_time,
+                cache_bytes=properties.L2_cache_size, compile_ahead=ahead,
+            )  # fmt: skip
 
     def set_device(self, device: DeviceInfo) -> None:
         import torch

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 LIBRARY = "libnvidia-ml.so.1"
 
 
+NOT_LOADED, NO_LIBRARY = 9, 12
+"""NVML's codes where there is no driver: the kernel module, or the library behind this one, is missing."""
+
+
 class NvmlError(Exception):
     """NVML is there but answers with an error."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class _Memory(ctypes.Structure):
@@ -40,17 +48,32 @@ class Nvml:
         code = getattr(self._lib, name)(*args)
         if code:
             self._lib.nvmlErrorString.restype = ctypes.c_char_p
-            raise NvmlError(f"{name}: {self._lib.nvmlErrorString(code).decode()}")
+            raise NvmlError(f"{name}: {self._lib.nvmlErrorString(code).decode()}", code)
+
+    def count(self) -> int:
+        """GPUs of the machine, hidden ones too."""
+        count = ctypes.c_uint()
+        self._call("nvmlDeviceGetCount_v2", ctypes.byref(count))
+        return count.value
+
+    def driver(self) -> str:
+        """The driver's version."""
+        driver = ctypes.create_string_buffer(80)
+        self._call("nvmlSystemGetDriverVersion", driver, 80)
+        return driver.value.decode()
+
+    def driver_cuda(self) -> tuple[int, int]:
+        """The newest CUDA version that the driver serves."""
+        version = ctypes.c_int()
+        self._call("nvmlSystemGetCudaDriverVersion_v2", ctypes.byref(version))
+        return version.value // 1000, version.value % 1000 // 10
 
     def gpus(self) -> list[Gpu]:
         """The GPUs that this process may use, in the order that CUDA numbers them."""
-        count = ctypes.c_uint()
-        self._call("nvmlDeviceGetCount_v2", ctypes.byref(count))
-        driver = ctypes.create_string_buffer(80)
-        self._call("nvmlSystemGetDriverVersion", driver, 80)
-        handles = [self._handle(i) for i in range(count.value)]
+        driver = self.driver()
+        handles = [self._handle(i) for i in range(self.count())]
         numbers = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), [self._uuid(h) for h in handles])
-        return [self._gpu(i, handles[number], driver.value.decode()) for i, number in enumerate(numbers)]
+        return [self._gpu(i, handles[number], driver) for i, number in enumerate(numbers)]
 
     def _handle(self, number: int) -> ctypes.c_void_p:
         handle = ctypes.c_void_p()

@@ -68,6 +68,9 @@ class Builder:
     def _silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
         return Call((self._normal(_tokens(lens), 2 * facts["width"], view=view),))
 
+    def _linear_silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return self._linear({**facts, "out_features": 2 * facts["width"]}, lens, view)
+
     def _rms_norm(self, facts: Any, lens: Lens, view: bool) -> Call:
         return Call((self._normal(_tokens(lens), facts["width"], view=view), self._normal(facts["width"]), 1e-5))
 
@@ -80,7 +83,7 @@ class Builder:
         hidden = facts["hidden"]
         x = torch.randint(-2, 3, (_tokens(lens), (2 if view else 1) * hidden), generator=self.random)
         weight = torch.randint(-2, 3, (facts["num_experts"], hidden), generator=self.random) / 8
-        renormalize = bool(torch.rand((), generator=self.random) < 0.5)
+        renormalize = _tokens(lens) % 2 == 1
         return Call((x.to(self.dtype)[:, :hidden], weight.to(self.dtype), facts["top_k"], renormalize))
 
     def _moe_experts(self, facts: Any, lens: Lens, view: bool) -> Call:
@@ -110,6 +113,16 @@ class Builder:
         k, v = (self._normal(tokens, *width, view=view) for _ in range(2))
         return Call((k, v, *caches, slots.to(self.index), facts["layout"]))
 
+    def _rope_kv_write(self, facts: Any, lens: Lens, view: bool) -> Call:
+        q, k = self._heads(facts, lens, view)
+        _, v, *written = self._kv_write(facts, lens, view).args
+        return Call((q, k, v, self._positions(lens), self._cos_sin(facts, lens), *written))
+
+    def _qk_norm_rope_kv_write(self, facts: Any, lens: Lens, view: bool) -> Call:
+        q, k, v, *rest = self._rope_kv_write(facts, lens, view).args
+        q_weight, k_weight = self._normal(facts["head_dim"]), self._normal(facts["head_dim"])
+        return Call((q, k, v, q_weight, k_weight, 1e-6, *rest))
+
     def _attention(self, facts: Any, lens: Lens, view: bool) -> Call:
         block, layout = facts["block_size"], facts["layout"]
         widths = [-(-seq // block) for _, seq in lens]
@@ -127,7 +140,9 @@ class Builder:
         step, rows = self._step(lens, table), None
         if facts["static"]:
             q, step, rows = self._padded(q, step)
-        return Call((q, k_cache, v_cache, step, facts["head_dim"] ** -0.5, facts["window"], layout), rows)
+        sinks = self._normal(facts["num_heads"]) if facts["sinks"] else None
+        scale = facts["head_dim"] ** -0.5
+        return Call((q, k_cache, v_cache, step, scale, facts["window"], layout, sinks, facts["soft_cap"]), rows)
 
     def _step(self, lens: Lens, table: Tensor) -> AttentionInputs:
         queries, seqs = [q for q, _ in lens], [s for _, s in lens]
@@ -156,6 +171,10 @@ class Builder:
 
     # --- sampling --------------------------------------------------------------------------------
 
+    def _argmax(self, facts: Any, lens: Lens, view: bool) -> Call:
+        """Small whole numbers, so that the best score is often there twice."""
+        return Call((torch.randn((max(len(lens), 1), facts["vocab"]), generator=self.random).round(),))
+
     def _sample(self, facts: Any, lens: Lens, view: bool) -> Call:
         rows, vocab = max(len(lens), 1), facts["vocab"]
         logits = torch.randn((rows, vocab), generator=self.random) * 3
@@ -164,6 +183,19 @@ class Builder:
         seeds = torch.randint(0, 2**40, (rows,), generator=self.random)
         counters = torch.arange(rows)
         return Call((logits, some[1] + 0.1, top_k, some[2].clamp(0.1), some[3] * 0.2, seeds, counters))
+
+    def _sample_rows(self, facts: Any, lens: Lens, view: bool) -> Call:
+        """Batch rows in any order, every third of them greedy, with neutral filters among the others."""
+        logits, *_ = self._sample(facts, lens, view).args
+        batch = len(logits) + 3
+        rows = torch.randperm(batch, generator=self.random)[: len(logits)].to(self.index)
+        some = torch.rand((4, batch), generator=self.random)
+        temperature, top_p, min_p = some[0] + 0.1, some[1].clamp(0.1), some[2] * 0.2
+        top_k = (some[3] * min(facts["vocab"], 40)).to(torch.int64)
+        temperature[::3], top_k[1::5], top_p[2::5], min_p[::4] = 0.0, 0, 1.0, 0.0
+        seeds = torch.randint(-(2**40), 2**40, (batch,), generator=self.random)
+        counters = torch.randint(0, 1000, (len(logits),), generator=self.random)
+        return Call((logits, rows, temperature, top_k, top_p, min_p, seeds, counters))
 
     def _logprobs(self, facts: Any, lens: Lens, view: bool) -> Call:
         logits = torch.randn((max(len(lens), 1), facts["vocab"]), generator=self.random)
@@ -187,7 +219,7 @@ class Builder:
         widest = max((-(-seq // facts["block_size"]) for _, seq in lens), default=1)
         tables = torch.randint(1, 99, (rows, widest), generator=self.random).to(self.index)
         last = self._ints(rows, 100)
-        return Call((ids, order.to(self.index), query_start, starts, last, tables, facts["block_size"]))
+        return Call((ids, order.to(self.index), query_start, starts, last, tables, facts["block_size"], widest))
 
     # --- parts -----------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ HOST = torch.device("cpu")
 FUZZED = 1000
 """Call sites by chance; fewer in a quick run."""
 INTEGER_OPS = ("prepare_inputs",)
-FLOAT_OPS = ("sample", "logprobs", "penalties")
+FLOAT_OPS = ("argmax", "sample", "sample_rows", "logprobs", "penalties")
 """Ops whose call sites have a dtype of their own, not the model's."""
 
 
@@ -122,9 +122,11 @@ def _worst(op: Op, spec: SiteSpec, call: Call, got: Any, want: Any) -> tuple[str
 
 
 def _fault(op: Op, call: Call, result: Any, given: list[Any], kept: list[Any]) -> str:
-    if op.name == "kv_write":
-        slots, layout = call.args[4:]
-        return next((words for i in (2, 3)
+    names = list(inspect.signature(op.reference).parameters)
+    if "slots" in names:  # it writes to the caches
+        slots, layout = (call.args[names.index(name)] for name in ("slots", "layout"))
+        caches = (names.index("k_cache"), names.index("v_cache"))
+        return next((words for i in caches
                      if (words := name_stray_writes(call.args[i], given[i], kept[i], slots, layout))), "")  # fmt: skip
     return name_fault(op.name, tuple(call.args), result, call.rows)
 

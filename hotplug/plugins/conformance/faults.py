@@ -37,9 +37,10 @@ Suspects = Iterator[tuple[str, Callable[[], Any]]]
 
 
 def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None,
-               layout: str) -> Suspects:  # fmt: skip
+               layout: str, sinks: Tensor | None, soft_cap: float | None) -> Suspects:  # fmt: skip
     def attend(**mistake: Any) -> Callable[[], Tensor]:
-        return lambda: wrong_attention(q, k_cache, v_cache, step, scale, window, layout, **mistake)
+        given: dict[str, Any] = {"sinks": sinks, "soft_cap": soft_cap, **mistake}
+        return lambda: wrong_attention(q, k_cache, v_cache, step, scale, window, layout, **given)
 
     yield "its causal mask is off by one: a query sees the token after it", attend(ahead=1)
     yield "its causal mask is off by one: a query does not see its own token", attend(ahead=-1)
@@ -61,12 +62,16 @@ def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInput
     yield "its scale is wrong for grouped-query attention, by the size of a group", attend(factor=group)
     yield "its scale is wrong for grouped-query attention, by the root of a group's size", attend(factor=group**0.5)
     yield "it takes the keys for the values", attend(values_are_keys=True)
+    yield "it ignores the sinks", attend(sinks=None)
+    yield "it ignores the soft cap", attend(soft_cap=None)
+    yield "it ignores sinks and soft cap", attend(sinks=None, soft_cap=None)
 
 
 def wrong_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
-    *, ahead: int = 0, windowed: bool = True, wider: int = 0, whole_blocks: bool = False, past_end: bool = False,
-    interleaved: bool = False, first_head: bool = False, factor: float = 1.0, values_are_keys: bool = False,
+    *, sinks: Tensor | None = None, soft_cap: float | None = None, ahead: int = 0, windowed: bool = True,
+    wider: int = 0, whole_blocks: bool = False, past_end: bool = False, interleaved: bool = False,
+    first_head: bool = False, factor: float = 1.0, values_are_keys: bool = False,
 ) -> Tensor:  # fmt: skip
     """Paged attention with a mistake built in. Lengths are read from the device tensors."""
     out = torch.zeros_like(q)
@@ -91,7 +96,12 @@ def wrong_attention(
         if window is not None and windowed:
             visible &= key > query - window - wider
         scores = torch.einsum("qhd,khd->hqk", q[begin:end].to(torch.float32), k[:, owner]) * (scale * factor)
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        if soft_cap is not None:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.to(torch.float32)[:, None, None].expand(-1, end - begin, 1)), -1)
+        weights = scores.softmax(-1)[..., :held]
         out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v[:, owner]).to(q.dtype)
     return out
 

@@ -32,6 +32,12 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             yield {"hidden": 64, "vocab": 257, "bias": False, "scheme": "none"}
         case "rms_norm" | "add_rms_norm" | "silu_mul":
             yield from ({"width": width} for width in (64, 96, 130))
+        case "linear_silu_mul":
+            for i, w, b in ((64, 48, True), (130, 33, False)):
+                yield {"in_features": i, "width": w, "bias": b, "scheme": "none"}
+        case "rope_kv_write" | "qk_norm_rope_kv_write":
+            for (h, kv, dim), part, cache in itertools.product(heads, (1, 2), _caches(limits, quick)):
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // part, **cache}
         case "moe_route":
             yield from ({"hidden": h, "num_experts": e, "top_k": k} for h, _, e, k in experts)
         case "moe_experts":
@@ -48,8 +54,14 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             for (h, kv, dim), window, static, cache in itertools.product(
                 heads, windows, (False, True), _caches(limits, quick)
             ):
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": window, "static": static, **cache}
-        case "sample" | "logprobs" | "penalties":
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": window, "sinks": False,
+                       "soft_cap": None, "static": static, **cache}  # fmt: skip
+            (h, kv, dim), cache = heads[1], _caches(limits, quick)[0]
+            more = ((True, 0.5, False), (True, None, True), (False, 0.5, True))
+            for sinks, soft_cap, static in more[:1] if quick else more:
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": None, "sinks": sinks,
+                       "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
+        case "argmax" | "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
         case "prepare_inputs":
             yield from ({"block_size": size} for size in limits.block_sizes[:2])
@@ -84,7 +96,7 @@ def steps(op: str, facts: Mapping[str, Fact], *, quick: bool) -> Sequence[tuple[
         ("one token", [(1, 1)]),
         ("an odd number of tokens", [(1, 9), (1, 2), (34, 34)]),
     ]
-    if op in ("sample", "logprobs", "penalties"):
+    if op in ("argmax", "sample", "sample_rows", "logprobs", "penalties"):
         return found[1:]
     return found if quick else [*found, ("many tokens", [(513, 513)])]
 
@@ -110,6 +122,8 @@ class Fuzz:
             "layout": str(pick(self._limits.kv_layouts)),
             "kv_dtype": pick(self._limits.kv_dtypes or self._limits.dtypes),
             "window": pick((None, None, 1, 5, 64)),
+            "sinks": pick((False, False, True)),
+            "soft_cap": pick((None, None, 0.5, 20.0)),
             "static": pick((False, True)),
             "vocab": pick((2, 31, 257, 1000)),
             "hidden": pick((8, 33, 64, 130)),

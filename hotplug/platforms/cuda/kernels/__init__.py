@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from hotplug.platforms.cuda.kernels import dense, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
+from hotplug.platforms.cuda.kernels.inputs import embed, prepare_inputs
 from hotplug.platforms.cuda.kernels.moe import grouped_mm, moe_experts
 from hotplug.platforms.cuda.kernels.moe_route import moe_route
+from hotplug.platforms.cuda.kernels.rotate import qk_norm_rope_kv_write, rope_kv_write
+from hotplug.platforms.cuda.kernels.sample import argmax, sample, sample_rows
+from hotplug.platforms.cuda.kernels.scores import logprobs, penalties
 from hotplug.vendor import Bucket, Impl, SiteSpec, Verdict
 
 WIDEST_ROW = 16384
@@ -51,7 +56,28 @@ def _many_tokens(bucket: Bucket) -> bool:
     return bucket.num_tokens >= GROUPED_MM_TOKENS
 
 
+def _whole_heads(spec: SiteSpec) -> Verdict:
+    if spec["rotary_dim"] != spec["head_dim"]:
+        return Verdict(False, f"rotates whole heads, not {spec['rotary_dim']} of {spec['head_dim']} dimensions")
+    return _cache(spec)
+
+
+def _plain(spec: SiteSpec) -> Verdict:
+    if spec["scheme"] != "none":
+        return Verdict(False, f"reads plain weights, not {spec['scheme']}")
+    return Verdict(True)
+
+
+def _few_rows(bucket: Bucket) -> bool:
+    return 0 < bucket.num_tokens <= linear.MOST_ROWS
+
+
 KERNELS = (
+    Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
+    Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
+    Impl("logits", "cuda.few_rows", linear.logits, check=_plain, accepts=_few_rows, rank=10),
+    Impl("rope_kv_write", "cuda.triton", rope_kv_write, check=_whole_heads, rank=10),
+    Impl("qk_norm_rope_kv_write", "cuda.triton", qk_norm_rope_kv_write, check=_whole_heads, rank=10),
     Impl("rms_norm", "cuda.triton", rms_norm, check=_row, rank=10),
     Impl("add_rms_norm", "cuda.triton", add_rms_norm, check=_row, rank=10),
     Impl("silu_mul", "cuda.triton", silu_mul, rank=10),
@@ -61,4 +87,15 @@ KERNELS = (
     Impl("moe_route", "cuda.triton", moe_route, check=_experts, rank=10),
     Impl("moe_experts", "cuda.triton", moe_experts, check=_experts, rank=10),
     Impl("moe_experts", "cuda.grouped_mm", grouped_mm, check=_grouped_mm, accepts=_many_tokens, rank=GROUPED_MM_RANK),
+    *gathered_attention.KERNELS,
+    Impl("embed", "cuda.triton", embed, rank=10),
+    Impl("prepare_inputs", "cuda.triton", prepare_inputs, rank=10),
+    Impl("argmax", "cuda.triton", argmax, rank=10),
+    Impl("sample", "cuda.triton", sample, rank=10),
+    Impl("sample_rows", "cuda.triton", sample_rows, rank=10),
+    Impl("penalties", "cuda.triton", penalties, rank=10),
+    Impl("logprobs", "cuda.triton", logprobs, rank=10),
 )
+
+TUNABLES = (*dense.TUNABLES, *linear.TUNABLES)
+"""What `hotplug tune` may measure."""

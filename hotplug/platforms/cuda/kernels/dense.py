@@ -7,10 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, tuned
+
 
 @triton.jit
-def _rms_norm(x, weight, out, inner, outer_stride, inner_stride, n, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, inner, outer_stride, inner_stride, n, eps, BLOCK: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
     """A program a row of x [outer, inner, n]; out is dense."""
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
@@ -29,12 +35,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inner, inner_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
         block = triton.next_power_of_2(n)
         _rms_norm[(x.shape[0] * inner,)](x, weight, out, inner, x.stride(0), inner_stride, n, eps, BLOCK=block,
-                                         num_warps=_warps(block))  # fmt: skip
+                                         num_warps=_warps(block), **pdl.options(x.device))  # fmt: skip
     return out
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, total, x_stride, residual_stride, n, eps, BLOCK: tl.constexpr):
+def _add_rms_norm(x, residual, weight, out, total, x_stride, residual_stride, n, eps, BLOCK: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
@@ -55,12 +64,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         n = x.shape[-1]
         block = triton.next_power_of_2(n)
         _add_rms_norm[(x.shape[0],)](x, residual, weight, out, total, x.stride(0), residual.stride(0), n, eps,
-                                     BLOCK=block, num_warps=_warps(block))  # fmt: skip
+                                     BLOCK=block, num_warps=_warps(block), **pdl.options(x.device))  # fmt: skip
     return out, total
 
 
 @triton.jit
-def _silu_mul(gate_up, out, stride, n, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, stride, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    pdl.release(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n
@@ -73,11 +84,33 @@ def _silu_mul(gate_up, out, stride, n, BLOCK: tl.constexpr):
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[num_tokens, 2n] to [num_tokens, n]."""
     tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
+    dtype = str(gate_up.dtype).removeprefix("torch.")
+    config = tuned(gate_up.device).lookup("silu_mul", dtype, width=n, tokens=tokens)
+    return _silu_mul_with(gate_up, config or _silu_mul_default(n))
+
+
+def _silu_mul_default(n: int) -> Config:
+    return {"BLOCK": min(triton.next_power_of_2(n), 1024), "num_warps": 4}
+
+
+def _silu_mul_with(gate_up: Tensor, config: Config) -> Tensor:
+    tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, n), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        block = min(triton.next_power_of_2(n), 1024)
-        _silu_mul[(tokens, triton.cdiv(n, block))](gate_up, out, gate_up.stride(0), n, BLOCK=block, num_warps=4)
+        _silu_mul[(tokens, triton.cdiv(n, config["BLOCK"]))](gate_up, out, gate_up.stride(0), n, **config,
+                                                             **pdl.options(gate_up.device))  # fmt: skip
     return out
+
+
+def _silu_mul_case(key: Key, device: torch.device) -> Case:
+    n, tokens = key["width"], key["tokens"]
+    x = torch.randn((tokens, 2 * n), device=device).to(getattr(torch, key.dtype))
+
+    def reference() -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.float()).to(x.dtype) * up
+
+    return Case(lambda config: _silu_mul_with(x, config), reference, 3 * tokens * n * x.element_size())
 
 
 @triton.jit
@@ -85,12 +118,17 @@ def _rope(q, k, q_out, k_out, positions, cos_sin, q_token, q_head, k_token, k_he
           BLOCK: tl.constexpr):  # fmt: skip
     """A program a token and head; the first `heads` are the queries'."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if head < heads:
-        source, target = q + token * q_token + head * q_head, q_out + (token * heads + head) * dim
+    table = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * half)
+    if head < heads:  # a pointer to one or the other is more than AMD's compiler takes
+        _rotate(q + token * q_token + head * q_head, q_out + (token * heads + head) * dim, table, dim, half, BLOCK)
     else:
         head -= heads
-        source, target = k + token * k_token + head * k_head, k_out + (token * kv_heads + head) * dim
-    table = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * half)
+        _rotate(k + token * k_token + head * k_head, k_out + (token * kv_heads + head) * dim, table, dim, half, BLOCK)
+
+
+@triton.jit
+def _rotate(source, target, table, dim, half, BLOCK: tl.constexpr):
+    """One head: [dim], of which the first two halves are rotated."""
     cols = tl.arange(0, BLOCK)
     mask = cols < half
     cos, sin = tl.load(table + cols, mask=mask), tl.load(table + half + cols, mask=mask)
@@ -118,3 +156,20 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
 
 def _warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
+
+
+TUNABLES = (
+    Tunable(
+        kernel="silu_mul",
+        op="silu_mul",
+        shape=lambda spec: {"width": spec["width"]},
+        default=lambda key: _silu_mul_default(key["width"]),
+        candidates=lambda key: [
+            {"BLOCK": block, "num_warps": warps}
+            for block in (256, 512, 1024, 2048, 4096)
+            for warps in (1, 2, 4, 8)
+            if block <= triton.next_power_of_2(key["width"]) and 32 * warps <= block <= 1024 * warps
+        ],
+        make=_silu_mul_case,
+    ),
+)

@@ -1,0 +1,97 @@
+"""The call sites whose kernels are compiled ahead of time in CI (`ci/kernels.py`): those of the models that are served.
+
+A line an op, with its facts as the layers state them, a dtype and a step. Every kernel that claims such a site is
+run with its launches recorded, so what is compiled is what the platform launches. Data only: nothing here is imported
+when a model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Lens = tuple[tuple[int, int], ...]
+"""(query tokens, sequence tokens) of each request, decodes first."""
+
+ONE: Lens = ((1, 129),)
+DECODES: Lens = ((1, 1000),) * 64
+CHUNKS: Lens = ((512, 512), (16, 2000))
+PROMPTS: Lens = ((4096, 4096),) * 4
+MIXED: Lens = (*DECODES[:8], *CHUNKS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One call site and step."""
+
+    op: str
+    facts: Mapping[str, Any]
+    lens: Lens = DECODES
+    dtype: str = "bfloat16"
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    """Targets that this call site is not for, each with the reason; a key may be the start of a target's name."""
+
+
+def _width(*widths: int) -> Sequence[dict[str, Any]]:
+    return [{"width": width} for width in widths]
+
+
+def _heads(heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
+
+
+def _cache(dtype: str = "bfloat16", size: int = 16) -> dict[str, Any]:
+    return {"block_size": size, "layout": "NHD", "kv_dtype": dtype}
+
+
+def _attention(heads: tuple[int, int, int], lens: Lens, dtype: str = "bfloat16", window: int | None = None,
+               **more: Any) -> Variant:  # fmt: skip
+    """Decodes alone run in captured steps, of static shape; everything else op by op."""
+    alone = all(query == 1 for query, _ in lens)
+    facts = {**_heads(*heads), **_cache(dtype), "window": window, "sinks": False, "soft_cap": None, "static": alone}
+    return Variant("attention", facts, lens, dtype, **more)
+
+
+NO_TF32 = {"gfx950": "asks for TF32 products, which it has not", "gfx1100": "asks for TF32 products, which it has not"}
+WIDE = {**NO_TF32, "gfx942": "decodes of such heads take more than its 64 KiB of shared memory"}
+
+UNLAUNCHED = {"_skinny": "no kernel of KERNELS accepts steps of more than one row yet"}
+"""Kernels that no call site of the platform launches, each with the reason."""
+
+LLAMA_8B, LLAMA_1B, QWEN3_30B, GEMMA, SMOLLM2 = (32, 8, 128), (32, 8, 64), (32, 4, 128), (8, 4, 256), (9, 3, 64)
+QWEN3_ROUTER = {"hidden": 2048, "num_experts": 128, "top_k": 8}
+
+VARIANTS: tuple[Variant, ...] = (
+    *(Variant(op, facts) for op in ("rms_norm", "add_rms_norm") for facts in _width(2048, 4096)),
+    Variant("rms_norm", {"width": 128}),  # of single heads
+    Variant("add_rms_norm", {"width": 576}, dtype="float32"),
+    *(Variant("silu_mul", facts) for facts in _width(768, 14336)),
+    Variant("rope", {**_heads(*LLAMA_8B), "rotary_dim": 128}),
+    Variant("rope", {**_heads(*SMOLLM2), "rotary_dim": 64}, dtype="float32"),
+    Variant("kv_write", {"num_kv_heads": 8, "head_dim": 128, **_cache()}),
+    Variant("kv_write", {"num_kv_heads": 3, "head_dim": 64, **_cache("float32")}, dtype="float32"),
+    *(
+        Variant(op, {**_heads(*heads), "rotary_dim": heads[2], **_cache()})
+        for op, heads in (("rope_kv_write", LLAMA_8B), ("qk_norm_rope_kv_write", QWEN3_30B))
+    ),
+    *(
+        Variant("linear", {"in_features": i, "out_features": o, "bias": False, "scheme": "none"}, ONE)
+        for i, o in ((4096, 6144), (14336, 4096), (2048, 2048))
+    ),
+    Variant("linear_silu_mul", {"in_features": 4096, "width": 14336, "bias": False, "scheme": "none"}, ONE),
+    *(Variant("moe_route", QWEN3_ROUTER, lens) for lens in (ONE, DECODES)),
+    *(Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, lens) for lens in (ONE, DECODES, PROMPTS)),
+    Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, DECODES, "float32"),
+    Variant("logits", {"hidden": 4096, "vocab": 128256, "bias": False, "scheme": "none"}, ONE),
+    _attention(LLAMA_8B, ONE, excluded=WIDE),
+    _attention(LLAMA_8B, DECODES, excluded=WIDE),
+    _attention(LLAMA_8B, MIXED, excluded=WIDE),
+    _attention(LLAMA_8B, MIXED, "float16", excluded=WIDE),
+    _attention(LLAMA_1B, DECODES, excluded=NO_TF32),
+    _attention(LLAMA_1B, MIXED, excluded=NO_TF32),
+    _attention(QWEN3_30B, DECODES, excluded=WIDE),
+    _attention(QWEN3_30B, MIXED, excluded=WIDE),
+    _attention(GEMMA, MIXED, window=1024, excluded=WIDE),
+    _attention(SMOLLM2, MIXED, "float32"),
+)

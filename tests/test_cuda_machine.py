@@ -1,0 +1,204 @@
+"""What the CUDA platform says of a machine and an installation, over an NVML library made of Python."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_platforms import candidates
+from typer.testing import CliRunner
+
+from hotplug.cli.main import app
+from hotplug.core.errors import PlatformError
+from hotplug.core.platform.select import select
+from hotplug.platforms.cuda import CudaPlatform, machine, nvml
+from hotplug.platforms.cuda.machine import TorchBuild
+
+GIB = 2**30
+CUDA_13 = TorchBuild("2.11.0+cu130", (13, 0))
+
+
+@dataclass
+class Library:
+    """libnvidia-ml as ctypes shows it: functions that fill what they are given by reference and return a code."""
+
+    gpus: list[tuple[str, tuple[int, int], int]] = field(default_factory=lambda: [("NVIDIA H200", (9, 0), 132 * 128)])
+    """Name, compute capability and cores."""
+    cuda: int = 13000
+    fails: int = 0
+    """The code that nvmlInit_v2 returns."""
+
+    def __post_init__(self) -> None:
+        self.nvmlErrorString = lambda code: {9: b"Driver Not Loaded", 18: b"Driver/library version mismatch"}[code]
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(type(self), f"_{name}")
+
+        def call(*args: Any) -> int:
+            return method(self, *[getattr(a, "_obj", a) for a in args]) or 0
+
+        return call
+
+    def _nvmlInit_v2(self) -> int:  # noqa: N802
+        return self.fails
+
+    def _nvmlDeviceGetCount_v2(self, count: Any) -> None:  # noqa: N802
+        count.value = len(self.gpus)
+
+    def _nvmlSystemGetDriverVersion(self, text: Any, size: int) -> None:  # noqa: N802
+        text.value = b"580.95"
+
+    def _nvmlSystemGetCudaDriverVersion_v2(self, version: Any) -> None:  # noqa: N802
+        version.value = self.cuda
+
+    def _nvmlDeviceGetHandleByIndex_v2(self, number: Any, handle: Any) -> None:  # noqa: N802
+        handle.value = number.value + 1
+
+    def _nvmlDeviceGetUUID(self, handle: Any, text: Any, size: int) -> None:  # noqa: N802
+        text.value = f"GPU-{handle.value - 1}{handle.value - 1}".encode()
+
+    def _nvmlDeviceGetName(self, handle: Any, text: Any, size: int) -> None:  # noqa: N802
+        text.value = self.gpus[handle.value - 1][0].encode()
+
+    def _nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> None:  # noqa: N802
+        major.value, minor.value = self.gpus[handle.value - 1][1]
+
+    def _nvmlDeviceGetNumGpuCores(self, handle: Any, cores: Any) -> None:  # noqa: N802
+        cores.value = self.gpus[handle.value - 1][2]
+
+    def _nvmlDeviceGetMemoryInfo(self, handle: Any, memory: Any) -> None:  # noqa: N802
+        memory.free, memory.total, memory.used = 100 * GIB, 141 * GIB, 41 * GIB
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine: `install(library, build, triton=...)` gives the platform on it. No library is no driver."""
+
+    def make(library: Library | None = None, build: TorchBuild | None = CUDA_13, *, triton: bool = True,
+             visible: str | None = None) -> CudaPlatform:  # fmt: skip
+        def load(name: str) -> Library:
+            if library is None:
+                raise OSError(f"{name}: cannot open shared object file")
+            return library
+
+        monkeypatch.setattr(nvml.ctypes, "CDLL", load)
+        monkeypatch.setattr(TorchBuild, "installed", lambda: build)
+        monkeypatch.setattr(machine, "find_spec", lambda name: name if triton else None)
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return CudaPlatform()
+
+    return make
+
+
+def test_a_healthy_machine_has_its_gpu_and_nothing_to_say(install: Any) -> None:
+    platform = install(Library())
+    (device,) = platform.probe()
+    assert (device.index, device.name, device.arch, device.cores) == (0, "NVIDIA H200", "sm_90", 132)
+    assert platform.diagnose() == []
+    assert platform.limits(device).asynchronous
+    memory = platform.memory(device)
+    assert (memory.free, memory.total) == (100 * GIB, 141 * GIB)
+
+
+OLD = Library([("Tesla V100", (7, 0), 80 * 64)])
+ABSENT = [
+    ("no-driver", {"library": None}, "no NVIDIA driver: libnvidia-ml.so.1 is not found"),
+    ("driver-not-loaded", {"library": Library(fails=9)}, "Driver Not Loaded"),
+    ("no-gpu", {"library": Library([])}, "the NVIDIA driver finds no GPU"),
+    ("hidden", {"library": Library(), "visible": ""},
+     "CUDA_VISIBLE_DEVICES is empty: this process sees none of the machine's GPUs (1)"),
+    ("not-there", {"library": Library(), "visible": "7"}, "CUDA_VISIBLE_DEVICES=7 names no GPU: this process"),
+    ("old-gpu", {"library": OLD}, "Tesla V100 has compute capability 7.0, 8.0 is the least"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("machine_", "reason"), [c[1:] for c in ABSENT], ids=[c[0] for c in ABSENT])
+def test_a_machine_without_a_usable_gpu_says_why(install: Any, machine_: dict[str, Any], reason: str) -> None:
+    (candidate,) = candidates(install(**machine_))
+    assert candidate.devices == () and not candidate.broken
+    assert reason in candidate.reason
+    with pytest.raises(PlatformError, match="platform 'cuda' cannot be used"):
+        select("cuda", [candidate])
+
+
+FAULTS = [
+    ("old-driver", {"library": Library(cuda=12020)},
+     "driver 580.95 serves CUDA 12.2, torch 2.11.0+cu130 needs CUDA 13.0 or newer; upgrade the driver"),
+    ("cpu-torch", {"library": Library(), "build": TorchBuild("2.11.0+cpu", None)},
+     "torch 2.11.0+cpu is built for the CPU only; install its build for CUDA 13.0"),
+    ("rocm-torch", {"library": Library(), "build": TorchBuild("2.11.0", None, "7.1")}, "is built for ROCm"),
+    ("no-triton", {"library": Library(), "triton": False}, "Triton is not installed; pip install 'hotplug[cuda]'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("machine_", "finding"), [c[1:] for c in FAULTS], ids=[c[0] for c in FAULTS])
+def test_an_installation_that_cannot_use_the_gpu_is_named_and_refused(
+    install: Any, machine_: dict[str, Any], finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = install(**machine_)
+    (candidate,) = found = candidates(platform)
+    assert [device.name for device in candidate.devices] == ["NVIDIA H200"]
+    assert any(finding in text for text in platform.diagnose())
+    with pytest.raises(PlatformError, match="NVIDIA H200 is here, but what is installed cannot use it"):
+        platform.limits(candidate.devices[0])
+    with pytest.raises(PlatformError, match="cannot describe its device"):  # auto does not go on without it
+        select("auto", found)
+    monkeypatch.setattr("hotplug.core.platform.discovery.discover", lambda: found)
+    listed = json.loads(CliRunner().invoke(app, ["devices", "--json"]).stdout)["platforms"][0]
+    assert finding in listed["findings"][0]
+    assert finding[:30] in CliRunner().invoke(app, ["devices"], env={"COLUMNS": "200"}).stdout
+    said = CliRunner().invoke(app, ["doctor", "--json"]).stdout
+    assert any(finding in f["message"] and f["state"] == "warn" for f in json.loads(said)["findings"])
+
+
+@pytest.mark.parametrize(("cuda", "build"), [(13000, (13, 2)), (13010, (13, 0)), (13000, (12, 8))])
+def test_a_driver_serves_builds_of_its_major_version_and_older(install: Any, cuda: int, build: tuple[int, int]) -> None:
+    platform = install(Library(cuda=cuda), TorchBuild("2.11.0", build))
+    platform.probe()
+    assert platform.diagnose() == []
+
+
+def test_a_driver_that_does_not_match_its_libraries_is_broken_not_absent(install: Any) -> None:
+    (candidate,) = candidates(install(Library(fails=18)))
+    assert candidate.broken
+    assert "Driver/library version mismatch" in candidate.reason
+    assert "restart the machine" in candidate.reason
+
+
+def test_an_old_gpu_beside_a_new_one_is_left_out_by_name(install: Any) -> None:
+    platform = install(Library([("Tesla V100", (7, 0), 80 * 64), ("NVIDIA A100", (8, 0), 108 * 64)]))
+    assert [(d.index, d.name, d.cores) for d in platform.probe()] == [(1, "NVIDIA A100", 108)]
+    assert platform.diagnose() == ["Tesla V100 has compute capability 7.0, 8.0 is the least"]
+
+
+@pytest.mark.parametrize(
+    ("text", "build"),
+    [
+        ("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n",
+         TorchBuild("2.13.0+cpu", None)),
+        ("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\nhip = None\n", CUDA_13),
+        ("__version__ = '2.11.0'\ncuda = None\nhip: Optional[str] = '7.1.25'\n", TorchBuild("2.11.0", None, "7.1.25")),
+    ],
+)  # fmt: skip
+def test_the_build_of_torch_is_read_from_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, build: TorchBuild
+) -> None:
+    (tmp_path / "version.py").write_text(text)
+    found = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
+    monkeypatch.setattr(machine, "find_spec", lambda name: found)
+    assert TorchBuild.installed() == build
+
+
+def test_the_build_that_is_read_is_the_one_that_is_imported() -> None:
+    import torch
+
+    build = TorchBuild.installed()
+    assert build is not None
+    assert build.version == torch.__version__
+    assert (build.cuda is None) == (torch.version.cuda is None)
