@@ -77,7 +77,8 @@ class FakeDevice:
         self.connector = connector
         self.block_size, self.window = kv.block_size, kv.group.window
         self.tables = np.full_like(kv.tables, -1)
-        self.slots: dict[int, int] = {}
+        self.slots: dict[int, int | None] = {}
+        self.host: dict[int, list[int | None]] = {}
         self.salts = salts
         self.rows: dict[int, list[int]] = {}
         self.chains: dict[int, list[int]] = {}
@@ -92,6 +93,7 @@ class FakeDevice:
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.save(plan.saves)
+        self._swap(plan)
         for block, contents in plan.loads:
             self.slots.update({block * self.block_size + i: content for i, content in enumerate(contents)})
         self._apply(plan)
@@ -111,6 +113,18 @@ class FakeDevice:
             if plan.samples[i]:
                 self._append(row, tokens[-1])
         return StepResult(token_ids=np.array(tokens, np.int32))
+
+    def _swap(self, plan: StepPlan) -> None:
+        for targets in ([host for _, host in plan.swap_out], [block for block, _ in plan.swap_in]):
+            assert len(set(targets)) == len(targets) and 0 not in targets, "a block is copied to twice, or block 0 is"
+        size = self.block_size
+        # Copies out may run in any order among themselves, copies in too.
+        self.host |= {
+            host: [self.slots.get(block * size + i) for i in range(size)] for block, host in reversed(plan.swap_out)
+        }
+        for block, host in reversed(plan.swap_in):
+            for i, content in enumerate(self.host[host]):
+                self.slots[block * size + i] = content
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.released.tolist():
@@ -156,6 +170,7 @@ class FakeEngine:
         depth: int = 0,
         prefix_cache: bool = True,
         connector: FakeConnector | None = None,
+        num_host_blocks: int = 0,
         **config: object,
     ) -> None:
         defaults: dict[str, object] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64}
@@ -166,6 +181,7 @@ class FakeEngine:
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
             enable_prefix_cache=prefix_cache,
+            num_host_blocks=num_host_blocks,
         )
         self.scheduler = Scheduler(self.config, self.kv, connector)
         self.salts: dict[int, str] = {}
@@ -236,7 +252,7 @@ class FakeEngine:
         assert self.reasons.keys() == self.requests.keys()
         assert self.kv.pool.num_used == 0
         stats = self.scheduler.stats()
-        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+        assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.host_blocks_used) == (0, 0, 0, 0)
 
     def check_outputs(self) -> None:
         """Every request that was not aborted gave the tokens it gives alone; an aborted one, a part of them."""

@@ -27,6 +27,7 @@ from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
 from hotplug.core.runner.compile import StepBounds, checked_shapes
 from hotplug.core.runner.static import StepShape
+from hotplug.plugins.conformance.engine_runs import small_model
 
 BUCKETS = [(1, 1), (8, 8), (16, 1), (24, 3)]
 FEW = ((8, 8), (24, 3))
@@ -340,3 +341,25 @@ def test_the_number_of_kv_blocks_is_rounded_so_that_starts_agree(start, monkeypa
     for total in (5_000_000, 5_100_000):
         counts.add(start(Idle(total=total), kv_cache_memory=None, max_model_len=64).num_blocks)
     assert len(counts) == 1
+
+
+def test_swapped_blocks_go_from_and_to_the_caches_of_the_last_step(tmp_path):
+    """A program may return other caches than it was given."""
+
+    def run(platform: Any, **options: Any) -> tuple[EngineCore, dict[str, list[int]]]:
+        config = EngineConfig(model=str(small_model(tmp_path)), max_num_seqs=8, max_model_len=96, **options)
+        core, found = EngineCore(config, candidates=candidates(platform)), {}
+        core.wait_until_compiled()
+        for i in range(4):
+            params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+            core.add(Request(id=str(i), prompt_token_ids=list(range(3 + i, 23 + i)), sampling=params))
+        while core.has_work:
+            for delta in core.step():
+                found.setdefault(delta.request_id, []).extend(delta.token_ids)
+        return core, found
+
+    roomy, expected = run(FakePlatform(facts=limits(accelerator=False, block_sizes=(32,))), kv_cache_memory="4MiB")
+    size = roomy.bound.kv_shape.block_bytes
+    swapping, found = run(Compiler(shapes=FEW), kv_cache_memory=7 * size, swap_space=9 * size)
+    assert found == expected
+    assert swapping.stats().blocks_swapped_in > 0

@@ -39,6 +39,8 @@ def engines(draw: st.DrawFn) -> FakeEngine:
         depth=draw(st.sampled_from([0, 1, 1, 2])),
         prefix_cache=prefix_cache,
         connector=FakeConnector() if prefix_cache and window is None and draw(st.booleans()) else None,
+        # No swap space, too little for most sequences, or enough for several.
+        num_host_blocks=draw(st.sampled_from([0, 2 + 8 // block_size, 2 + 2 * max_model_len // block_size])),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=least + draw(st.integers(0, 24)),
         max_model_len=max_model_len,

@@ -447,7 +447,8 @@ def test_metrics_report_what_the_observer_saw(client, llm):
     observer.finished("stop", 10, 5, 0.3)
     observer.stats(EngineStats(running=3, waiting=4, kv_blocks_used=5, kv_blocks_total=20, prefix_queries=30,
                                prefix_hits=20, preemptions=1, prompt_tokens=40, generated_tokens=50,
-                               reference_ops=2, recompiles=1))  # fmt: skip
+                               reference_ops=2, recompiles=1, host_blocks_used=3, host_blocks_total=12,
+                               blocks_swapped_out=7, blocks_swapped_in=6))  # fmt: skip
     response = client.get("/metrics")
     families = text_string_to_metric_families(response.text)
     values = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
@@ -472,5 +473,8 @@ def test_metrics_report_what_the_observer_saw(client, llm):
         ("hotplug_generation_tokens_total",): 50,
         ("hotplug_reference_ops",): 2,
         ("hotplug_unplanned_recompiles_total",): 1,
+        ("hotplug_swap_space_usage_ratio",): 0.25,
+        ("hotplug_kv_blocks_swapped_out_total",): 7,
+        ("hotplug_kv_blocks_swapped_in_total",): 6,
     }
     assert {name: values.get(name) for name in expected} == expected

@@ -38,7 +38,7 @@ TOLERANCE = 1e-2
 """Norm of the error over the norm of the result: bfloat16 probabilities and results."""
 DEADLINE_S = 85.0
 PROCESSES = 12
-LIBRARIES = ("fa3", "cudnn", "flash")
+LIBRARIES = ("fa3", "flash")
 CAPACITY = 64
 """Entries of a block table beyond the context, as engines have them."""
 
@@ -262,15 +262,12 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
 
     def library(attend: gathered_attention.Attend, p: Problem) -> Tensor:
         chunks = prepared(p)
-        if attend is gathered_attention._cudnn and not chunks.fresh:
-            raise NotImplementedError("prefixes")
         return attend(p.q, *gather(p.k_cache, p.v_cache, chunks), chunks, p.q.shape[-1] ** -0.5, None, None)
 
     def only_gather(p: Problem) -> Tensor:
         return gather(p.k_cache, p.v_cache, prepared(p))[0]
 
     yield "fa3", 64, partial(library, gathered_attention._fa3)
-    yield "cudnn", 64, partial(library, gathered_attention._cudnn)
     yield "flash", 64, partial(library, gathered_attention._flash)
     for config in GATHERED_CANDIDATES:
         yield f"gathered {label(0, config)[3:]}", 64, partial(gathered, config)

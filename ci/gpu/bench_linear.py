@@ -38,16 +38,19 @@ def candidates(n: int, k: int, gated: bool, m: int) -> list[tuple[str, dict[str,
             found.append(("gemv", {"rows": rows // 2 if gated and rows > 1 else rows, "cols": cols, "warps": warps}))
     tokens = max(16, 1 << (m - 1).bit_length())
     shapes = [(64, 128, 5, 4), (64, 256, 4, 4), (128, 64, 6, 4), (128, 128, 4, 8)] if tokens <= 32 else [
-        (64, 128, 4, 4), (128, 64, 5, 8), (128, 128, 4, 8), (256, 64, 5, 8), (128, 64, 4, 4)]  # fmt: skip
+        (64, 64, 4, 4), (64, 64, 6, 4), (64, 128, 3, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 4, 8),
+        (128, 128, 4, 8)]  # fmt: skip
     for rows, cols, stages, warps in shapes:
         smem = stages * cols * 2 * (rows * (2 if gated else 1) + tokens) + 2048
+        tiles = -(-n // rows)
         if smem > 227_000 or (gated and rows * tokens > 128 * 64):
             continue
-        for programs in (132, 264, -(-n // rows)):
-            if programs == 264 and smem > 113_000:
+        for programs in {132, 264, tiles, 2 * tiles, 4 * tiles}:
+            if programs > 132 * max(4, tiles // 100) or programs < 100 or (programs == 264 and smem > 113_000):
                 continue
-            found.append(("skinny", {"rows": rows, "cols": cols, "programs": programs, "stages": stages,
-                                     "warps": warps}))  # fmt: skip
+            for ahead in (False, True):
+                found.append(("skinny", {"rows": rows, "cols": cols, "programs": programs, "stages": stages,
+                                         "warps": warps, "ahead": ahead}))  # fmt: skip
     return list({json.dumps(c): c for c in found}.values())
 
 
@@ -102,7 +105,7 @@ def main() -> None:
                 continue
             timed.append((us, kind, options))
         base = next((us for us, kind, _ in timed if kind == "cublas"), float("nan"))
-        best = sorted(timed, key=lambda t: t[0])[:3]
+        best = sorted(timed, key=lambda t: t[0])[:4]
         for us, kind, options in best:
             results.append({"shape": name, "n": n, "k": k, "gated": gated, "m": m, "us": us, "cublas_us": base,
                             "kind": kind, **options})  # fmt: skip

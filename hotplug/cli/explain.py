@@ -59,6 +59,7 @@ def _print(report: dict[str, Any]) -> None:
         ("because", report["selected_because"]),
         ("dtype", f"{report['dtype']}, {report['exec']}, torch {report['torch']}"),
         ("kv cache", f"{kv['dtype']} {kv['layout']}, blocks of {kv['block_size']} tokens, {kv['block_bytes']:,} bytes"),
+        *([("swap", _swap(kv))] if kv["swap_blocks"] else []),
         ("context", f"{report['max_model_len']:,} tokens"),
         ("plan", report["plan_hash"]),
         ("references", f"{report['reference_sites']} of {len(report['sites'])} sites run a plain-PyTorch reference"),
@@ -72,6 +73,11 @@ def _print(report: dict[str, Any]) -> None:
         before = group.op
         line = f"{count:>5} {group.op if op else '':<{op_width}} -> {group.provider}: {explanation(group)}"
         console.print(f"{escape(line)}  [dim]{escape(short(group.sites))}")
+
+
+def _swap(kv: dict[str, Any]) -> str:
+    text = f"{kv['swap_blocks']:,} blocks on the host, {kv['swap_blocks'] * kv['block_bytes']:,} bytes"
+    return text + ("; gains nothing: the KV cache is in host memory already" if kv["shared_host_memory"] else "")
 
 
 def _first(report: dict[str, Any], op: str) -> int:

@@ -74,14 +74,18 @@ class EngineConfig:
         None, "Cap on KV cache memory, e.g. 4GiB; default: from memory_utilization")  # fmt: skip
     memory_utilization: float = option(
         0.9, "Share of device memory that weights, workspaces and KV cache may fill", low=0.01, high=1.0)  # fmt: skip
+    swap_space: str | int | None = option(
+        None, "Host memory where preempted requests keep their KV, e.g. 16GiB; default: none, they recompute it",
+        low=1)  # fmt: skip
     enable_prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes")
     kv_connector: str | None = option(None, "Keep KV blocks elsewhere too: a plugin's connector, NAME or NAME:ARGUMENT")
     seed: int = option(0, "Seed of requests without one, and of dummy weights")
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.kv_cache_memory is not None:
-            parse_bytes(self.kv_cache_memory)
+        for size in (self.kv_cache_memory, self.swap_space):
+            if size is not None:
+                parse_bytes(size)
         for entry in self.force:
             if entry.count("=") != 1 or not all(entry.split("=")):
                 raise ConfigError(f"cannot read {entry!r}", where="force", hint="Write op=provider.")

@@ -154,3 +154,10 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
     """Call sites of the plan that run a plain-PyTorch reference on an accelerator."""
     recompiles: int = 0
     """Step shapes compiled while serving that were not planned at start."""
+    host_blocks_used: int = 0
+    host_blocks_total: int = 0
+    """KV blocks of the swap space, 0 without one."""
+    blocks_swapped_out: int = 0
+    """KV blocks copied to the host when requests were preempted."""
+    blocks_swapped_in: int = 0
+    """KV blocks copied back when they returned."""

@@ -84,11 +84,13 @@ class EngineMetrics(Collector):
         for histogram in (self._ttft, self._itl, self._queue, self._duration):
             yield histogram.family()
         stats = self._stats
-        usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+        usage = _ratio(stats.kv_blocks_used, stats.kv_blocks_total)
+        swap_usage = _ratio(stats.host_blocks_used, stats.host_blocks_total)
         for name, doc, value in (
             ("requests_running", "Requests in the batch", stats.running),
             ("requests_waiting", "Requests in the queue", stats.waiting),
             ("kv_cache_usage_ratio", "Share of KV cache blocks in use", usage),
+            ("swap_space_usage_ratio", "Share of host blocks that hold KV of preempted requests", swap_usage),
             ("reference_ops", "Call sites that run a reference op on an accelerator", stats.reference_ops),
         ):
             yield GaugeMetricFamily(f"hotplug_{name}", doc, value)
@@ -96,6 +98,8 @@ class EngineMetrics(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hits),
             ("preemptions", "Requests put back into the queue for want of KV blocks", stats.preemptions),
+            ("kv_blocks_swapped_out", "KV blocks copied to the host for preempted requests", stats.blocks_swapped_out),
+            ("kv_blocks_swapped_in", "KV blocks copied back to the device", stats.blocks_swapped_in),
             ("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated", stats.generated_tokens),
             ("unplanned_recompiles", "Step shapes compiled while serving, beyond those planned", stats.recompiles),
@@ -105,3 +109,7 @@ class EngineMetrics(Collector):
         for reason, total in self._finished.items():
             finished.add_metric([reason], total)
         yield finished
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -29,7 +29,7 @@ from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.scheme import NONE, QuantScheme
 from hotplug.core.runner import memory_guard
 from hotplug.core.runner.batch import Batch
-from hotplug.core.runner.kv_memory import KVShape, torch_device
+from hotplug.core.runner.kv_memory import KVShape, swap_blocks, torch_device
 from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.sample.sampler import Sampler
 from hotplug.core.scheduler.policy import SchedulingPolicy
@@ -72,6 +72,8 @@ class Bound:
     """Makes what keeps KV blocks elsewhere."""
     tracer: Tracer | None
     """Times every call, where the configuration asks for it."""
+    swap_blocks: int
+    """Blocks of the swap space on the host, the null block among them; 0 without one."""
 
     def report(self) -> dict[str, Any]:
         """The plan and its surroundings as plain data (`hotplug explain --json`, `GET /debug/plan`)."""
@@ -93,6 +95,8 @@ class Bound:
                 "layout": str(self.resolved.kv_layout),
                 "block_size": self.resolved.block_size,
                 "block_bytes": self.kv_shape.block_bytes,
+                "swap_blocks": self.swap_blocks,
+                "shared_host_memory": self.limits.shared_host_memory,
             },
             "max_model_len": self.max_model_len,
             "plan_hash": self.plan.hash,
@@ -190,6 +194,7 @@ def bind(
         policy,
         connector,
         tracer,
+        swap_blocks(kv_shape, config),
     )
 
 

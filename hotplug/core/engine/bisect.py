@@ -202,6 +202,7 @@ def _fitted(config: EngineConfig, length: int) -> tuple[Bound, EngineConfig]:
         "kv_cache_memory": blocks * bound.kv_shape.block_bytes,
         "max_model_len": length,
         "max_num_seqs": 1,
+        "swap_space": None,
         "enable_prefix_cache": False,
         "trace_ops": False,
     }

@@ -11,6 +11,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.connect import make_connector, make_transfer
 from hotplug.core.engine.executables import captured, compiled, compiled_shapes
+from hotplug.core.engine.swap import make_space, make_swap
 from hotplug.core.errors import ConfigError, RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
@@ -48,14 +49,15 @@ class EngineCore:
         connector = make_connector(bound)
         with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
             load_weights(bound.model, bound.checkpoint)
+        space = make_space(bound)
         num_blocks = _num_blocks(bound)
         cache = _cache(bound, num_blocks)
         with MemoryGuard("preparing the steps", bound.selection, memory_guard.EXECUTABLES):
             self._executable = _executable(bound, cache, shapes)
-        transfer = make_transfer(bound, cache, connector)
+        transfer, swap = make_transfer(bound, cache, connector), make_swap(bound, cache, space)
         platform = bound.selection.platform
         runtime = platform if isinstance(platform, HasRuntime) else None
-        self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime)
+        self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime, swap)
         self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)
         self._ahead = int(bound.limits.asynchronous)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
@@ -65,6 +67,7 @@ class EngineCore:
             max_num_seqs=bound.resolved.max_num_seqs,
             max_model_len=bound.max_model_len,
             enable_prefix_cache=config.enable_prefix_cache,
+            num_host_blocks=bound.swap_blocks,
         )
         self.num_blocks = num_blocks
         budget = bound.resolved.max_num_batched_tokens

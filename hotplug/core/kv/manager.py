@@ -1,4 +1,4 @@
-"""The one owner of KV memory on the host: block tables by row, the block pool, and the prefix cache.
+"""The one owner of KV memory on the host: block tables by row, the block pools, and the prefix cache.
 
 The scheduler asks it what fits and tells it which rows grow; the runner gets the changes of the tables as
 arrays and keeps its own copy on the device. It knows blocks and rows, not requests.
@@ -13,11 +13,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from hotplug.core.kv.groups import IntArray, KVGroup
+from hotplug.core.kv.host import HostPool, Swapped
 from hotplug.core.kv.pool import NULL_BLOCK, BlockPool
 
 
 class KVManager:
-    """Block tables of up to `max_num_seqs` rows over a pool of `num_blocks` blocks (block 0 is the null block)."""
+    """Block tables of up to `max_num_seqs` rows over a pool of `num_blocks` blocks (block 0 is the null block).
+
+    With `num_host_blocks` (its null block included) there is a second pool, in host memory, for swapping.
+    """
 
     def __init__(
         self,
@@ -27,10 +31,12 @@ class KVManager:
         max_num_seqs: int,
         max_model_len: int,
         enable_prefix_cache: bool = True,
+        num_host_blocks: int = 0,
     ) -> None:
         self.group = group
         self.block_size = group.block_size
         self.pool = BlockPool(num_blocks)
+        self.host = HostPool(num_host_blocks) if num_host_blocks else None
         self.enable_prefix_cache = enable_prefix_cache
         self.tables: IntArray = np.zeros((max_num_seqs, group.num_blocks(max_model_len)), np.int32)
         """[max_num_seqs, max_blocks_per_seq] block ids; 0 beyond `num_blocks` and behind the window."""
@@ -90,10 +96,8 @@ class KVManager:
         """Start an empty row on a cached prefix (`match`)."""
         first = sum(block == NULL_BLOCK for block in matched)
         self.pool.share(matched[first:])
-        n = len(matched)
-        self._first[row], self.num_blocks[row], self._registered[row] = first, n, n
-        if n:
-            self._set(np.full(n, row, np.int32), np.arange(n, dtype=np.int32), np.array(matched, np.int32))
+        self._start(row, first, matched)
+        self._registered[row] = len(matched)
 
     def extend(self, rows: IntArray, lengths: IntArray) -> None:
         """Give each of `rows` blocks for `lengths` tokens. Raises OutOfMemoryError: ask `missing` before."""
@@ -156,6 +160,46 @@ class KVManager:
         kept = [(rows != row, (rows, cols, ids)) for rows, cols, ids in self._changes]
         self._changes = [(r[keep], c[keep], i[keep]) for keep, (r, c, i) in kept]
 
+    # --- swapping ---
+
+    def swap_out(self, row: int, num_tokens: int, digests: Sequence[bytes]) -> Swapped | None:
+        """Keep a row's KV of its first `num_tokens` tokens on the host; None where that has no room.
+
+        `digests` are the hashes of its leading full blocks, as far as known. The row's blocks may be freed at once:
+        they are copied (`take_swap_out`) before the next plan writes anything.
+        """
+        if self.host is None:
+            return None
+        first, end = int(self._first[row]), self.group.num_blocks(num_tokens)
+        names: list[bytes | None] = [*digests[first:end]]
+        names += [None] * (end - first - len(names))
+        blocks = self.host.store(self.tables[row, first:end].tolist(), names)
+        return None if blocks is None else Swapped(num_tokens, first, blocks)
+
+    def swap_in(self, row: int, swapped: Swapped, shared: Sequence[int]) -> list[tuple[int, int]]:
+        """Start an empty row on KV from the host. Raises OutOfMemoryError: ask `cost` before.
+
+        `shared` are the leading ones of its blocks that the prefix cache still has. Returns (device block, host
+        block) of the others, which the plan being made copies. The host blocks stay held: see `drop`.
+        """
+        sources = swapped.blocks[len(shared) :]
+        self.pool.share(shared)  # before allocating, which could evict them
+        fresh = self.pool.allocate(len(sources))
+        self._start(row, swapped.first, [NULL_BLOCK] * swapped.first + [*shared, *fresh])
+        self._registered[row] = swapped.first + len(shared)
+        return list(zip(fresh, sources, strict=True))
+
+    def drop(self, swapped: Swapped) -> None:
+        """Free the host blocks of a sequence that has come back, or has ended."""
+        assert self.host is not None
+        self.host.release(swapped.blocks)
+
+    def take_swap_out(self) -> list[tuple[int, int]]:
+        """(device block, host block) of what was swapped out since the last call, for the plan being made."""
+        return [] if self.host is None else self.host.take_copies()
+
+    # --- for the runner, for tests ---
+
     def take_changes(self) -> tuple[IntArray, IntArray, IntArray]:
         """(rows, columns, ids), [n] int32 each: the table cells that changed since the last call, each once."""
         changes, self._changes = self._changes, []
@@ -170,6 +214,8 @@ class KVManager:
     def check(self) -> None:
         """Raise AssertionError unless pool and tables agree. For tests."""
         self.pool.check()
+        if self.host is not None:
+            self.host.blocks.check()
         counts = np.bincount(self.tables.ravel(), minlength=self.pool.num_blocks)
         for block in range(1, self.pool.num_blocks):
             assert counts[block] == self.pool.references(block), f"block {block}: references and tables differ"
@@ -179,6 +225,13 @@ class KVManager:
 
     def _entries(self, lengths: IntArray) -> IntArray:
         return (lengths + np.int32(self.block_size - 1)) // np.int32(self.block_size)
+
+    def _start(self, row: int, first: int, entries: Sequence[int]) -> None:
+        """Fill the table of an empty row; the entries before `first` are null."""
+        n = len(entries)
+        self._first[row], self.num_blocks[row] = first, n
+        if n:
+            self._set(np.full(n, row, np.int32), np.arange(n, dtype=np.int32), np.array(entries, np.int32))
 
     def _set(self, rows: IntArray, columns: IntArray, ids: IntArray) -> None:
         self.tables[rows, columns] = ids

@@ -1,9 +1,10 @@
-"""KV cache memory: how large it may be, and its tensors."""
+"""KV cache memory: how large it may be, and its tensors; how large the swap space on the host is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -86,12 +87,58 @@ def rounded(blocks: int) -> int:
 
 def allocate(shape: KVShape, blocks: int, platform: Platform, device: DeviceInfo) -> list[KVBlocks]:
     """One (keys, values) pair a layer, zeroed."""
-    sizes: Sequence[int] = shape.tensor_shape(blocks)
-    if isinstance(platform, HasKV):
-        cache = platform.allocate(sizes, shape.dtype, device)
-    else:
-        cache = torch.zeros(sizes, dtype=shape.dtype, device=torch_device(platform, device))
+    cache = zeros(shape.tensor_shape(blocks), shape.dtype, platform, device)
     return [(layer[0], layer[1]) for layer in cache]
+
+
+def zeros(sizes: Sequence[int], dtype: torch.dtype, platform: Platform, device: DeviceInfo) -> torch.Tensor:
+    """Zeroed memory for KV blocks, the platform's own kind where it has one."""
+    if isinstance(platform, HasKV):
+        return platform.allocate(sizes, dtype, device)
+    return torch.zeros(sizes, dtype=dtype, device=torch_device(platform, device))
+
+
+def swap_blocks(shape: KVShape, config: EngineConfig) -> int:
+    """Host blocks that fit the configured swap space, the null block among them; 0 without one.
+
+    Raises OutOfMemoryError if it is too small for any.
+    """
+    if config.swap_space is None:
+        return 0
+    size = parse_bytes(config.swap_space)
+    blocks = size // shape.block_bytes
+    if blocks < 2:
+        raise OutOfMemoryError(
+            f"a swap space of {size:,} bytes holds {max(blocks, 0)} KV blocks, 2 are the least (block 0 is never used)",
+            why=f"a block of {shape.block_size} tokens takes {shape.block_bytes:,} bytes over all layers",
+            hint="Raise --swap-space, or leave it out to recompute what is preempted.",
+        )
+    return blocks
+
+
+def check_swap_space(size: int, free: int) -> None:
+    """Raises OutOfMemoryError when `size` bytes of swap space are not among the `free` bytes of the host."""
+    if size > free:
+        raise OutOfMemoryError(
+            f"the swap space was to take {_gib(size)}, {_gib(free)} of host memory are free",
+            hint="Lower --swap-space.",
+        )
+
+
+def host_free(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that this process may still take: of the machine, and of its control group's limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # no control group of version 2, or its root, which has no limit
+        return free
+    if not limit.isdigit():
+        return free
+    reclaimable = int(usage.get("active_file", 0)) + int(usage.get("inactive_file", 0))
+    return max(0, min(free, int(limit) - int(used) + reclaimable))
 
 
 def torch_device(platform: Platform, device: DeviceInfo) -> torch.device:

@@ -20,6 +20,7 @@ from hotplug.core.runner.executable import Executable, HostStep, StepOutputs
 from hotplug.core.sample.sampler import Logprobs, Sampled, Sampler
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 from hotplug.core.transfer.blocks import BlockTransfer
+from hotplug.core.transfer.swap import BlockSwap
 
 PROMPT_LOGPROB_ROWS = 256
 """Prompt positions scored at once: bounds the [rows, vocab] logits of a request that asks for them."""
@@ -87,8 +88,10 @@ class Runner:
         executable: Executable,
         transfer: BlockTransfer | None = None,
         runtime: HasRuntime | None = None,
+        swap: BlockSwap | None = None,
     ) -> None:
         self._transfer = transfer
+        self._swap = swap
         self._runtime = runtime
         self._model = model
         self._batch = batch
@@ -101,6 +104,10 @@ class Runner:
         """Launch a step; returns at once where the device runs asynchronously."""
         if self._transfer is not None:
             self._transfer.save(plan.saves)
+        if self._swap is not None:
+            self._swap.swap_out(plan.swap_out)
+            self._swap.swap_in(plan.swap_in)
+        if self._transfer is not None:
             self._transfer.load(plan.loads)
         self._apply(plan)
         rows = plan.rows[plan.samples]

@@ -24,6 +24,7 @@ class StepBuilder:
         """Tokens of the budget used so far."""
         self.admitted: list[Admission] = []
         self.loads: list[tuple[int, Any]] = []
+        self.swap_in: list[tuple[int, int]] = []
 
     @property
     def num_requests(self) -> int:
@@ -42,9 +43,14 @@ class StepBuilder:
         self.num_tokens += end - start
 
     def build(
-        self, released: list[int], changes: tuple[IntArray, IntArray, IntArray], saves: list[tuple[int, bytes]]
+        self,
+        released: list[int],
+        changes: tuple[IntArray, IntArray, IntArray],
+        saves: list[tuple[int, bytes]],
+        swap_out: list[tuple[int, int]],
     ) -> StepPlan:
-        """The plan, with the rows freed before it and the changed block-table cells (rows, columns, ids)."""
+        """The plan, with the rows freed before it, the changed block-table cells (rows, columns, ids), and the copies
+        that go before all it writes."""
         n = len(self._decode_rows)
         rows, start = self._decode_rows, self._decode_start
         num_tokens, samples = np.ones(n, np.int32), np.ones(n, np.bool_)
@@ -66,4 +72,6 @@ class StepBuilder:
             block_ids=changes[2],
             saves=saves,
             loads=self.loads,
+            swap_out=swap_out,
+            swap_in=self.swap_in,
         )

@@ -38,10 +38,10 @@ class Admission:
 class StepPlan:
     """One step. Arrays of length R run over the scheduled requests, decodes first.
 
-    The runner applies it in this order: `saves`, `loads`, `released`, `admitted`, new blocks, then the forward pass
-    over positions [start, start + num_tokens) of each row. Key and value of every token in the step are written
-    before any query of the step reads them (layer by layer), so a request may share blocks that another one
-    fills in the same step.
+    The runner applies it in this order: `saves`, `swap_out`, `swap_in`, `loads`, `released`, `admitted`, new blocks,
+    then the forward pass over positions [start, start + num_tokens) of each row. Key and value of every token in the
+    step are written before any query of the step reads them (layer by layer), so a request may share blocks that
+    another one fills in the same step.
     """
 
     rows: IntArray
@@ -65,6 +65,12 @@ class StepPlan:
     """Blocks that earlier steps filled, with their hashes, for the KV connector; before anything is written."""
     loads: list[tuple[int, Any]] = field(default_factory=list)
     """Blocks that the KV connector fetched, each with its host tensor; written before the forward pass."""
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    """(device block, host block) to copy to the host, each host block once. The device blocks may be written by this
+    very step, so they are copied before anything is."""
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
+    """(device block, host block) to copy to the device, each device block once. A source may be a target of
+    `swap_out` in the same plan; a later plan may write it."""
 
     @property
     def total_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""The step scheduler: continuous batching with chunked prefill, prefix sharing and preemption by recompute.
+"""The step scheduler: continuous batching with chunked prefill, prefix sharing, and preemption by swap or recompute.
 
 `schedule` plans a step and may be called again before the results of the step before are known; `update`
 takes a step's results in the order of the plans. It decides what runs and owns the requests; it touches no
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
+from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.request import EngineStats, Request, TokenDelta
@@ -111,6 +112,8 @@ class Scheduler:
         self._arrivals = 0
         self._random = np.random.default_rng(config.seed)
         self._stats = EngineStats(kv_blocks_total=kv.pool.num_usable)
+        if kv.host is not None:
+            self._stats.host_blocks_total = kv.host.blocks.num_usable
 
     # --- requests come and go ---
 
@@ -155,6 +158,8 @@ class Scheduler:
         self._stats.running = self._batch.num_running
         self._stats.waiting = len(self._waiting)
         self._stats.kv_blocks_used = self.kv.pool.num_used
+        if self.kv.host is not None:
+            self._stats.host_blocks_used = self.kv.host.blocks.num_used
         return msgspec.structs.replace(self._stats)
 
     def _checked_prompt(self, request: Request) -> IntArray:
@@ -204,8 +209,10 @@ class Scheduler:
         if not builder.num_tokens:
             self._saves = saves
             return None
-        plan = builder.build(self._released, self.kv.take_changes(), saves)
+        plan = builder.build(self._released, self.kv.take_changes(), saves, self.kv.take_swap_out())
         self._released = []
+        self._stats.blocks_swapped_out += len(plan.swap_out)
+        self._stats.blocks_swapped_in += len(plan.swap_in)
         self._in_flight.append(_InFlight(plan, self._batch.generation[plan.rows]))
         self._last_was_prefill = builder.has_prefill
         self._stats.steps += 1
@@ -247,17 +254,21 @@ class Scheduler:
             if seq is None or seq.in_flight:
                 return
             total = len(seq.token_ids)
-            matched = self._cached_prefix(seq)
-            cached = len(matched) * self.kv.block_size
+            matched, swapped = self._kept(seq)
+            cached = len(matched) * self.kv.block_size if swapped is None else swapped.num_tokens
             if not self.config.chunked_prefill and total - cached > budget:
                 return
             if self.kv.cost(matched, total, chunk) + self._reserved_blocks() > self.kv.pool.num_free:
                 return
             self._waiting.pop()
             row = self._batch.place(seq)
-            self.kv.admit(row, matched)
-            if self._connector is not None:
-                cached += self._fetch(seq, row, cached, builder)
+            if swapped is not None:
+                builder.swap_in += self.kv.swap_in(row, swapped, matched)
+            else:
+                self.kv.admit(row, matched)
+                if self._connector is not None:
+                    cached += self._fetch(seq, row, cached, builder)
+            self._drop_swapped(seq)
             end = min(total, cached + budget)
             self.kv.extend(np.array([row], np.int32), np.array([end], np.int32))
             self._batch.computed[row] = end
@@ -276,6 +287,14 @@ class Scheduler:
         self._register(row, end)
 
     # --- the prefix cache ---
+
+    def _kept(self, seq: Sequence) -> tuple[list[int], Swapped | None]:
+        """What a waiting request need not compute again: its cached prefix as block-table entries, or its KV on the
+        host where that reaches further. With the latter go the entries from its first on that are cached still."""
+        matched, swapped = self._cached_prefix(seq), seq.swapped
+        if swapped is None or len(matched) * self.kv.block_size >= swapped.num_tokens:
+            return matched, None
+        return matched[swapped.first :], swapped
 
     def _cached_prefix(self, seq: Sequence) -> list[int]:
         """Block-table entries of the cached prefix of a waiting request: whole blocks, one token at least left."""
@@ -348,23 +367,45 @@ class Scheduler:
             self._preempt(by_key.pop())
 
     def _has_room(self, seq: Sequence) -> bool:
-        cost = self.kv.cost(self._cached_prefix(seq), len(seq.token_ids), self.config.max_num_batched_tokens)
+        cost = self.kv.cost(self._kept(seq)[0], len(seq.token_ids), self.config.max_num_batched_tokens)
         return self._batch.num_free > 0 and cost + self._reserved_blocks() <= self.kv.pool.num_free
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take a row from its request, which goes back to waiting and later recomputes what is not cached.
+        """Take a row from its request, which goes back to waiting.
 
-        Tokens of it that are in flight still count; it is not admitted again before they have arrived.
+        Its KV goes to the host if that has room; otherwise it later recomputes what is not cached. Tokens of it that
+        are in flight still count; it is not admitted again before they have arrived.
         """
         generation = self._batch.generation[seq.row]
         for step in self._in_flight:
             for i in np.flatnonzero((step.plan.rows == seq.row) & (step.generations == generation)).tolist():
                 step.preempted[i] = seq
                 seq.in_flight += int(step.plan.samples[i])
+        self._swap_out(seq)
         self._free_row(seq)
         seq.preempted = True
         self._waiting.push(seq)
         self._stats.preemptions += 1
+
+    def _swap_out(self, seq: Sequence) -> None:
+        """Keep a running request's KV on the host, if there is room.
+
+        That is the KV of every token planned so far: steps in flight write theirs before the next plan's copies. So
+        of the tokens that the request comes back with, only the last needs computing, or what was left of its prompt.
+        """
+        if self.kv.host is None:
+            return
+        row, digests = seq.row, []
+        computed = int(self._batch.computed[row])
+        if self.kv.enable_prefix_cache:
+            full = min(computed, int(self._batch.known[row])) // self.kv.block_size
+            digests = seq.hashes.extend(self._batch.history[row], full)[:full]
+        seq.swapped = self.kv.swap_out(row, computed, digests)
+
+    def _drop_swapped(self, seq: Sequence) -> None:
+        if seq.swapped is not None:
+            self.kv.drop(seq.swapped)
+            seq.swapped = None
 
     def _free_row(self, seq: Sequence) -> None:
         row = seq.row
@@ -379,6 +420,7 @@ class Scheduler:
             self._free_row(seq)
         else:
             self._waiting.remove(seq)
+            self._drop_swapped(seq)
         seq.done = True
         del self._requests[seq.request.id]
 

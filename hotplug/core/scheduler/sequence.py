@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.request import Request, TokenLogprobs
 from hotplug.core.scheduler.plan import Admission, IntArray
@@ -36,6 +37,7 @@ class Sequence:
         "seed",
         "started",
         "stop_tokens",
+        "swapped",
         "token_ids",
     )
 
@@ -66,6 +68,8 @@ class Sequence:
         self.in_flight = 0
         """Tokens sampled before a preemption that the host has not seen yet."""
         self.preempted = False
+        self.swapped: Swapped | None = None
+        """Its KV on the host, while it waits after a preemption by swap."""
         self.started = False
         """Whether the first delta is out."""
         self.done = False

@@ -33,7 +33,10 @@ RANDOM_STEPS = 1000
 
 
 def end_to_end(target: Target, report: Report) -> None:
-    """Greedy tokens are the references': alone, together, in chunks, after a prefix hit, preempted, with a window."""
+    """Greedy tokens are the references': alone, together, in chunks, after a prefix hit, preempted, with a window.
+
+    A request is preempted twice over: to compute its KV again, and to find it in the swap space.
+    """
     quick = target.options.quick
     tokens = 8 if quick else 32
     model, sliding = small_model(target.folder), small_model(target.folder, window=24)
@@ -47,7 +50,10 @@ def end_to_end(target: Target, report: Report) -> None:
     _scenario(target, report, "after a prefix hit", model, asked, expected, tokens, {}, again=True)
     growing, longer = prompts(8, longest=12), 24 if quick else 64
     grown = generate(start(target, trusted(target, model)), growing, longer)
-    _scenario(target, report, "preempted", model, growing, grown, longer, _tight(target, model, len(growing) * longer))
+    tight = _tight(target, model, len(growing) * longer)
+    swapping = {**tight, "swap_space": 2 * tight["kv_cache_memory"]}
+    _scenario(target, report, "preempted", model, growing, grown, longer, tight)
+    _scenario(target, report, "swapped", model, growing, grown, longer, swapping)
     _scenario(target, report, "with a sliding window", sliding, asked, windowed, tokens, {})
     if target.options.model is not None:
         real = Path(target.options.model)
@@ -75,6 +81,8 @@ def _scenario(
             raise RuntimeError("the second run of the same prompts met no cached prefix")
     if words == "preempted" and not core.stats().preemptions:
         raise RuntimeError("the cache was too large for anything to be preempted")
+    if words == "swapped" and not core.stats().blocks_swapped_in:
+        raise RuntimeError("nothing was swapped out and in again")
     report.cases += len(asked)
     difference = first_difference(found, expected, target.limits.dtypes[0])
     if difference:

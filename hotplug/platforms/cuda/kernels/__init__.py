@@ -38,6 +38,22 @@ def _cache(spec: SiteSpec) -> Verdict:
     return Verdict(True)
 
 
+def _whole_heads(spec: SiteSpec) -> Verdict:
+    if spec["rotary_dim"] != spec["head_dim"]:
+        return Verdict(False, f"rotates whole heads, not {spec['rotary_dim']} of {spec['head_dim']} dimensions")
+    return _cache(spec)
+
+
+def _plain(spec: SiteSpec) -> Verdict:
+    if spec["scheme"] != "none":
+        return Verdict(False, f"reads plain weights, not {spec['scheme']}")
+    return Verdict(True)
+
+
+def _few_rows(bucket: Bucket) -> bool:
+    return 0 < bucket.num_tokens <= linear.MOST_ROWS
+
+
 def _experts(spec: SiteSpec) -> Verdict:
     if spec["num_experts"] > MOST_EXPERTS:
         return Verdict(False, f"{spec['num_experts']} experts are above {MOST_EXPERTS}")
@@ -56,22 +72,6 @@ def _many_tokens(bucket: Bucket) -> bool:
     return bucket.num_tokens >= GROUPED_MM_TOKENS
 
 
-def _whole_heads(spec: SiteSpec) -> Verdict:
-    if spec["rotary_dim"] != spec["head_dim"]:
-        return Verdict(False, f"rotates whole heads, not {spec['rotary_dim']} of {spec['head_dim']} dimensions")
-    return _cache(spec)
-
-
-def _plain(spec: SiteSpec) -> Verdict:
-    if spec["scheme"] != "none":
-        return Verdict(False, f"reads plain weights, not {spec['scheme']}")
-    return Verdict(True)
-
-
-def _few_rows(bucket: Bucket) -> bool:
-    return 0 < bucket.num_tokens <= linear.MOST_ROWS
-
-
 KERNELS = (
     Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
     Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
@@ -84,9 +84,6 @@ KERNELS = (
     Impl("rope", "cuda.triton", rope, rank=10),
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
-    Impl("moe_route", "cuda.triton", moe_route, check=_experts, rank=10),
-    Impl("moe_experts", "cuda.triton", moe_experts, check=_experts, rank=10),
-    Impl("moe_experts", "cuda.grouped_mm", grouped_mm, check=_grouped_mm, accepts=_many_tokens, rank=GROUPED_MM_RANK),
     *gathered_attention.KERNELS,
     Impl("embed", "cuda.triton", embed, rank=10),
     Impl("prepare_inputs", "cuda.triton", prepare_inputs, rank=10),
@@ -95,6 +92,9 @@ KERNELS = (
     Impl("sample_rows", "cuda.triton", sample_rows, rank=10),
     Impl("penalties", "cuda.triton", penalties, rank=10),
     Impl("logprobs", "cuda.triton", logprobs, rank=10),
+    Impl("moe_route", "cuda.triton", moe_route, check=_experts, rank=10),
+    Impl("moe_experts", "cuda.triton", moe_experts, check=_experts, rank=10),
+    Impl("moe_experts", "cuda.grouped_mm", grouped_mm, check=_grouped_mm, accepts=_many_tokens, rank=GROUPED_MM_RANK),
 )
 
 TUNABLES = (*dense.TUNABLES, *linear.TUNABLES)

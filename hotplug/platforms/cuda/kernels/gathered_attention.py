@@ -37,8 +37,6 @@ class Chunks:
     """[chunks + 1] first of each chunk's keys among the gathered ones."""
     max_query_len: int
     max_seq_len: int
-    fresh: bool
-    """Whether no chunk has a prefix, so that its queries and keys are the same tokens."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Chunks, float, int | None, float | None], Tensor]
@@ -63,23 +61,22 @@ def chunks_of(step: AttentionInputs, block_size: int) -> Chunks | None:
     start = step.query_start[step.num_decodes :]
     return Chunks(
         slots=block * block_size + position % block_size, query_start=(start - start[0]).to(torch.int32),
-        key_start=key_start, max_query_len=max(queries), max_seq_len=max(seqs), fresh=queries == seqs,
+        key_start=key_start, max_query_len=max(queries), max_seq_len=max(seqs),
     )  # fmt: skip
 
 
 def attention(
     attend: Attend, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float,
-    window: int | None, layout: str, sinks: Tensor | None = None, soft_cap: float | None = None, *,
-    prefixes: bool = True,
+    window: int | None, layout: str, sinks: Tensor | None = None, soft_cap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Chunks by `attend` where gathering pays; without `prefixes`, only if no chunk of the step has one."""
+    """Chunks by `attend` where gathering pays."""
     decodes = step.num_decodes
     chunks = None
     if decodes < len(step.seq_lens):
         if step.prepared is None:
             step.prepared = (chunks_of(step, k_cache.shape[1]),)
         (chunks,) = step.prepared
-    if chunks is None or not (prefixes or chunks.fresh):
+    if chunks is None:
         return paged_attention(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
     k, v = gather(k_cache, v_cache, chunks)
     if not decodes:
@@ -113,16 +110,6 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, scale: float, window: 
     out: Tensor = forward(q, k, v, chunks.query_start, chunks.key_start, chunks.max_query_len, chunks.max_seq_len,
                   softmax_scale=scale, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0),
                   softcap=soft_cap or 0.0)  # fmt: skip
-    return out
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, scale: float, window: int | None,
-           soft_cap: float | None) -> Tensor:  # fmt: skip
-    """cuDNN's attention through PyTorch. It aligns the causal mask to the first key, so chunks must be fresh."""
-    out: Tensor = torch.ops.aten._cudnn_attention_forward(
-        q, k, v, None, chunks.query_start, chunks.key_start, chunks.max_query_len, chunks.max_seq_len, False, 0.0, True,
-        scale=scale,
-    )[0]  # fmt: skip
     return out
 
 
@@ -166,12 +153,6 @@ def _check_fa3(spec: SiteSpec) -> Verdict:
                   soft_cap=not without["FLASHATTENTION_DISABLE_SOFTCAP"], dtypes=halves)  # fmt: skip
 
 
-def _check_cudnn(spec: SiteSpec) -> Verdict:
-    if spec["head_dim"] > 128:
-        return Verdict(False, f"head_dim {spec['head_dim']} is above 128")
-    return _plain(spec, window=False, soft_cap=False, dtypes=("bfloat16", "float16"))
-
-
 def _check_flash(spec: SiteSpec) -> Verdict:
     return _plain(spec, window=True, soft_cap=False, dtypes=("bfloat16", "float16"))
 
@@ -182,7 +163,5 @@ def _chunked(bucket: Bucket) -> bool:
 
 KERNELS = (
     Impl("attention", "cuda.fa3", partial(attention, _fa3), check=_check_fa3, accepts=_chunked, rank=20),
-    Impl("attention", "cuda.cudnn", partial(attention, _cudnn, prefixes=False), check=_check_cudnn, accepts=_chunked,
-         rank=6),
     Impl("attention", "cuda.flash", partial(attention, _flash), check=_check_flash, accepts=_chunked, rank=5),
 )  # fmt: skip

@@ -48,16 +48,9 @@ def _prefetch(address, there):
 
 @triton.jit
 def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr,
-          GATED: tl.constexpr, BIAS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """A program ROWS outputs of one row x [K]; the first COLS of their weights are read before x is waited for.
-
-    The first AHEAD programs also ask for the first AHEAD * 32 KiB of the weight to be brought into the L2 cache.
-    """
+          GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A program ROWS outputs of one row x [K]; the first COLS of their weights are read before x is waited for."""
     pdl.release(PDL)
-    if PDL and AHEAD and tl.program_id(0) < AHEAD:
-        part = tl.program_id(0).to(tl.int64) * 16384 + tl.arange(0, 64) * 256
-        end = N.to(tl.int64) * K * (2 if GATED else 1)
-        _prefetch(weight + part, (part + 256 <= end).to(tl.int32))
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     there = (rows < N)[:, None]
@@ -97,7 +90,7 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 @triton.jit(do_not_specialize=["M"])
 def _skinny(x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, counters, M, N, K: tl.constexpr,
             TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr,
-            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
     """All M <= TOKENS rows of x; tiles of ROWS outputs times steps over K, dealt evenly to the programs (stream-K,
     Osama et al., 2023).
@@ -111,7 +104,7 @@ def _skinny(x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, counters
     share = tl.cdiv(tiles * steps, PROGRAMS)
     at = tl.program_id(0) * share
     end = tl.minimum(at + share, tiles * steps)
-    if PDL:
+    if PDL and AHEAD:
         first_row = at // steps * ROWS + tl.arange(0, ROWS)
         first_col = at % steps * COLS
         ahead: tl.constexpr = 256  # elements, 512 bytes, of each row
@@ -178,19 +171,18 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: torch.dtype, rows: int, cols: int,
-         warps: int, ahead: int = 0) -> Tensor:  # fmt: skip
+         warps: int) -> Tensor:  # fmt: skip
     """`x` [1, K] times `weight` [N or 2N, K] transposed, gated if asked; [1, N] of `dtype`."""
     k, n = weight.shape[1], weight.shape[0] // (2 if gated else 1)
     out = torch.empty((1, n), dtype=dtype, device=x.device)
     cols = min(cols, triton.next_power_of_2(k))
-    ahead = ahead if x.element_size() == 2 else 0
     _gemv[(triton.cdiv(n, rows),)](x, weight, bias, out, n, k, rows, cols, k % cols == 0, gated, bias is not None,
-                                   ahead, num_warps=warps, **pdl.options(x.device))  # fmt: skip
+                                   num_warps=warps, **pdl.options(x.device))  # fmt: skip
     return out
 
 
 def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: torch.dtype, rows: int, cols: int,
-           programs: int, stages: int, warps: int) -> Tensor:  # fmt: skip
+           programs: int, stages: int, warps: int, ahead: bool = False) -> Tensor:  # fmt: skip
     """`x` [M <= 64, K] times `weight` [N or 2N, K] transposed, gated if asked; [M, N] of `dtype`."""
     m, k = x.shape
     n = weight.shape[0] // (2 if gated else 1)
@@ -206,7 +198,8 @@ def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype
     tiles_of_x = TensorDescriptor.from_tensor(x, [tokens, cols])
     tiles_of_weight = TensorDescriptor.from_tensor(weight, [rows, cols])
     _skinny[(programs,)](x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k,
-                         tokens, rows, cols, programs, stages, gated, bias is not None, precision, num_warps=warps,
+                         tokens, rows, cols, programs, stages, gated, bias is not None, precision, ahead,
+                         num_warps=warps,
                          **pdl.options(x.device))  # fmt: skip
     return out
 

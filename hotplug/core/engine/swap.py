@@ -1,0 +1,62 @@
+"""An engine's swap space: its memory, and what moves blocks between it and the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hotplug.core.engine.bind import Bound
+from hotplug.core.errors import OutOfMemoryError
+from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.platform.optional import HasKV, HasRuntime
+from hotplug.core.runner import kv_memory
+from hotplug.core.transfer.swap import BlockSwap, SwapSpace
+
+
+def make_space(bound: Bound) -> SwapSpace | None:
+    """The memory for `bound.swap_blocks` blocks; None without any. Taken before the KV cache is sized: a little of it
+    is the device's. Raises OutOfMemoryError."""
+    if not bound.swap_blocks:
+        return None
+    platform, device, shape = bound.selection.platform, bound.selection.device, bound.kv_shape
+    shared = bound.limits.shared_host_memory
+    kv_memory.check_swap_space(
+        bound.swap_blocks * shape.block_bytes,
+        platform.memory(device).free if shared else kv_memory.host_free(),
+    )
+    layers, sides, _, *inner = shape.tensor_shape(1)
+    try:
+        return SwapSpace(
+            bound.swap_blocks,
+            (layers, sides, *inner),
+            shape.dtype,
+            host=platform.pinned if isinstance(platform, HasRuntime) else _pageable,
+            device=lambda sizes, dtype: kv_memory.zeros(sizes, dtype, platform, device),
+        )
+    except RuntimeError as e:  # what torch raises where memory cannot be had, or not be pinned
+        raise OutOfMemoryError("the swap space cannot be taken", why=str(e), hint="Lower --swap-space.") from e
+
+
+def make_swap(bound: Bound, kv: list[KVBlocks], space: SwapSpace | None) -> BlockSwap | None:
+    """What moves blocks between the caches and the swap space."""
+    if space is None:
+        return None
+    platform = bound.selection.platform
+    if isinstance(platform, HasKV):
+        return BlockSwap(kv, space, platform.copy)
+    return BlockSwap(kv, space, _queue if isinstance(platform, HasRuntime) else _copy)
+
+
+def _pageable(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(sizes), dtype=dtype)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
+
+
+def _queue(source: Tensor, target: Tensor) -> None:
+    """Host memory is pinned here, so the host need not wait: the stream keeps the order."""
+    target.copy_(source, non_blocking=True)
