@@ -23,6 +23,7 @@ from hotplug.platforms.cuda.kernels.moe import (
     by_expert,
     down_tiles,
     few,
+    fitting,
     gate_up_tiles,
     grouped,
     grouped_mm,
@@ -220,6 +221,22 @@ def test_both_products_have_blocks_of_the_same_rows(size: int) -> None:
             assert tiles.stages * tiles.depth * tile * size <= 227 * 1024
             assert min(tiles.rows, tiles.cols, tiles.depth) >= 16
             assert not tiles.swap or tiles.cols >= 64  # else the weights are no operand of wgmma
+
+
+@pytest.mark.parametrize(("capability", "kib"), [((8, 0), 163), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_tiles_fit_the_shared_memory_of_a_device(
+    capability: tuple[int, int], kib: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for assignments in (40, 2048, 4096, 131072):
+        chosen = gate_up_tiles(assignments, 128, size), down_tiles(assignments, 128, size)
+        for tiles, weights in zip(chosen, (2, 1), strict=True):
+            held = fitting(tiles, weights, size, torch.device("meta"))
+            stage = held.depth * (held.rows + weights * held.cols) * size
+            assert held.rows == tiles.rows and held.stages >= 1 and held.stages * stage < kib * 1024
+            assert capability >= (9, 0) or held.rows * held.cols * weights <= 128 * 128
+            assert capability < (9, 0) or held == tiles
 
 
 def kernel(op: str, provider: str) -> Impl:

@@ -71,6 +71,26 @@ def block_rows(each: float) -> int:
     return next((rows for rows in (16, 32, 64) if each <= rows * 0.6), 128)
 
 
+SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+"""KiB of shared memory that a program may have, by compute capability; 99 elsewhere (CUDA Programming Guide, table of
+technical specifications)."""
+
+
+def fitting(tiles: Tiles, weights: int, size: int, device: torch.device) -> Tiles:
+    """`tiles`, chosen for Hopper, as `device` holds them; each stage has `weights` tiles of weights.
+
+    Shared memory bounds the stages, and registers the sums, which only Hopper's products leave room beside.
+    """
+    if device.type == "cpu":
+        return tiles
+    capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    if capability < (9, 0) and tiles.rows * tiles.cols * weights > 128 * 128:
+        tiles = replace(tiles, cols=tiles.cols // 2)
+    limit = 64 if torch.version.hip else SHARED.get(capability, 99)  # AMD's local data share
+    stage = tiles.depth * (tiles.rows + weights * tiles.cols) * size
+    return replace(tiles, stages=max(min(tiles.stages, (limit - 1) * 1024 // stage), 1))
+
+
 # --- few assignments ------------------------------------------------------------------------------
 
 
@@ -271,19 +291,19 @@ def _read(matrix, first, rows, start, LENGTH: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _product(tile, weight, total, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """total plus tile [rows, depth] times weight [cols, depth]; transposed where SWAP."""
+def _product(tile, weight, total, SWAP: tl.constexpr):
+    """total plus tile [rows, depth] times weight [cols, depth]; transposed where SWAP. Float32 stays float32."""
     if SWAP:
-        total = tl.dot(weight, tl.trans(tile), total, input_precision=PRECISION)
+        total = tl.dot(weight, tl.trans(tile), total, input_precision="ieee")
     else:
-        total = tl.dot(tile, tl.trans(weight), total, input_precision=PRECISION)
+        total = tl.dot(tile, tl.trans(weight), total, input_precision="ieee")
     return total
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _gate_up(x, gate_up, out, order, block_expert, block_rows, x_stride, blocks, TOP_K: tl.constexpr,
              HIDDEN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-             GROUP: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+             GROUP: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
              PDL: tl.constexpr):  # fmt: skip
     """A program a block and COLS of the width: silu(gate) * up in out [blocks * ROWS, WIDTH], in the order's rows."""
     pdl.release(PDL)
@@ -307,8 +327,8 @@ def _gate_up(x, gate_up, out, order, block_expert, block_rows, x_stride, blocks,
                 tile = tl.load(source + start, mask=(start + deep < HIDDEN)[None, :], other=0.0)
             gate_tile = _read(gate_up, gates, left, start, HIDDEN, COLS, DEPTH, TMA)
             up_tile = _read(gate_up, gates + WIDTH, left, start, HIDDEN, COLS, DEPTH, TMA)
-            gate = _product(tile, gate_tile, gate, SWAP, PRECISION)
-            up = _product(tile, up_tile, up, SWAP, PRECISION)
+            gate = _product(tile, gate_tile, gate, SWAP)
+            up = _product(tile, up_tile, up, SWAP)
         gated = (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty)
         if SWAP:
             gated = tl.trans(gated)
@@ -319,7 +339,7 @@ def _gate_up(x, gate_up, out, order, block_expert, block_rows, x_stride, blocks,
 @triton.jit(do_not_specialize=["blocks"])
 def _down(gated, down, out, block_expert, block_rows, blocks, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
           ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr,
-          TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          TMA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program a block and COLS of the hidden state, in out [blocks * ROWS, HIDDEN], in the order's rows."""
     pdl.release(PDL)
     pdl.wait(PDL)
@@ -335,7 +355,7 @@ def _down(gated, down, out, block_expert, block_rows, blocks, HIDDEN: tl.constex
             weight = _read(
                 down, expert * HIDDEN + column * COLS, HIDDEN - column * COLS, start, WIDTH, COLS, DEPTH, TMA
             )
-            total = _product(tile, weight, total, SWAP, PRECISION)
+            total = _product(tile, weight, total, SWAP)
         if SWAP:
             total = tl.trans(total)
         target = out + (block * ROWS + rows).to(tl.int64)[:, None] * HIDDEN + cols[None, :]
@@ -377,20 +397,20 @@ def grouped(
     hidden, top_k, (count, _, width) = x.shape[1], experts.shape[1], down.shape
     if hidden * x.element_size() % 16 or width * x.element_size() % 16:  # no rows for a descriptor
         first, second = replace(first, tma=False), replace(second, tma=False)
+    first, second = (fitting(t, n, x.element_size(), x.device) for t, n in ((first, 2), (second, 1)))
     order = by_expert(experts, count, first.rows)
     blocks, options = len(order.block_rows), pdl.options(x.device)
-    precision = "ieee" if x.dtype is torch.float32 else "tf32"
     gated = torch.empty((blocks * first.rows, width), dtype=x.dtype, device=x.device)
     _gate_up[(blocks * triton.cdiv(width, first.cols),)](
         x, _matrix(gate_up, first.cols, first), gated, order.rows, order.block_expert, order.block_rows, x.stride(0),
-        blocks, top_k, hidden, width, first.rows, first.cols, first.depth, GROUP, first.swap, first.tma, precision,
+        blocks, top_k, hidden, width, first.rows, first.cols, first.depth, GROUP, first.swap, first.tma,
         num_warps=first.warps, num_stages=first.stages, **options,
     )  # fmt: skip
     parts = torch.empty((blocks * first.rows, hidden), dtype=x.dtype, device=x.device)
     _down[(blocks * triton.cdiv(hidden, second.cols),)](
         _matrix(gated, first.rows, second), _matrix(down, second.cols, second), parts, order.block_expert,
         order.block_rows, blocks, hidden, width, first.rows, second.cols, second.depth, GROUP, second.swap, second.tma,
-        precision, num_warps=second.warps, num_stages=second.stages, **options,
+        num_warps=second.warps, num_stages=second.stages, **options,
     )  # fmt: skip
     return combine(parts, order.position, weights)
 

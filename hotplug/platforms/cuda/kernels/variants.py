@@ -17,6 +17,7 @@ Lens = tuple[tuple[int, int], ...]
 ONE: Lens = ((1, 129),)
 DECODES: Lens = ((1, 1000),) * 64
 CHUNKS: Lens = ((512, 512), (16, 2000))
+PROMPTS: Lens = ((4096, 4096),) * 4
 MIXED: Lens = (*DECODES[:8], *CHUNKS)
 
 
@@ -59,6 +60,7 @@ UNLAUNCHED = {"_skinny": "no kernel of KERNELS accepts steps of more than one ro
 """Kernels that no call site of the platform launches, each with the reason."""
 
 LLAMA_8B, LLAMA_1B, QWEN3_30B, GEMMA, SMOLLM2 = (32, 8, 128), (32, 8, 64), (32, 4, 128), (8, 4, 256), (9, 3, 64)
+QWEN3_ROUTER = {"hidden": 2048, "num_experts": 128, "top_k": 8}
 
 VARIANTS: tuple[Variant, ...] = (
     *(Variant(op, facts) for op in ("rms_norm", "add_rms_norm") for facts in _width(2048, 4096)),
@@ -78,6 +80,9 @@ VARIANTS: tuple[Variant, ...] = (
         for i, o in ((4096, 6144), (14336, 4096), (2048, 2048))
     ),
     Variant("linear_silu_mul", {"in_features": 4096, "width": 14336, "bias": False, "scheme": "none"}, ONE),
+    *(Variant("moe_route", QWEN3_ROUTER, lens) for lens in (ONE, DECODES)),
+    *(Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, lens) for lens in (ONE, DECODES, PROMPTS)),
+    Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, DECODES, "float32"),
     Variant("logits", {"hidden": 4096, "vocab": 128256, "bias": False, "scheme": "none"}, ONE),
     _attention(LLAMA_8B, ONE, excluded=WIDE),
     _attention(LLAMA_8B, DECODES, excluded=WIDE),
