@@ -63,9 +63,9 @@ def test_right_kernels_are_acquitted(run):
 
 
 def test_one_wrong_site_is_named_with_its_worst_element(run):
-    found = run(Impl("linear", "acme.scaled", scaled, check=at("layers.1.mlp.down")))
+    found = run(Impl("linear", "acme.scaled", scaled, check=at("layers.0.mlp.down")))
     (site,) = found.divergent
-    assert (site.site, site.provider, site.what, site.step) == ("layers.1.mlp.down", "acme.scaled", "output", 1)
+    assert (site.site, site.provider, site.what, site.step) == ("layers.0.mlp.down", "acme.scaled", "output", 1)
     assert site.wrong_calls == site.calls
     assert "instead of" in site.comparison.reason
     assert site.inputs == ["float32[37, 64]", "float32[32, 64]"]
@@ -117,7 +117,7 @@ def test_a_wrong_replay_shows_in_the_tokens_of_its_own_mode(run):
 
 
 def test_the_command_prints_the_culprit_and_exits_1(tiny_model, monkeypatch):
-    judged = FakePlatform(kernels=[Impl("linear", "acme.scaled", scaled, check=at("layers.1.mlp.down"))])
+    judged = FakePlatform(kernels=[Impl("linear", "acme.scaled", scaled, check=at("layers.0.mlp.down"))])
     monkeypatch.setattr(bind_module, "discover", lambda: candidates(FakePlatform(name="trusted"), judged))
     args = [
         "bisect",

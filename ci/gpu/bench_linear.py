@@ -48,9 +48,8 @@ def candidates(n: int, k: int, gated: bool, m: int) -> list[tuple[str, dict[str,
         for programs in {132, 264, tiles, 2 * tiles, 4 * tiles}:
             if programs > 132 * max(4, tiles // 100) or programs < 100 or (programs == 264 and smem > 113_000):
                 continue
-            for ahead in (False, True):
-                found.append(("skinny", {"rows": rows, "cols": cols, "programs": programs, "stages": stages,
-                                         "warps": warps, "ahead": ahead}))  # fmt: skip
+            found.append(("skinny", {"rows": rows, "cols": cols, "programs": programs, "stages": stages,
+                                     "warps": warps}))  # fmt: skip
     return list({json.dumps(c): c for c in found}.values())
 
 

@@ -38,15 +38,6 @@ def _gate(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(address, there):
-    """Ask for 512 bytes of device memory from each `address` on to be in the L2 cache, where `there` is not 0."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
-        "=r,l,r", [address, there], tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr,
           GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A program ROWS outputs of one row x [K]; the first COLS of their weights are read before x is waited for."""
@@ -88,9 +79,9 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 
 
 @triton.jit(do_not_specialize=["M"])
-def _skinny(x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, counters, M, N, K: tl.constexpr,
+def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, K: tl.constexpr,
             TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr,
-            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
     """All M <= TOKENS rows of x; tiles of ROWS outputs times steps over K, dealt evenly to the programs (stream-K,
     Osama et al., 2023).
@@ -104,14 +95,6 @@ def _skinny(x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, counters
     share = tl.cdiv(tiles * steps, PROGRAMS)
     at = tl.program_id(0) * share
     end = tl.minimum(at + share, tiles * steps)
-    if PDL and AHEAD:
-        first_row = at // steps * ROWS + tl.arange(0, ROWS)
-        first_col = at % steps * COLS
-        ahead: tl.constexpr = 256  # elements, 512 bytes, of each row
-        exists = ((first_row < N) & (first_col + ahead <= K) & (at < end)).to(tl.int32)
-        _prefetch(weight + first_row.to(tl.int64) * K + first_col, exists)
-        if GATED:
-            _prefetch(weight + (N + first_row).to(tl.int64) * K + first_col, exists)
     pdl.wait(PDL)
     tokens = tl.arange(0, TOKENS)
     here = (tokens < M)[None, :]
@@ -182,7 +165,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: 
 
 
 def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: torch.dtype, rows: int, cols: int,
-           programs: int, stages: int, warps: int, ahead: bool = False) -> Tensor:  # fmt: skip
+           programs: int, stages: int, warps: int) -> Tensor:  # fmt: skip
     """`x` [M <= 64, K] times `weight` [N or 2N, K] transposed, gated if asked; [M, N] of `dtype`."""
     m, k = x.shape
     n = weight.shape[0] // (2 if gated else 1)
@@ -197,9 +180,8 @@ def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype
     precision = "ieee" if x.dtype is torch.float32 else "tf32"
     tiles_of_x = TensorDescriptor.from_tensor(x, [tokens, cols])
     tiles_of_weight = TensorDescriptor.from_tensor(weight, [rows, cols])
-    _skinny[(programs,)](x, tiles_of_x, weight, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k,
-                         tokens, rows, cols, programs, stages, gated, bias is not None, precision, ahead,
-                         num_warps=warps,
+    _skinny[(programs,)](x, tiles_of_x, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k, tokens, rows,
+                         cols, programs, stages, gated, bias is not None, precision, num_warps=warps,
                          **pdl.options(x.device))  # fmt: skip
     return out
 
@@ -211,8 +193,11 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
         return gemv(x, weight, bias, gated=gated, dtype=dtype, **options)
     if kernel == "skinny":
         return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
-    out = F.linear(x, weight, bias)
-    return silu_mul(out) if gated else out.to(dtype)
+    if gated:
+        return silu_mul(F.linear(x, weight, bias))
+    if dtype != x.dtype and bias is None and x.is_cuda:  # without a narrow result to convert
+        return torch.mm(x, weight.t(), out_dtype=dtype)
+    return F.linear(x, weight, bias).to(dtype)
 
 
 def _default(key: Key) -> Config:
@@ -244,6 +229,8 @@ def _hopper(device: torch.device) -> bool:
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     name = str(x.dtype).removeprefix("torch.")
     gated = op == "linear_silu_mul"
+    if x.shape[0] > MOST_ROWS:
+        return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
     config = tuned(x.device).lookup(op, name, **shape)
     if config is None:
@@ -262,7 +249,7 @@ def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The op `logits`, for few rows: float32 at once."""
+    """The op `logits`, for any number of rows: float32 at once."""
     return _few("logits", hidden, weight, bias, torch.float32)
 
 

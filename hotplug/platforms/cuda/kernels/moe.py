@@ -53,7 +53,7 @@ def gate_up_tiles(assignments: int, experts: int, size: int) -> Tiles:
         return Tiles(min(rows, 64), 32, 32, 4, 2)
     if rows <= 64:
         return Tiles(rows, 64, 64, 4, 5 if rows <= 32 else 4, swap=True)
-    return Tiles(rows, 128, 64, 8, 4)
+    return Tiles(rows, 128, 64, 8, 4, tma=True)
 
 
 def down_tiles(assignments: int, experts: int, size: int) -> Tiles:
@@ -63,7 +63,7 @@ def down_tiles(assignments: int, experts: int, size: int) -> Tiles:
         return Tiles(min(rows, 64), 64, 32, 4, 2)
     if rows <= 64:
         return Tiles(rows, 64, 128, 4, 4 if rows <= 32 else 3, swap=True)
-    return Tiles(rows, 256, 64, 8, 3)
+    return Tiles(rows, 256, 64, 8, 3, tma=True)
 
 
 def block_rows(each: float) -> int:
