@@ -132,9 +132,9 @@ def test_the_command_prints_the_culprit_and_exits_1(tiny_model, monkeypatch):
     ]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 1, result.output
-    assert "first divergence: layers.1.mlp.down (linear -> acme.scaled)" in result.stdout
+    assert "first divergence: layers.0.mlp.down (linear -> acme.scaled)" in result.stdout
     document = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
-    assert document["sites"][0]["site"] == "layers.1.mlp.down"
+    assert document["sites"][0]["site"] == "layers.0.mlp.down"
 
 
 # --- comparing ------------------------------------------------------------------------------------
