@@ -81,8 +81,7 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 @triton.jit(do_not_specialize=["M"])
 def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, K: tl.constexpr,
             TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr,
-            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """All M <= TOKENS rows of x; tiles of ROWS outputs times steps over K, dealt evenly to the programs (stream-K,
     Osama et al., 2023).
 
@@ -112,10 +111,10 @@ def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, 
         for step in tl.range(begin, stop, num_stages=STAGES):
             vectors = tl.trans(tiles_of_x.load([0, step * COLS]))
             value = tiles_of_weight.load([tile * ROWS, step * COLS])
-            total = tl.dot(value, vectors, total, input_precision=PRECISION)
+            total = tl.dot(value, vectors, total, input_precision="ieee")
             if GATED:
                 value_up = tiles_of_weight.load([N + tile * ROWS, step * COLS])
-                total_up = tl.dot(value_up, vectors, total_up, input_precision=PRECISION)
+                total_up = tl.dot(value_up, vectors, total_up, input_precision="ieee")
         last = True
         if stop - begin < steps:
             first = tile * steps // share
@@ -177,11 +176,10 @@ def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype
     if share % steps:  # some tile is dealt to several programs
         size = tiles * ((steps - 1) // share + 2) * rows * tokens * (2 if gated else 1)
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
-    precision = "ieee" if x.dtype is torch.float32 else "tf32"
     tiles_of_x = TensorDescriptor.from_tensor(x, [tokens, cols])
     tiles_of_weight = TensorDescriptor.from_tensor(weight, [rows, cols])
     _skinny[(programs,)](x, tiles_of_x, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k, tokens, rows,
-                         cols, programs, stages, gated, bias is not None, precision, num_warps=warps,
+                         cols, programs, stages, gated, bias is not None, num_warps=warps,
                          **pdl.options(x.device))  # fmt: skip
     return out
 
@@ -195,7 +193,7 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
         return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
     if gated:
         return silu_mul(F.linear(x, weight, bias))
-    if dtype != x.dtype and bias is None and x.is_cuda:  # without a narrow result to convert
+    if dtype != x.dtype and bias is None and x.is_cuda and len(x):  # without a narrow result to convert
         return torch.mm(x, weight.t(), out_dtype=dtype)
     return F.linear(x, weight, bias).to(dtype)
 
@@ -229,7 +227,7 @@ def _hopper(device: torch.device) -> bool:
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     name = str(x.dtype).removeprefix("torch.")
     gated = op == "linear_silu_mul"
-    if x.shape[0] > MOST_ROWS:
+    if not 0 < x.shape[0] <= MOST_ROWS:  # a step that samples nothing has no row to score
         return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
     config = tuned(x.device).lookup(op, name, **shape)
