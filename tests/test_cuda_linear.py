@@ -1,4 +1,4 @@
-"""Linear layers of few rows on the CUDA platform, interpreted on the CPU: both kernels against PyTorch, and the choice."""
+"""Linear layers of few rows on the CUDA platform, interpreted on the CPU: both kernels, and which of them is chosen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from hotplug.platforms.cuda.kernels import linear
+from hotplug.platforms.cuda.kernels import gpu, linear
 from hotplug.platforms.cuda.tuning import Key, Tuned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,11 +114,12 @@ def test_scores_of_narrow_inputs_are_float32_and_were_never_narrower() -> None:
 
 
 def choice(monkeypatch: pytest.MonkeyPatch, op: str, rows: int, k: int, n: int, dtype: torch.dtype = HALF,
-           entries: dict[Key, dict[str, Any]] | None = None, hopper: bool = True) -> dict[str, Any]:  # fmt: skip
+           entries: dict[Key, dict[str, Any]] | None = None,
+           capability: tuple[int, int] = gpu.HOPPER) -> dict[str, Any]:  # fmt: skip
     """The configuration that a call runs with."""
     chosen: list[dict[str, Any]] = []
     monkeypatch.setattr(linear, "tuned", lambda device: Tuned(entries or {}))
-    monkeypatch.setattr(linear, "_hopper", lambda device: hopper)
+    monkeypatch.setattr(gpu, "capability", lambda device: capability)
     monkeypatch.setattr(linear, "_with", lambda config, *_, **__: chosen.append(dict(config)))
     x, weight = torch.empty((rows, k), dtype=dtype), torch.empty((n, k), dtype=dtype)
     getattr(linear, op)(x, weight, None)
@@ -155,11 +156,10 @@ def test_rows_that_no_descriptor_serves_well_go_to_the_library(
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_other_gpus_than_hopper_and_its_successors_use_the_library(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choice(monkeypatch, "linear", rows, 1024, 256, hopper=False)["kernel"] == "library"
+    assert choice(monkeypatch, "linear", rows, 1024, 256, capability=(8, 9))["kernel"] == "library"
 
 
-def test_a_step_that_samples_nothing_has_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_hopper", lambda device: True)
+def test_a_step_that_samples_nothing_has_no_scores() -> None:
     x, weight, _ = inputs(0, 1024, 32, HALF, bias=False)
     got = linear.logits(x, weight, None)
     assert (got.shape, got.dtype) == ((0, 32), FULL)

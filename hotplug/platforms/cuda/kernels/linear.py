@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
 from hotplug.vendor import SiteSpec
@@ -216,12 +216,7 @@ def _default(key: Key) -> Config:
 
 
 _PLAIN: Config = {"kernel": "library"}
-
-
-@cache
-def _hopper(device: torch.device) -> bool:
-    """Whether tiles can be copied by descriptor, which the defaults rest on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+"""Also of GPUs before Hopper: the defaults rest on copies by descriptor."""
 
 
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -232,7 +227,8 @@ def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
     config = tuned(x.device).lookup(op, name, **shape)
     if config is None:
-        config = _default(Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})) if _hopper(x.device) else _PLAIN
+        key = Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})
+        config = _default(key) if gpu.capability(x.device) >= gpu.HOPPER else _PLAIN
     return _with(config, x, weight, bias, dtype, gated=gated)
 
 
