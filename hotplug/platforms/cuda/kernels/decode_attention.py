@@ -49,7 +49,11 @@ def config_for(pairs: int, dim: int, block_size: int, width: int) -> DecodeConfi
         return DecodeConfig(keys=32, stages=5)
     if pairs <= FEW_PAIRS:  # short contexts are not worth splitting
         return DecodeConfig(stages=5, least=4)
-    return DecodeConfig(stages=7, programs=4 if dim <= 64 else 2)
+    if dim <= 64:
+        return DecodeConfig(stages=7, programs=4)
+    if pairs > 1024:
+        return DecodeConfig(stages=6)
+    return DecodeConfig(keys=64 if pairs <= 256 else 32, stages=7)
 
 
 @triton.jit(do_not_specialize=["splits", "least", "window", "table_stride"])

@@ -229,7 +229,7 @@ def _hopper(device: torch.device) -> bool:
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     name = str(x.dtype).removeprefix("torch.")
     gated = op == "linear_silu_mul"
-    if x.shape[0] > MOST_ROWS:
+    if not 0 < x.shape[0] <= MOST_ROWS:
         return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
     config = tuned(x.device).lookup(op, name, **shape)
