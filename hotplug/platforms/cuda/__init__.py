@@ -23,7 +23,7 @@ class CudaPlatform:
 
     name = "cuda"
     torch_device = "cuda"
-    api_version = "1.0"
+    api_version = "1.1"
 
     def __init__(self) -> None:
         self._nvml: Nvml | None = None

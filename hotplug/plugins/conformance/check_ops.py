@@ -21,7 +21,7 @@ from hotplug.plugins.conformance.target import Target
 HOST = torch.device("cpu")
 FUZZED = 1000
 """Call sites by chance; fewer in a quick run."""
-INTEGER_OPS = ("prepare_inputs",)
+INTEGER_OPS = ("prepare_inputs", "prepare_step")
 FLOAT_OPS = ("argmax", "sample", "sample_rows", "logprobs", "penalties")
 """Ops whose call sites have a dtype of their own, not the model's."""
 
