@@ -30,27 +30,10 @@ SHAPES = [  # name, outputs, inputs, gated
 FP32 = "head"
 
 
-def candidates(n: int, k: int, gated: bool, m: int) -> list[tuple[str, dict[str, int]]]:
-    found: list[tuple[str, dict[str, int]]] = []
-    if m == 1:
-        for rows, cols, warps in ((1, 2048, 4), (2, 1024, 4), (2, 2048, 4), (4, 512, 4), (4, 1024, 4), (4, 1024, 8),
-                                  (4, 2048, 8), (8, 512, 4), (8, 1024, 8), (16, 512, 8)):  # fmt: skip
-            found.append(("gemv", {"rows": rows // 2 if gated and rows > 1 else rows, "cols": cols, "warps": warps}))
-    tokens = max(16, 1 << (m - 1).bit_length())
-    shapes = [(64, 128, 5, 4), (64, 256, 4, 4), (128, 64, 6, 4), (128, 128, 4, 8)] if tokens <= 32 else [
-        (64, 64, 4, 4), (64, 64, 6, 4), (64, 128, 3, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 4, 8),
-        (128, 128, 4, 8)]  # fmt: skip
-    for rows, cols, stages, warps in shapes:
-        smem = stages * cols * 2 * (rows * (2 if gated else 1) + tokens) + 2048
-        tiles = -(-n // rows)
-        if smem > 227_000 or (gated and rows * tokens > 128 * 64):
-            continue
-        for programs in {132, 264, tiles, 2 * tiles, 4 * tiles}:
-            if programs > 132 * max(4, tiles // 100) or programs < 100 or (programs == 264 and smem > 113_000):
-                continue
-            found.append(("skinny", {"rows": rows, "cols": cols, "programs": programs, "stages": stages,
-                                     "warps": warps}))  # fmt: skip
-    return list({json.dumps(c): c for c in found}.values())
+def candidates(op: str, n: int, k: int, m: int) -> list[dict[str, Any]]:
+    """What `hotplug tune` would try too."""
+    key = Key.of(op, "bfloat16", {"n": n, "k": k, "tokens": m})
+    return [dict(config) for config in linear.candidates(key)]
 
 
 def run(kind: str, options: dict[str, int], x: Any, w: Any, gated: bool, dtype: torch.dtype) -> Any:
