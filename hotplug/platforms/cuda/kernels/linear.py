@@ -280,7 +280,7 @@ def candidates(key: Key) -> Iterator[Config]:
         if shared > _SHARED or rows * tokens * (2 if gated else 1) > 64 * 128 * warps:  # registers for the sums
             continue
         tiles = triton.cdiv(key["n"], rows)
-        for programs in {132, 264, tiles, 2 * tiles}:
+        for programs in sorted({132, 264, tiles, 2 * tiles}):
             if 100 <= programs <= max(tiles, 528) and (programs != 264 or 2 * shared < _SHARED):
                 yield {"kernel": "skinny", "rows": rows, "cols": cols, "programs": programs, "stages": stages,
                        "warps": warps}  # fmt: skip
