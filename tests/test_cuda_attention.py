@@ -192,11 +192,19 @@ def test_libraries_refuse_what_they_lack(
     lacks = dict.fromkeys(("FLASHATTENTION_DISABLE_FP16", "FLASHATTENTION_DISABLE_LOCAL"), True)
     flags = {**lacks, "FLASHATTENTION_DISABLE_SOFTCAP": False}
     monkeypatch.setattr(gathered_attention, "fa3_package", lambda: (None, flags))
+    for where, name in ((torch.cuda, "is_available"), (torch.backends.cuda, "is_flash_attention_available")):
+        monkeypatch.setattr(where, name, lambda: True)
     impl = next(k for k in gathered_attention.KERNELS if k.provider == f"cuda.{provider}")
     assert impl.check(SiteSpec("attention", "s", "bfloat16", "sm_90", SITE)).ok
     facts = {**SITE, **refused}
     verdict = impl.check(SiteSpec("attention", "s", facts.pop("dtype", "bfloat16"), "sm_90", facts))
     assert not verdict.ok and verdict.reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is here")
+def test_pytorchs_own_library_is_refused_where_there_is_no_gpu() -> None:
+    impl = next(k for k in gathered_attention.KERNELS if k.provider == "cuda.flash")
+    assert "no GPU" in impl.check(SiteSpec("attention", "s", "bfloat16", "sm_90", SITE)).reason
 
 
 def test_fa3_is_refused_where_its_package_is_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,9 @@ from hotplug.core.ops.plan import COMPOSED, Plan
 from hotplug.core.ops.program import as_node, references
 from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Op
 from hotplug.core.runner.static import StaticInputs, StepShape
+
+_TRACING = threading.RLock()
+"""Torch's tracer is one for the process, and engines beside each other compile in threads of their own."""
 
 
 class ModelProgram:
@@ -73,12 +77,14 @@ class StepProgram:
     def export(self) -> torch.export.ExportedProgram:
         model, _ = self._model.nodes
         step = _Step(model, self._static.inputs.attention.max_query_len)
-        return torch.export.export(step, (*self._static.tensors, *self._model.caches), strict=False)
+        with _TRACING:
+            return torch.export.export(step, (*self._static.tensors, *self._model.caches), strict=False)
 
     @torch.no_grad()
     def inlined(self) -> torch.export.ExportedProgram:
         _, ops = self._model.nodes
-        return self.export().run_decompositions(dict(references(ops.values(), keep=self.kernels.keys())))
+        with _TRACING:
+            return self.export().run_decompositions(dict(references(ops.values(), keep=self.kernels.keys())))
 
 
 class _NodeBinder:

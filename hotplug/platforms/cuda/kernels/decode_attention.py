@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import pdl
-from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, precision, with_sink
+from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, with_sink
 from hotplug.vendor import AttentionInputs
 
 release, wait = pdl.release, pdl.wait
@@ -61,7 +61,7 @@ def _decode(q, k_cache, v_cache, k_rows, v_rows, block_table, seq_lens, sinks, o
             window, q_token, q_head, out_token, out_head, table_stride, splits, least, KV_HEADS: tl.constexpr,
             GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
             COLS: tl.constexpr, PARTS: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-            PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            PDL: tl.constexpr):  # fmt: skip
     """A program a key/value head, part of the context and request; the group's heads are the rows of a tile.
 
     PARTS: a power of two from `splits`; 1 where contexts are not split. `partial` [requests, KV_HEADS, splits, GROUP,
@@ -95,10 +95,10 @@ def _decode(q, k_cache, v_cache, k_rows, v_rows, block_table, seq_lens, sinks, o
             start = tile * KEYS
             row = tl.load(table + start // SIZE) * SIZE + start % SIZE
             key = k_rows.load([row, head * DIM])
-            scores = logits(tl.dot(query, tl.trans(key), input_precision=PRECISION), scale, cap, CAPPED)
+            scores = logits(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
             scores = tl.where((start + keys >= length - window)[None, :], scores, float("-inf"))
             value = v_rows.load([row, head * DIM])
-            best, total, mixed = accumulate(scores, value, best, total, mixed, False, PRECISION)
+            best, total, mixed = accumulate(scores, value, best, total, mixed, False)
     for tile in range(masked, end):
         position = tile * KEYS + keys
         visible = (position < length) & (position >= length - window)
@@ -111,10 +111,10 @@ def _decode(q, k_cache, v_cache, k_rows, v_rows, block_table, seq_lens, sinks, o
             cell = ((block * SIZE + position % SIZE) * KV_HEADS + head) * DIM
         there = visible[:, None] if DIM == COLS else visible[:, None] & (cols < DIM)[None, :]
         key = tl.load(k_cache + cell[:, None] + cols[None, :], mask=there, other=0.0)
-        scores = logits(tl.dot(query, tl.trans(key), input_precision=PRECISION), scale, cap, CAPPED)
+        scores = logits(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
         scores = tl.where(visible[None, :], scores, float("-inf"))
         value = tl.load(v_cache + cell[:, None] + cols[None, :], mask=there, other=0.0)
-        best, total, mixed = accumulate(scores, value, best, total, mixed, False, PRECISION)
+        best, total, mixed = accumulate(scores, value, best, total, mixed, False)
     target = out + request * out_token + (head * GROUP + rows)[:, None] * out_head + cols[None, :]
     sink = tl.full([ROWS], float("-inf"), tl.float32)
     if SINKS:
@@ -187,8 +187,8 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, o
         window or 1 << 30, q.stride(0), q.stride(1), out.stride(0), out.stride(1), step.block_table.stride(0), splits,
         config.least, kv_heads, group, dim, size, ROWS=max(triton.next_power_of_2(group), 16), KEYS=config.keys,
         COLS=cols, PARTS=1 if splits == 1 else max(triton.next_power_of_2(splits), 8), SINKS=sinks is not None,
-        CAPPED=soft_cap is not None, TMA=tma, PRECISION=precision(q), num_warps=config.warps,
-        num_stages=config.stages, **pdl.options(q.device),
+        CAPPED=soft_cap is not None, TMA=tma, num_warps=config.warps, num_stages=config.stages,
+        **pdl.options(q.device),
     )  # fmt: skip
 
 

@@ -154,6 +154,8 @@ def _check_fa3(spec: SiteSpec) -> Verdict:
 
 
 def _check_flash(spec: SiteSpec) -> Verdict:
+    if not (torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()):
+        return Verdict(False, "PyTorch sees no GPU or is built without FlashAttention")
     return _plain(spec, window=True, soft_cap=False, dtypes=("bfloat16", "float16"))
 
 

@@ -82,7 +82,7 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 def _skinny(x, tiles_of_x, tiles_of_weight, tiles_of_out, bias, out, partial, counters, M, N, K: tl.constexpr,
             TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT: tl.constexpr,
             STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr,
-            PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            PDL: tl.constexpr):  # fmt: skip
     """All M <= TOKENS rows of x; tiles of ROWS outputs times steps over K, dealt evenly to the programs (stream-K,
     Osama et al., 2023).
 
@@ -110,10 +110,10 @@ def _skinny(x, tiles_of_x, tiles_of_weight, tiles_of_out, bias, out, partial, co
         for step in tl.range(begin, stop, num_stages=STAGES):
             vectors = tl.trans(tiles_of_x.load([0, step * COLS]))
             value = tiles_of_weight.load([tile * ROWS, step * COLS])
-            total = tl.dot(value, vectors, total, input_precision=PRECISION)
+            total = tl.dot(value, vectors, total, input_precision="ieee")
             if GATED:
                 value_up = tiles_of_weight.load([N + tile * ROWS, step * COLS])
-                total_up = tl.dot(value_up, vectors, total_up, input_precision=PRECISION)
+                total_up = tl.dot(value_up, vectors, total_up, input_precision="ieee")
         last = True
         if SPLIT and stop - begin < steps:
             first = tile * steps // share
@@ -180,13 +180,12 @@ def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype
     if split:
         size = tiles * ((steps - 1) // share + 2) * rows * tokens * (2 if gated else 1)
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
-    precision = "ieee" if x.dtype is torch.float32 else "tf32"
     tiles_of_x = TensorDescriptor.from_tensor(x, [tokens, cols])
     tiles_of_weight = TensorDescriptor.from_tensor(weight, [rows, cols])
     aligned = n * out.element_size() % 16 == 0
     tiles_of_out = TensorDescriptor.from_tensor(out, [tokens, rows]) if aligned else tiles_of_x
     _skinny[(programs,)](x, tiles_of_x, tiles_of_weight, tiles_of_out, bias, out, partial, _counters(x.device), m, n, k,
-                         tokens, rows, cols, programs, split, stages, gated, bias is not None, aligned, precision,
+                         tokens, rows, cols, programs, split, stages, gated, bias is not None, aligned,
                          num_warps=warps, **pdl.options(x.device))  # fmt: skip
     return out
 
@@ -200,7 +199,7 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
         return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
     if gated:
         return silu_mul(F.linear(x, weight, bias))
-    if dtype != x.dtype and bias is None and x.is_cuda:  # without a narrow result to convert
+    if dtype != x.dtype and bias is None and x.is_cuda and len(x):  # without a narrow result to convert
         return torch.mm(x, weight.t(), out_dtype=dtype)
     return F.linear(x, weight, bias).to(dtype)
 
@@ -236,7 +235,7 @@ def _hopper(device: torch.device) -> bool:
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     name = str(x.dtype).removeprefix("torch.")
     gated = op == "linear_silu_mul"
-    if not 0 < x.shape[0] <= MOST_ROWS:
+    if not 0 < x.shape[0] <= MOST_ROWS:  # a step that samples nothing has no row to score
         return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
     config = tuned(x.device).lookup(op, name, **shape)

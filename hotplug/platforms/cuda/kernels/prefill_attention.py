@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hotplug.platforms.cuda.kernels.decode_attention import rows_of
-from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, precision, with_sink
+from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, with_sink
 from hotplug.vendor import AttentionInputs
 
 
@@ -67,39 +67,37 @@ def _load(cache, rows, table, origin, tile, length, kv_head, KV_HEADS: tl.conste
 def _span(query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, begin, end, length, scale, cap,
           window, best, total, mixed, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
           KEYS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-          OVERLAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+          OVERLAP: tl.constexpr):  # fmt: skip
     """The tiles begin .. end-1 of keys; every query sees all of them unless MASKED."""
     keys = tl.arange(0, KEYS)
     if OVERLAP and not MASKED:
         if begin < end:
             key = _load(k_cache, k_rows, table, origin, begin, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS, False,
                         TMA)  # fmt: skip
-            products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            products = tl.dot(query, tl.trans(key), input_precision="ieee")
             for tile in range(begin, end - 1):
                 key = _load(k_cache, k_rows, table, origin, tile + 1, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
                             False, TMA)  # fmt: skip
-                following = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                following = tl.dot(query, tl.trans(key), input_precision="ieee")
                 value = _load(v_cache, v_rows, table, origin, tile, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
                               False, TMA)  # fmt: skip
-                best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False,
-                                                PRECISION)  # fmt: skip
+                best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False)
                 products = following
             value = _load(v_cache, v_rows, table, origin, end - 1, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
                           False, TMA)  # fmt: skip
-            best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False,
-                                            PRECISION)  # fmt: skip
+            best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False)
     else:
         for tile in range(begin, end):
             key = _load(k_cache, k_rows, table, origin, tile, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
                         MASKED and not TMA, TMA)  # fmt: skip
-            scores = logits(tl.dot(query, tl.trans(key), input_precision=PRECISION), scale, cap, CAPPED)
+            scores = logits(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
             if MASKED:
                 position = tile * KEYS + keys
                 visible = (position[None, :] <= place[:, None]) & (position[None, :] > place[:, None] - window)
                 scores = tl.where(visible, scores, float("-inf"))
             value = _load(v_cache, v_rows, table, origin, tile, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
                           MASKED, TMA)  # fmt: skip
-            best, total, mixed = accumulate(scores, value, best, total, mixed, MASKED, PRECISION)
+            best, total, mixed = accumulate(scores, value, best, total, mixed, MASKED)
     return best, total, mixed
 
 
@@ -108,7 +106,7 @@ def _prefill(q, k_cache, v_cache, k_rows, v_rows, out, block_table, query_start,
              window, q_token, q_head, out_token, out_head, table_stride, first_request, KV_HEADS: tl.constexpr,
              GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
              COLS: tl.constexpr, WINDOWED: tl.constexpr, SINKS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-             OVERLAP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             OVERLAP: tl.constexpr):  # fmt: skip
     """A program a query head, tile of one request's queries and request; programs past its queries end at once.
 
     The tiles with the most keys begin first. SIZE 0: keys are gathered, those of request i from row `key_start[i]` on.
@@ -142,11 +140,11 @@ def _prefill(q, k_cache, v_cache, k_rows, v_rows, out, block_table, query_start,
         middle = tl.maximum(before + 1, 0) // KEYS
         best, total, mixed = _span(
             query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, 0, middle, length, scale, cap,
-            window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, False, CAPPED, TMA, OVERLAP, PRECISION,
+            window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, False, CAPPED, TMA, OVERLAP,
         )  # fmt: skip
     best, total, mixed = _span(
         query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, middle, last, length, scale, cap,
-        window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, True, CAPPED, TMA, False, PRECISION,
+        window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, True, CAPPED, TMA, False,
     )  # fmt: skip
     if SINKS:
         best, total, mixed = with_sink(best, total, mixed, tl.load(sinks + head).to(tl.float32) * 1.4426950408889634)
@@ -176,5 +174,5 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, step: AttentionInputs, out: Tensor,
         window or 1 << 30, q.stride(0), q.stride(1), out.stride(0), out.stride(1), step.block_table.stride(0),
         step.num_decodes, kv_heads, heads // kv_heads, dim, size, ROWS=config.rows, KEYS=config.keys, COLS=cols,
         WINDOWED=window is not None, SINKS=sinks is not None, CAPPED=soft_cap is not None, TMA=tma,
-        OVERLAP=config.overlap, PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages,
+        OVERLAP=config.overlap, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

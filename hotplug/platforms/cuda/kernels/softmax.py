@@ -1,10 +1,12 @@
-"""What the attention kernels share: scores in units of log2, soft caps, and one tile's step of the online softmax."""
+"""What the attention kernels share: scores in units of log2, soft caps, and one tile's step of the online softmax.
+
+Products ask for "ieee": those of float32 are computed in float32; on narrower types it has no effect.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2E = 1.4426950408889634
 
@@ -14,11 +16,6 @@ def factors(scale: float, soft_cap: float | None) -> tuple[float, float]:
     if soft_cap is None:
         return scale * LOG2E, 0.0
     return 2 * LOG2E * scale / soft_cap, soft_cap * LOG2E
-
-
-def precision(x: Tensor) -> str:
-    """Products of float32 are computed in float32; narrower ones are exact in the tensor cores."""
-    return "ieee" if x.element_size() == 4 else "tf32"
 
 
 @triton.jit
@@ -31,7 +28,7 @@ def logits(products, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def accumulate(scores, value, best, total, mixed, GUARDED: tl.constexpr, PRECISION: tl.constexpr):
+def accumulate(scores, value, best, total, mixed, GUARDED: tl.constexpr):
     """The online softmax (Milakov and Gimelshein, 2018) over one more tile: scores [rows, keys], value [keys, cols].
 
     GUARDED: rows that see nothing of any tile so far stay at zero; else each row sees a key of every tile.
@@ -41,7 +38,7 @@ def accumulate(scores, value, best, total, mixed, GUARDED: tl.constexpr, PRECISI
     weights = tl.exp2(scores - shift[:, None])
     old = tl.exp2(best - shift)
     total = total * old + tl.sum(weights, 1)
-    mixed = tl.dot(weights.to(value.dtype), value, mixed * old[:, None], input_precision=PRECISION)
+    mixed = tl.dot(weights.to(value.dtype), value, mixed * old[:, None], input_precision="ieee")
     return new, total, mixed
 
 
