@@ -1,4 +1,4 @@
-"""Linear layers of few rows on the CUDA platform, interpreted on the CPU: both kernels against PyTorch, and the choice."""
+"""Linear layers of few rows: both kernels against PyTorch, in the interpreter where there is no GPU, and what is chosen."""
 
 from __future__ import annotations
 
