@@ -1,4 +1,4 @@
-"""Linear layers of few rows: both kernels against PyTorch, in the interpreter where there is no GPU, and what is chosen."""
+"""Linear layers of few rows: both kernels against PyTorch, interpreted where there is no GPU, and what is chosen."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def choice(monkeypatch: pytest.MonkeyPatch, op: str, rows: int, k: int, n: int, 
 @pytest.mark.parametrize(
     ("op", "rows", "kernel"),
     [
-        ("linear", 1, "gemv"), ("linear", 5, "skinny"), ("linear", 17, "library"),
-        ("linear_silu_mul", 1, "gemv"), ("linear_silu_mul", 64, "skinny"), ("linear_silu_mul", 65, "library"),
+        ("linear", 1, "gemv"), ("linear", 5, "stream"), ("linear", 17, "stream"), ("linear", 65, "library"),
+        ("linear_silu_mul", 1, "gemv"), ("linear_silu_mul", 64, "stream"), ("linear_silu_mul", 65, "library"),
         ("logits", 1, "gemv"), ("logits", 33, "skinny"), ("logits", 65, "library"), ("logits", 0, "library"),
     ],
 )  # fmt: skip
@@ -143,7 +143,7 @@ def test_what_was_measured_goes_before_the_default(monkeypatch: pytest.MonkeyPat
     measured = {"kernel": "skinny", "rows": 64, "cols": 128, "programs": 4, "stages": 2, "warps": 4}
     entries = {Key.of("linear", "bfloat16", {"n": 256, "k": 1024, "tokens": 64}): measured}
     assert choice(monkeypatch, "linear", 20, 1024, 256, entries=entries) == measured
-    assert choice(monkeypatch, "linear", 20, 1024, 512, entries=entries)["kernel"] == "library"
+    assert choice(monkeypatch, "linear", 20, 1024, 512, entries=entries)["kernel"] == "stream"
 
 
 @pytest.mark.parametrize(("rows", "k", "dtype"), [(4, 1024, FULL), (4, 1028, HALF), (4, 512, HALF)])
@@ -154,8 +154,13 @@ def test_rows_that_no_descriptor_serves_well_go_to_the_library(
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_other_gpus_than_hopper_and_its_successors_use_the_library(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpus_than_hopper_use_the_library(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(monkeypatch, "linear", rows, 1024, 256, hopper=False)["kernel"] == "library"
+
+
+@pytest.mark.parametrize(("tiles", "programs"), [(1, 132), (64, 128), (96, 96), (100, 100), (224, 112), (140, 132)])
+def test_programs_share_tiles_evenly_unless_that_leaves_many_without_work(tiles: int, programs: int) -> None:
+    assert linear.even(tiles) == programs
 
 
 def test_a_step_that_samples_nothing_has_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
+from hotplug.platforms.cuda.kernels.linear_hopper import stream
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
 from hotplug.vendor import SiteSpec
 
@@ -197,6 +198,8 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
         return gemv(x, weight, bias, gated=gated, dtype=dtype, **options)
     if kernel == "skinny":
         return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
+    if kernel == "stream":
+        return stream(x, weight, bias, gated=gated, dtype=dtype, **options)
     if gated:
         return silu_mul(F.linear(x, weight, bias))
     if dtype != x.dtype and bias is None and x.is_cuda and len(x):  # without a narrow result to convert
@@ -205,22 +208,29 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
 
 
 def _default(key: Key) -> Config:
-    """What serves shapes that nobody measured: what was best on most of those that were (one H200)."""
+    """What serves shapes on Hopper that nobody measured: what was best on most of those that were (one H200)."""
     n, k, tokens, gated = key["n"], key["k"], key["tokens"], key.kernel == "linear_silu_mul"
     if tokens == 1:
         return {"kernel": "gemv", "rows": 1 if gated else 2, "cols": 1024 if gated or k <= 2048 else 2048, "warps": 4}
-    if key.dtype == "float32" or k % 8 or k < 1024:
-        return {"kernel": "library"}
-    if tokens > 64:
+    if key.dtype != "bfloat16" or tokens > 64 or k % 8 or k < 1024:
         return _PLAIN
-    if gated or key.kernel == "logits":
-        wide = not gated and tokens > 16
-        rows = 128 if wide else 64
-        return {"kernel": "skinny", "rows": rows, "cols": 128, "programs": triton.cdiv(n, rows),
-                "stages": 5 if tokens <= 16 else 4, "warps": 8 if wide else 4}  # fmt: skip
-    if tokens <= 16:
-        return {"kernel": "skinny", "rows": 64, "cols": 256, "programs": 132, "stages": 4, "warps": 4}
-    return {"kernel": "library"}
+    if key.kernel == "logits":
+        rows = 64 if tokens <= 16 else 128
+        return {"kernel": "skinny", "rows": rows, "cols": 128 if tokens <= 16 else 64,
+                "programs": triton.cdiv(n, rows), "stages": 5 if tokens <= 16 else 4, "warps": 4}  # fmt: skip
+    cols, stages = (256, 5) if tokens <= 16 and not gated else (128, 5 if tokens <= 16 else 4 if gated else 6)
+    return {"kernel": "stream", "rows": 64, "cols": cols, "stages": stages, "programs": even(triton.cdiv(n, 64)),
+            "warps": 4}  # fmt: skip
+
+
+def even(tiles: int, most: int = 132) -> int:
+    """Programs, `most` at most, that share `tiles` evenly: several tiles each, or several programs a tile.
+
+    `most` itself where that would leave more than a third of them without work.
+    """
+    each = triton.cdiv(tiles, most)
+    programs = tiles * (most // tiles) if tiles <= most else tiles // each if tiles % each == 0 else most
+    return programs if 3 * programs >= 2 * most else most
 
 
 _PLAIN: Config = {"kernel": "library"}
@@ -228,8 +238,8 @@ _PLAIN: Config = {"kernel": "library"}
 
 @cache
 def _hopper(device: torch.device) -> bool:
-    """Whether tiles can be copied by descriptor, which the defaults rest on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether it is what the defaults were measured on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -271,6 +281,12 @@ def candidates(key: Key) -> Iterator[Config]:
     if key["k"] * size % 16:  # a descriptor's rows begin at multiples of 16 bytes
         return
     small = ((64, 128, 5, 4), (64, 256, 4, 4), (128, 64, 6, 4), (128, 128, 4, 8))
+    if key["tokens"] <= 64 and key.dtype == "bfloat16":
+        tiles = triton.cdiv(key["n"], 64)
+        for cols, stages in ((128, 10), (256, 5)) if tokens <= 16 else ((128, 6), (64, 8)):
+            for programs in sorted({even(tiles), min(tiles, 132), 132}):
+                yield {"kernel": "stream", "rows": 64, "cols": cols, "stages": stages // (2 if gated else 1),
+                       "programs": programs, "warps": 4}  # fmt: skip
     middle = ((64, 64, 4, 4), (64, 64, 6, 4), (64, 128, 3, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 4, 8),
               (128, 128, 4, 8))  # fmt: skip
     large = ((64, 64, 4, 8), (64, 64, 3, 8), (128, 64, 4, 8), (128, 64, 3, 8))
