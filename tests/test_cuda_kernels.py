@@ -6,6 +6,7 @@ Every kernel of `KERNELS` is found and run by the conformance kit, over its own 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,14 @@ def label(value: Any) -> str | None:
     return f"{value.op}-{value.provider}" if isinstance(value, Impl) else None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", KERNELS, ids=label)
+def kernel_cases() -> Iterator[Any]:
+    """Attention of float32, in tiles of 16 by 16, is many programs; test_cuda_attention.py has some of it."""
+    for kernel, dtype in itertools.product(KERNELS, DTYPES):
+        slow = kernel.op == "attention" and dtype == "float32"
+        yield pytest.param(kernel, dtype, marks=pytest.mark.slow if slow else (), id=f"{label(kernel)}-{dtype}")
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), kernel_cases())
 def test_a_kernel_equals_its_reference(kernel: Impl, dtype: str, tmp_path: Path, poisoned: None) -> None:
     report = Report()
     ops(target(tmp_path, dtype, kernels=[kernel]), report)
@@ -55,8 +62,9 @@ def test_poison_is_what_new_memory_holds(poisoned: None) -> None:
     assert (torch.empty(3, dtype=torch.int32, device=DEVICE) == 2**31 - 1).all()
 
 
-def test_a_check_keeps_its_word_by_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hotplug.plugins.conformance.check_ops.FUZZED", 5 * 8 * len(KERNELS))  # a fifth is drawn
+@pytest.mark.parametrize("each", [2, pytest.param(16, marks=pytest.mark.slow)])
+def test_a_check_keeps_its_word_by_chance(each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hotplug.plugins.conformance.check_ops.FUZZED", 5 * each * len(KERNELS))  # a fifth is drawn
     report = Report()
     honesty(target(tmp_path, *DTYPES), report)
     assert report.failures == []

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from hotplug.platforms.cuda.kernels import linear
+from hotplug.platforms.cuda.kernels import gpu, linear
 from hotplug.platforms.cuda.tuning import Key, Tuned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,11 +114,12 @@ def test_scores_of_narrow_inputs_are_float32_and_were_never_narrower() -> None:
 
 
 def choice(monkeypatch: pytest.MonkeyPatch, op: str, rows: int, k: int, n: int, dtype: torch.dtype = HALF,
-           entries: dict[Key, dict[str, Any]] | None = None, hopper: bool = True) -> dict[str, Any]:  # fmt: skip
+           entries: dict[Key, dict[str, Any]] | None = None,
+           capability: tuple[int, int] = gpu.HOPPER) -> dict[str, Any]:  # fmt: skip
     """The configuration that a call runs with."""
     chosen: list[dict[str, Any]] = []
     monkeypatch.setattr(linear, "tuned", lambda device: Tuned(entries or {}))
-    monkeypatch.setattr(linear, "_hopper", lambda device: hopper)
+    monkeypatch.setattr(gpu, "capability", lambda device: capability)
     monkeypatch.setattr(linear, "_with", lambda config, *_, **__: chosen.append(dict(config)))
     x, weight = torch.empty((rows, k), dtype=dtype), torch.empty((n, k), dtype=dtype)
     getattr(linear, op)(x, weight, None)
@@ -128,8 +129,8 @@ def choice(monkeypatch: pytest.MonkeyPatch, op: str, rows: int, k: int, n: int, 
 @pytest.mark.parametrize(
     ("op", "rows", "kernel"),
     [
-        ("linear", 1, "gemv"), ("linear", 5, "stream"), ("linear", 17, "stream"), ("linear", 65, "library"),
-        ("linear_silu_mul", 1, "gemv"), ("linear_silu_mul", 64, "stream"), ("linear_silu_mul", 65, "library"),
+        ("linear", 1, "gemv"), ("linear", 5, "skinny"), ("linear", 17, "library"),
+        ("linear_silu_mul", 1, "gemv"), ("linear_silu_mul", 64, "skinny"), ("linear_silu_mul", 65, "library"),
         ("logits", 1, "gemv"), ("logits", 33, "skinny"), ("logits", 65, "library"), ("logits", 0, "library"),
     ],
 )  # fmt: skip
@@ -139,11 +140,21 @@ def test_the_kernel_where_nothing_was_measured(
     assert choice(monkeypatch, op, rows, 1024, 256)["kernel"] == kernel
 
 
+@pytest.mark.parametrize(
+    ("op", "rows", "kernel"),
+    [("linear", 1, "gemv"), ("linear", 5, "stream"), ("linear_silu_mul", 64, "stream"), ("linear", 65, "library"),
+     ("logits", 33, "skinny")],
+)  # fmt: skip
+def test_hopper_has_a_kernel_of_its_own(op: str, rows: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_streams", lambda device: True)
+    assert choice(monkeypatch, op, rows, 1024, 256)["kernel"] == kernel
+
+
 def test_what_was_measured_goes_before_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"kernel": "skinny", "rows": 64, "cols": 128, "programs": 4, "stages": 2, "warps": 4}
     entries = {Key.of("linear", "bfloat16", {"n": 256, "k": 1024, "tokens": 64}): measured}
     assert choice(monkeypatch, "linear", 20, 1024, 256, entries=entries) == measured
-    assert choice(monkeypatch, "linear", 20, 1024, 512, entries=entries)["kernel"] == "stream"
+    assert choice(monkeypatch, "linear", 20, 1024, 512, entries=entries)["kernel"] == "library"
 
 
 @pytest.mark.parametrize(("rows", "k", "dtype"), [(4, 1024, FULL), (4, 1028, HALF), (4, 512, HALF)])
@@ -155,7 +166,7 @@ def test_rows_that_no_descriptor_serves_well_go_to_the_library(
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_other_gpus_than_hopper_use_the_library(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choice(monkeypatch, "linear", rows, 1024, 256, hopper=False)["kernel"] == "library"
+    assert choice(monkeypatch, "linear", rows, 1024, 256, capability=(8, 9))["kernel"] == "library"
 
 
 @pytest.mark.parametrize(("tiles", "programs"), [(1, 132), (64, 128), (96, 96), (100, 100), (224, 112), (140, 132)])
@@ -163,8 +174,7 @@ def test_programs_share_tiles_evenly_unless_that_leaves_many_without_work(tiles:
     assert linear.even(tiles) == programs
 
 
-def test_a_step_that_samples_nothing_has_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_hopper", lambda device: True)
+def test_a_step_that_samples_nothing_has_no_scores() -> None:
     x, weight, _ = inputs(0, 1024, 32, HALF, bias=False)
     got = linear.logits(x, weight, None)
     assert (got.shape, got.dtype) == ((0, 32), FULL)

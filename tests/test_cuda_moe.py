@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 
 from hotplug.core.ops import moe as reference
 from hotplug.core.ops.registry import Bucket, Impl, SiteSpec
-from hotplug.platforms.cuda.kernels import KERNELS
+from hotplug.platforms.cuda.kernels import KERNELS, gpu
 from hotplug.platforms.cuda.kernels.moe import (
     ALONE,
     FEW,
@@ -35,8 +36,7 @@ from hotplug.platforms.cuda.kernels.moe_route import FEW_TOKENS, WIDEST, moe_rou
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ERRORS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 """Of the norm of the difference to a float32 reference, as a share of the norm."""
-DTYPES = pytest.mark.parametrize("dtype", ERRORS, ids=str)
-SOME = settings(max_examples=15, deadline=None, derandomize=True)
+SOME = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def same_route(x: Tensor, weight: Tensor, top_k: int, renormalize: bool) -> None
 
 @SOME
 @given(
-    tokens=st.integers(0, FEW_TOKENS + 4), hidden=st.integers(1, 70), count=st.integers(1, 140), share=st.floats(0, 1),
+    tokens=st.integers(0, FEW_TOKENS + 4), hidden=st.integers(1, 70), count=st.integers(1, 70), share=st.floats(0, 1),
     renormalize=st.booleans(), dtype=st.sampled_from(list(ERRORS)),
 )  # fmt: skip
 def test_route_equals_its_reference(
@@ -132,9 +132,17 @@ VARIANTS: dict[str, Callable[..., Tensor]] = {
 SHAPES = [(1, 64, 32, 8, 2), (3, 130, 33, 5, 5), (5, 33, 130, 3, 1), (9, 96, 48, 40, 4), (150, 64, 32, 2, 1)]
 
 
-@DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+def experts_cases() -> Iterator[Any]:
+    """Every variant and every dtype in the default suite; all of their products in the slow one."""
+    for (i, variant), (j, shape), dtype in itertools.product(enumerate(VARIANTS), enumerate(SHAPES), ERRORS):
+        # descriptors need rows of whole 16 bytes; each assignment of `few` is programs of its own
+        shown = 4 if "tma" in variant else 2 if "few" in variant else 1 + i % 2
+        default = (j == shown and dtype is torch.bfloat16) or (variant == "chosen" and j == 2)
+        marks = () if default else pytest.mark.slow
+        yield pytest.param(variant, shape, dtype, marks=marks, id=f"{variant}-{shape}-{dtype}")
+
+
+@pytest.mark.parametrize(("variant", "shape", "dtype"), experts_cases())
 def test_experts_equal_their_reference(variant: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, hidden, width, count, top_k = shape
     if variant.startswith("few") and tokens * top_k > FEW + 4:
@@ -143,10 +151,9 @@ def test_experts_equal_their_reference(variant: str, shape: tuple[int, ...], dty
     close(VARIANTS[variant](*call), call)
 
 
-@DTYPES
 @pytest.mark.parametrize("tokens", [FEW // 8, FEW // 8 + 1])
-def test_experts_on_both_sides_of_few(tokens: int, dtype: torch.dtype) -> None:
-    call = case(tokens, 64, 32, 16, 8, dtype)
+def test_experts_on_both_sides_of_few(tokens: int) -> None:
+    call = case(tokens, 32, 16, 16, 8, torch.bfloat16)
     close(moe_experts(*call), call)
 
 
@@ -228,7 +235,7 @@ def test_both_products_have_blocks_of_the_same_rows(size: int) -> None:
 def test_tiles_fit_the_shared_memory_of_a_device(
     capability: tuple[int, int], kib: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gpu, "capability", lambda device: capability)
     for assignments in (40, 2048, 4096, 131072):
         chosen = gate_up_tiles(assignments, 128, size), down_tiles(assignments, 128, size)
         for tiles, weights in zip(chosen, (2, 1), strict=True):

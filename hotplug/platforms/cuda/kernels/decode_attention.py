@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, with_sink
 from hotplug.vendor import AttentionInputs
 
@@ -41,8 +41,10 @@ class DecodeConfig(NamedTuple):
     """Read whole tiles through tensor descriptors; a tile then lies in one block."""
 
 
-def config_for(pairs: int, dim: int, block_size: int, width: int) -> DecodeConfig:
+def config_for(pairs: int, dim: int, width: int, capability: tuple[int, int]) -> DecodeConfig:
     """The configuration for `pairs` of request and key/value head; `width` is the bytes of an element."""
+    if capability == (0, 0) and width < 4:  # AMD: 64 KiB hold what is on its way
+        return DecodeConfig(keys=32, stages=2)
     if width == 4:
         return DecodeConfig(keys=16, warps=4 if dim <= 128 else 8, stages=2)
     if dim > 128:
@@ -174,7 +176,7 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, o
     requests, heads, dim = q.shape
     size, kv_heads = k_cache.shape[1:3]
     group, context, pairs = heads // kv_heads, step.block_table.shape[1] * size, requests * kv_heads
-    config = config or config_for(pairs, dim, size, q.element_size())
+    config = config or config_for(pairs, dim, q.element_size(), gpu.capability(q.device))
     splits = split_count(pairs, context, config, multiprocessors(q.device))
     partial = torch.empty((pairs * splits * group, dim) if splits > 1 else 0, dtype=torch.float32, device=q.device)
     sums = torch.empty(pairs * splits * group if splits > 1 else 0, dtype=torch.float32, device=q.device)

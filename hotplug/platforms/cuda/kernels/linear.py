@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
 from hotplug.platforms.cuda.kernels.linear_hopper import stream
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
@@ -208,16 +208,27 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
 
 
 def _default(key: Key) -> Config:
-    """What serves shapes on Hopper that nobody measured: what was best on most of those that were (one H200)."""
+    """What serves shapes that nobody measured, from Hopper on: what was best on most of those that were (one H200)."""
     n, k, tokens, gated = key["n"], key["k"], key["tokens"], key.kernel == "linear_silu_mul"
     if tokens == 1:
         return {"kernel": "gemv", "rows": 1 if gated else 2, "cols": 1024 if gated or k <= 2048 else 2048, "warps": 4}
-    if key.dtype != "bfloat16" or tokens > 64 or k % 8 or k < 1024:
+    if key.dtype == "float32" or tokens > 64 or k % 8 or k < 1024:
         return _PLAIN
-    if key.kernel == "logits":
-        rows = 64 if tokens <= 16 else 128
-        return {"kernel": "skinny", "rows": rows, "cols": 128 if tokens <= 16 else 64,
-                "programs": triton.cdiv(n, rows), "stages": 5 if tokens <= 16 else 4, "warps": 4}  # fmt: skip
+    if key.kernel == "logits" and tokens > 16:
+        return {"kernel": "skinny", "rows": 128, "cols": 64, "programs": triton.cdiv(n, 128), "stages": 4, "warps": 4}
+    if gated or key.kernel == "logits":
+        return {"kernel": "skinny", "rows": 64, "cols": 128, "programs": triton.cdiv(n, 64),
+                "stages": 5 if tokens <= 16 else 4, "warps": 4}  # fmt: skip
+    if tokens <= 16:
+        return {"kernel": "skinny", "rows": 64, "cols": 256, "programs": 132, "stages": 4, "warps": 4}
+    return _PLAIN
+
+
+def _on_hopper(key: Key) -> Config:
+    """`_default` with `stream`, which is for Hopper alone, where it was better."""
+    n, k, tokens, gated = key["n"], key["k"], key["tokens"], key.kernel == "linear_silu_mul"
+    if key.dtype != "bfloat16" or not 1 < tokens <= 64 or k % 8 or k < 1024 or key.kernel == "logits":
+        return _default(key)
     cols, stages = (256, 5) if tokens <= 16 and not gated else (128, 5 if tokens <= 16 else 4 if gated else 6)
     return {"kernel": "stream", "rows": 64, "cols": cols, "stages": stages, "programs": even(triton.cdiv(n, 64)),
             "warps": 4}  # fmt: skip
@@ -234,12 +245,12 @@ def even(tiles: int, most: int = 132) -> int:
 
 
 _PLAIN: Config = {"kernel": "library"}
+"""Also of GPUs before Hopper: the defaults rest on copies by descriptor."""
 
 
-@cache
-def _hopper(device: torch.device) -> bool:
-    """Whether it is what the defaults were measured on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+def _streams(device: torch.device) -> bool:
+    """Whether `stream` runs there."""
+    return device.type != "cpu" and gpu.capability(device) == gpu.HOPPER
 
 
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -250,7 +261,11 @@ def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
     config = tuned(x.device).lookup(op, name, **shape)
     if config is None:
-        config = _default(Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})) if _hopper(x.device) else _PLAIN
+        key = Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})
+        if _streams(x.device):
+            config = _on_hopper(key)
+        else:
+            config = _default(key) if gpu.capability(x.device) >= gpu.HOPPER else _PLAIN
     return _with(config, x, weight, bias, dtype, gated=gated)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
 
 FEW = 32
@@ -71,9 +71,9 @@ def block_rows(each: float) -> int:
     return next((rows for rows in (16, 32, 64) if each <= rows * 0.6), 128)
 
 
-SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
+SHARED = {(0, 0): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 """KiB of shared memory that a program may have, by compute capability; 99 elsewhere (CUDA Programming Guide, table of
-technical specifications)."""
+technical specifications); AMD's local data share."""
 
 
 def fitting(tiles: Tiles, weights: int, size: int, device: torch.device) -> Tiles:
@@ -81,14 +81,11 @@ def fitting(tiles: Tiles, weights: int, size: int, device: torch.device) -> Tile
 
     Shared memory bounds the stages, and registers the sums, which only Hopper's products leave room beside.
     """
-    if device.type == "cpu":
-        return tiles
-    capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
-    if capability < (9, 0) and tiles.rows * tiles.cols * weights > 128 * 128:
+    capability = gpu.capability(device)
+    if capability < gpu.HOPPER and tiles.rows * tiles.cols * weights > 128 * 128:
         tiles = replace(tiles, cols=tiles.cols // 2)
-    limit = 64 if torch.version.hip else SHARED.get(capability, 99)  # AMD's local data share
     stage = tiles.depth * (tiles.rows + weights * tiles.cols) * size
-    return replace(tiles, stages=max(min(tiles.stages, (limit - 1) * 1024 // stage), 1))
+    return replace(tiles, stages=max(min(tiles.stages, (SHARED.get(capability, 99) - 1) * 1024 // stage), 1))
 
 
 # --- few assignments ------------------------------------------------------------------------------

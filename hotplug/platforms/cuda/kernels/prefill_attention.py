@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hotplug.platforms.cuda.kernels import gpu
 from hotplug.platforms.cuda.kernels.decode_attention import rows_of
 from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, with_sink
 from hotplug.vendor import AttentionInputs
@@ -27,10 +28,12 @@ class PrefillConfig(NamedTuple):
     """Begin a tile's first product before the softmax of the tile before it (Shah et al., 2024, section 3.2)."""
 
 
-def config_for(queries: int, dim: int, block_size: int, width: int) -> PrefillConfig:
-    """The configuration where the longest run of queries is `queries`; `width` is the bytes of an element."""
+def config_for(dim: int, width: int, capability: tuple[int, int]) -> PrefillConfig:
+    """The configuration for heads of `dim` elements of `width` bytes."""
     if width == 4:
         return PrefillConfig(rows=16, keys=16, warps=4 if dim <= 128 else 8, stages=2)
+    if capability < gpu.HOPPER:  # products need more registers there, and descriptors are not of the hardware
+        return PrefillConfig(rows=128 if dim <= 128 else 64, keys=32, stages=2)
     if dim > 128:
         return PrefillConfig(keys=32, stages=2)
     return PrefillConfig(rows=64, warps=4, tma=True)
@@ -162,7 +165,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, step: AttentionInputs, out: Tensor,
     """
     requests, (_, heads, dim) = len(step.seq_lens) - step.num_decodes, q.shape
     size, kv_heads = 0 if key_start is not None else k.shape[1], k.shape[-2]
-    config = config or config_for(step.max_query_len, dim, size, q.element_size())
+    config = config or config_for(dim, q.element_size(), gpu.capability(q.device))
     cols = max(triton.next_power_of_2(dim), 16)
     tma = config.tma and cols == dim and size % config.keys == 0
     if not tma and key_start is not None:

@@ -61,7 +61,7 @@ def _log_sums(logits, stride, tokens, vocab, best, mass, better, CHUNK: tl.const
 
 
 @triton.jit
-def _combine(logits, stride, tokens, chunks, best, mass, better, log_sum, chosen, rank, CHUNKS: tl.constexpr):
+def _merge_sums(logits, stride, tokens, chunks, best, mass, better, log_sum, chosen, rank, CHUNKS: tl.constexpr):
     """A program a row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, CHUNKS)
@@ -85,7 +85,7 @@ def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tens
     rank = torch.empty(rows, dtype=torch.int64, device=device)
     if rows:
         _log_sums[(chunks, rows)](logits, logits.stride(0), tokens, vocab, best, mass, better, CHUNK=CHUNK, num_warps=8)
-        _combine[(rows,)](logits, logits.stride(0), tokens, chunks, best, mass, better, log_sum, chosen, rank,
-                          CHUNKS=triton.next_power_of_2(chunks), num_warps=4)  # fmt: skip
+        _merge_sums[(rows,)](logits, logits.stride(0), tokens, chunks, best, mass, better, log_sum, chosen, rank,
+                             CHUNKS=triton.next_power_of_2(chunks), num_warps=4)  # fmt: skip
     top = logits.topk(num_top, dim=-1)
     return chosen, rank, top.indices, top.values - log_sum.unsqueeze(1)

@@ -41,7 +41,7 @@ def _heads(heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
 
 
-def _cache(dtype: str = "bfloat16", size: int = 16) -> dict[str, Any]:
+def _cache(dtype: str = "bfloat16", size: int = 64) -> dict[str, Any]:
     return {"block_size": size, "layout": "NHD", "kv_dtype": dtype}
 
 
@@ -53,14 +53,17 @@ def _attention(heads: tuple[int, int, int], lens: Lens, dtype: str = "bfloat16",
     return Variant("attention", facts, lens, dtype, **more)
 
 
-NO_TF32 = {"gfx950": "asks for TF32 products, which it has not", "gfx1100": "asks for TF32 products, which it has not"}
-WIDE = {**NO_TF32, "gfx942": "decodes of such heads take more than its 64 KiB of shared memory"}
-
-UNLAUNCHED = {"_skinny": "no kernel of KERNELS accepts steps of more than one row yet"}
-"""Kernels that no call site of the platform launches, each with the reason."""
-
 LLAMA_8B, LLAMA_1B, QWEN3_30B, GEMMA, SMOLLM2 = (32, 8, 128), (32, 8, 64), (32, 4, 128), (8, 4, 256), (9, 3, 64)
 QWEN3_ROUTER = {"hidden": 2048, "num_experts": 128, "top_k": 8}
+
+LLAMA_VOCAB, QWEN3_VOCAB = 128256, 151936
+SPILLS = {"gfx1100": "products of such heads spill by far"}
+BUFFERS = {"gfx": "Triton 3.6 fails where it makes AMD's buffer operations of the loads; AMDGCN_USE_BUFFER_OPS=0 helps"}
+
+
+def _linear(op: str, facts: Mapping[str, Any], *tokens: int) -> Sequence[Variant]:
+    return [Variant(op, {**facts, "bias": False, "scheme": "none"}, DECODES[:count]) for count in tokens]
+
 
 VARIANTS: tuple[Variant, ...] = (
     *(Variant(op, facts) for op in ("rms_norm", "add_rms_norm") for facts in _width(2048, 4096)),
@@ -73,25 +76,34 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("kv_write", {"num_kv_heads": 3, "head_dim": 64, **_cache("float32")}, dtype="float32"),
     *(
         Variant(op, {**_heads(*heads), "rotary_dim": heads[2], **_cache()})
-        for op, heads in (("rope_kv_write", LLAMA_8B), ("qk_norm_rope_kv_write", QWEN3_30B))
+        for op, heads in (
+            ("rope_kv_write", LLAMA_8B),
+            ("rope_kv_write", LLAMA_1B),
+            ("qk_norm_rope_kv_write", QWEN3_30B),
+        )
     ),
-    *(
-        Variant("linear", {"in_features": i, "out_features": o, "bias": False, "scheme": "none"}, ONE)
-        for i, o in ((4096, 6144), (14336, 4096), (2048, 2048))
-    ),
-    Variant("linear_silu_mul", {"in_features": 4096, "width": 14336, "bias": False, "scheme": "none"}, ONE),
+    *_linear("linear", {"in_features": 4096, "out_features": 6144}, 1, 16),
+    *_linear("linear", {"in_features": 14336, "out_features": 4096}, 1),
+    *_linear("linear", {"in_features": 2048, "out_features": 3072}, 1),
+    *_linear("linear_silu_mul", {"in_features": 4096, "width": 14336}, 1, 16, 64),
+    *_linear("logits", {"hidden": 4096, "vocab": LLAMA_VOCAB}, 1, 16, 64),
     *(Variant("moe_route", QWEN3_ROUTER, lens) for lens in (ONE, DECODES)),
     *(Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, lens) for lens in (ONE, DECODES, PROMPTS)),
     Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, DECODES, "float32"),
-    Variant("logits", {"hidden": 4096, "vocab": 128256, "bias": False, "scheme": "none"}, ONE),
-    _attention(LLAMA_8B, ONE, excluded=WIDE),
-    _attention(LLAMA_8B, DECODES, excluded=WIDE),
-    _attention(LLAMA_8B, MIXED, excluded=WIDE),
-    _attention(LLAMA_8B, MIXED, "float16", excluded=WIDE),
-    _attention(LLAMA_1B, DECODES, excluded=NO_TF32),
-    _attention(LLAMA_1B, MIXED, excluded=NO_TF32),
-    _attention(QWEN3_30B, DECODES, excluded=WIDE),
-    _attention(QWEN3_30B, MIXED, excluded=WIDE),
-    _attention(GEMMA, MIXED, window=1024, excluded=WIDE),
+    Variant("prepare_inputs", {"block_size": 64}, DECODES, "int32"),
+    Variant("embed", {"vocab": LLAMA_VOCAB, "hidden": 4096}, DECODES),
+    Variant("argmax", {"vocab": LLAMA_VOCAB}, DECODES, "float32", BUFFERS),
+    Variant("sample_rows", {"vocab": QWEN3_VOCAB}, DECODES, "float32", BUFFERS),
+    Variant("penalties", {"vocab": LLAMA_VOCAB}, DECODES, "float32"),
+    Variant("logprobs", {"vocab": LLAMA_VOCAB}, DECODES, "float32"),
+    _attention(LLAMA_8B, ONE),
+    _attention(LLAMA_8B, DECODES),
+    _attention(LLAMA_8B, MIXED),
+    _attention(LLAMA_8B, MIXED, "float16"),
+    _attention(LLAMA_1B, DECODES),
+    _attention(LLAMA_1B, MIXED),
+    _attention(QWEN3_30B, DECODES),
+    _attention(QWEN3_30B, MIXED),
+    _attention(GEMMA, MIXED, window=1024, excluded=SPILLS),
     _attention(SMOLLM2, MIXED, "float32"),
 )

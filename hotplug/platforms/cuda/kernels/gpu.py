@@ -1,0 +1,18 @@
+"""Which generation of GPU a kernel is launched on: what its configuration may rest on."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+HOPPER = (9, 0)
+"""From here on tiles are copied by descriptor, and products leave registers free."""
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability. (0, 0) on AMD; that of Hopper on the host, where kernels are interpreted."""
+    if device.type == "cpu":
+        return HOPPER
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
