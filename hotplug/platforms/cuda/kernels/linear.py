@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
+from hotplug.platforms.cuda.target import target
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
 from hotplug.vendor import SiteSpec
 
@@ -232,9 +233,10 @@ def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     if x.shape[0] > MOST_ROWS:
         return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
-    config = tuned(x.device).lookup(op, name, **shape)
+    gpu = target(x.device)
+    config = tuned(gpu).lookup(op, name, **shape)
     if config is None:
-        config = _default(Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})) if _hopper(x.device) else _PLAIN
+        config = _default(Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})) if _hopper(gpu) else _PLAIN
     return _with(config, x, weight, bias, dtype, gated=gated)
 
 
