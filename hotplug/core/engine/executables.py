@@ -70,7 +70,7 @@ def graph_memory(bound: Bound, scratch: list[KVBlocks]) -> int:
     platform, device = bound.selection.platform, bound.selection.device
     free = [platform.memory(device).free]
     eager = EagerStep(bound.model, scratch, bound.batch)
-    captured(bound, eager, shapes[-2:], lambda: free.append(platform.memory(device).free))
+    captured(bound, eager, shapes[-2:], lambda: free.append(platform.memory(device).free)).release()
     more = max(free[1] - free[-1], 0) * max(len(shapes) - 2, 0)
     return max(free[0] - free[-1], 0) + more
 

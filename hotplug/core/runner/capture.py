@@ -69,6 +69,9 @@ class _Decodes:
         for draw in Draw:
             self._replay[draw] = platform.capture(partial(self._step, draw), device)
 
+    def release(self) -> None:
+        self._replay.clear()  # a platform's replay may hold the step, which is ours
+
     def __call__(self, step: HostStep) -> StepOutputs:
         plan, n = step.plan, len(step.plan.rows)
         staged = self._batch.stage((3, self.size))
@@ -138,6 +141,11 @@ class CapturedSteps:
         for captured in reversed(self._captured):  # the largest first, so that others fit into its memory
             captured.record(platform, device)
             recorded()
+
+    def release(self) -> None:
+        """Drop what was recorded, and with it its memory; no step can run any more."""
+        for captured in self._captured:
+            captured.release()
 
     def __call__(self, step: HostStep) -> StepOutputs:
         plan = step.plan
