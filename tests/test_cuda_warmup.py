@@ -53,7 +53,8 @@ from hotplug.platforms.cuda.warmup import compile_launches
 
 @dataclass
 class Warm(Interpreted):
-    facts: Any = replace(facts("float32"), exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER), max_graph_shapes=3)
+    total: int = 64 << 20
+    facts: Any = replace(facts("float32"), exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER), max_graph_shapes=2)
 
     def capture(self, step, device):
         step()
@@ -64,7 +65,7 @@ class Warm(Interpreted):
         self.launched_by_warm_up = list(launched)
 
 def start(platform):
-    config = EngineConfig(model=sys.argv[1], load_format="dummy", max_num_seqs=20, max_num_batched_tokens=128,
+    config = EngineConfig(model=sys.argv[1], load_format="dummy", max_num_seqs=17, max_num_batched_tokens=32,
                           max_model_len=256)
     return EngineCore(config, candidates=candidates(platform))
 
