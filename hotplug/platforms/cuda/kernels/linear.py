@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
 from hotplug.platforms.cuda.kernels.linear_hopper import stream
+from hotplug.platforms.cuda.target import target
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
 from hotplug.vendor import SiteSpec
 
@@ -259,7 +260,7 @@ def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     if not 0 < x.shape[0] <= MOST_ROWS:  # a step that samples nothing has no row to score
         return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
-    config = tuned(x.device).lookup(op, name, **shape)
+    config = tuned(target(x.device)).lookup(op, name, **shape)
     if config is None:
         key = Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})
         if _streams(x.device):
