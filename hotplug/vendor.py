@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         HasKV,
         HasRuntime,
         HasTuning,
+        HasWarmup,
         HasWeights,
         NotHandled,
     )
@@ -45,8 +46,8 @@ _WHERE = {
         "API_VERSION", "DeviceInfo", "ExecMode", "Feature", "KVLayout", "Limits", "MemoryInfo", "Platform",
     ),
     "hotplug.core.platform.optional": (
-        "HasCapture", "HasComm", "HasCompile", "HasDiagnosis", "HasKV", "HasRuntime", "HasTuning", "HasWeights",
-        "NotHandled",
+        "HasCapture", "HasComm", "HasCompile", "HasDiagnosis", "HasKV", "HasRuntime", "HasTuning", "HasWarmup",
+        "HasWeights", "NotHandled",
     ),
     "hotplug.core.platform.program": ("StepProgram",),
     "hotplug.core.platform.tuning": ("TuningResult", "TuningSummary"),
@@ -68,6 +69,7 @@ __all__ = [
     "HasKV",
     "HasRuntime",
     "HasTuning",
+    "HasWarmup",
     "HasWeights",
     "HotplugError",
     "Impl",

@@ -144,7 +144,7 @@ def test_a_program_has_one_node_a_call_site_of_the_model(start):
     nodes = [n for n in program.graph.nodes if str(n.target).startswith("hotplug.")]
     model = {c.spec.site for c in core.bound.plan.choices if not c.part_of}
     own = {c.spec.site for c in core.bound.plan.choices if c.spec.op in
-           ("prepare_inputs", "argmax", "sample", "sample_rows", "logprobs", "penalties")}  # fmt: skip
+           ("prepare_step", "argmax", "sample", "sample_rows", "logprobs", "penalties")}  # fmt: skip
     assert sorted(n.args[-1] for n in nodes) == sorted(model - own)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of few rows on the CUDA platform, interpreted on the CPU: both kernels, and which of them is chosen."""
+"""Linear layers of few rows: both kernels against PyTorch, interpreted where there is no GPU, and what is chosen."""
 
 from __future__ import annotations
 
@@ -140,6 +140,16 @@ def test_the_kernel_where_nothing_was_measured(
     assert choice(monkeypatch, op, rows, 1024, 256)["kernel"] == kernel
 
 
+@pytest.mark.parametrize(
+    ("op", "rows", "kernel"),
+    [("linear", 1, "gemv"), ("linear", 5, "stream"), ("linear_silu_mul", 64, "stream"), ("linear", 65, "library"),
+     ("logits", 33, "skinny")],
+)  # fmt: skip
+def test_hopper_has_a_kernel_of_its_own(op: str, rows: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_streams", lambda device: True)
+    assert choice(monkeypatch, op, rows, 1024, 256)["kernel"] == kernel
+
+
 def test_what_was_measured_goes_before_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"kernel": "skinny", "rows": 64, "cols": 128, "programs": 4, "stages": 2, "warps": 4}
     entries = {Key.of("linear", "bfloat16", {"n": 256, "k": 1024, "tokens": 64}): measured}
@@ -155,8 +165,13 @@ def test_rows_that_no_descriptor_serves_well_go_to_the_library(
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_other_gpus_than_hopper_and_its_successors_use_the_library(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpus_than_hopper_use_the_library(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(monkeypatch, "linear", rows, 1024, 256, capability=(8, 9))["kernel"] == "library"
+
+
+@pytest.mark.parametrize(("tiles", "programs"), [(1, 132), (64, 128), (96, 96), (100, 100), (224, 112), (140, 132)])
+def test_programs_share_tiles_evenly_unless_that_leaves_many_without_work(tiles: int, programs: int) -> None:
+    assert linear.even(tiles) == programs
 
 
 def test_a_step_that_samples_nothing_has_no_scores() -> None:

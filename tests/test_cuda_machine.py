@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fake_platforms import candidates
 from typer.testing import CliRunner
 
@@ -104,6 +105,21 @@ def test_a_healthy_machine_has_its_gpu_and_nothing_to_say(install: Any) -> None:
     assert platform.limits(device).asynchronous
     memory = platform.memory(device)
     assert (memory.free, memory.total) == (100 * GIB, 141 * GIB)
+
+
+def test_memory_that_pytorch_holds_back_is_free_but_for_what_recorded_graphs_write_to(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = install(Library())
+    (device,) = platform.probe()
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 5 * GIB, "allocated_size": 3 * GIB},
+        {"device": 0, "segment_pool_id": (0, 1), "total_size": 7 * GIB, "allocated_size": 0},
+        {"device": 1, "segment_pool_id": (0, 0), "total_size": 9 * GIB, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert platform.memory(device).free == 102 * GIB
 
 
 OLD = Library([("Tesla V100", (7, 0), 80 * 64)])

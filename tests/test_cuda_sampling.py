@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from hotplug.core.ops import dense, sampling
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.platforms.cuda.kernels import KERNELS
-from hotplug.platforms.cuda.kernels.inputs import embed, prepare_inputs
+from hotplug.platforms.cuda.kernels.inputs import embed, prepare_step
 from hotplug.platforms.cuda.kernels.sample import _tokens, sample, sample_rows
 from hotplug.platforms.cuda.kernels.scores import logprobs, penalties
 from hotplug.plugins.conformance.cases import Builder
@@ -167,7 +167,7 @@ def test_embedding_rows_are_copied(dtype: torch.dtype) -> None:
 
 
 def prepared(token_ids, rows, query_start, start, last_tokens, block_tables, block_size, num_blocks):
-    """The semantics of `prepare_inputs`, a token at a time."""
+    """The semantics of `prepare_step`, a token at a time."""
     tokens, positions, slots = [], [], []
     for i, row in enumerate(rows.tolist()):
         for token in range(int(query_start[i]), int(query_start[i + 1])):
@@ -198,7 +198,7 @@ def test_inputs_are_prepared_as_a_loop_over_tokens_does(
         torch.randint(1, 99, (max_rows, 1600), generator=random),
     )  # fmt: skip
     typed = tuple(t.to(index_dtype) for t in given)
-    actual = prepare_inputs(*(t.to(DEVICE) for t in typed), 16, num_blocks)
+    actual = prepare_step(*(t.to(DEVICE) for t in typed), 16, num_blocks)
     assert all(t.dtype == index_dtype for t in actual)
     assert tuple(t.tolist() for t in actual) == prepared(*typed, 16, num_blocks)
 
@@ -207,7 +207,7 @@ def test_tokens_beyond_the_last_query_get_slots_in_block_0() -> None:
     """As steps of static shape have them; their positions may lie beyond the block table."""
     values = [torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in
               ([7, -1, 8, 8, 8], [1], [0, 2], [30], [3, 4], [[5, 6], [9, 2]])]  # fmt: skip
-    tokens, positions, slots, *_ = prepare_inputs(*values, 16, 2)
+    tokens, positions, slots, *_ = prepare_step(*values, 16, 2)
     assert tokens.tolist()[:2] == [7, 4] and positions.tolist()[:2] == [30, 31]
     assert slots.tolist() == [2 * 16 + 14, 2 * 16 + 15, 0, 1, 2]
 

@@ -8,7 +8,7 @@ from attention_cases import dense_attention, make_case
 from torch.testing import assert_close
 
 from hotplug.core.ops.attention import attention, gather_kv, kv_write
-from hotplug.core.ops.inputs import prepare_inputs
+from hotplug.core.ops.inputs import prepare_step
 
 LAYOUTS = pytest.mark.parametrize("layout", ["NHD", "HND"])
 STEPS = {
@@ -105,7 +105,7 @@ def test_gather_kv_returns_tokens_in_order_of_position(layout: str) -> None:
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
-def test_prepare_inputs_equals_a_loop(index_dtype: torch.dtype) -> None:
+def test_prepare_step_equals_a_loop(index_dtype: torch.dtype) -> None:
     def index(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=index_dtype)
 
@@ -113,7 +113,7 @@ def test_prepare_inputs_equals_a_loop(index_dtype: torch.dtype) -> None:
     tables = torch.tensor([[9, 8, 7], [0, 0, 0], [1, 2, 3], [4, 5, 6]], dtype=index_dtype)
     last = index(100, 101, 102, 103)
     host = [-1, 10, 11, 12, 13, 20, 21, 22]
-    actual = prepare_inputs(index(*host), index(*rows), index(0, 1, 5, 8), index(*start), last, tables, block, 2)
+    actual = prepare_step(index(*host), index(*rows), index(0, 1, 5, 8), index(*start), last, tables, block, 2)
     tokens, positions, slots = [], [], []
     for row, first, count in zip(rows, start, counts, strict=True):
         for position in range(first, first + count):

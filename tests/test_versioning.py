@@ -48,7 +48,7 @@ def test_a_plugin_for_a_newer_major_version_is_refused_with_what_to_do(tmp_path:
     listed = run_python(tmp_path, "-m", "hotplug.cli", "devices", "--json")
     (row,) = (r for r in json.loads(listed.stdout)["platforms"] if r["platform"] == "newer")
     assert row["state"] == "broken"
-    assert row["reason"] == "the plugin needs interface 2.0, this hotplug has 1.0; upgrade hotplug"
+    assert row["reason"] == "the plugin needs interface 2.0, this hotplug has 1.1; upgrade hotplug"
     asked = run_python(tmp_path, "-m", "hotplug.cli", "explain", "smollm2", "--device", "newer")
     assert asked.returncode == 1
     assert "the plugin needs interface 2.0" in asked.stderr

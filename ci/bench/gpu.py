@@ -108,8 +108,9 @@ def main() -> None:
             core.step()
         print(f"{model}: engine {built:.1f} s, first token {time.perf_counter() - begin:.1f} s, plan "
               f"{core.bound.plan.hash}, {core.num_blocks} blocks", flush=True)  # fmt: skip
+        phases = core.report()["startup"]["seconds"]
+        print("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()), flush=True)
         for name in workloads:
-            run(core, name, 99)
             times = [run(core, name, seed) for seed in range(args.repeats)]
             found, floor = figure(name, statistics.median(times)), figure(name, roofline(model, name))
             peer, bar = PEER[model].get(name, (float("nan"), float("nan")))

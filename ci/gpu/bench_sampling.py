@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hotplug.core.ops import inputs, sampling
-from hotplug.platforms.cuda.kernels.inputs import prepare_inputs
+from hotplug.platforms.cuda.kernels.inputs import prepare_step
 from hotplug.platforms.cuda.kernels.sample import sample_rows
 
 DEVICE = torch.device("cuda")
@@ -82,10 +82,10 @@ def time_inputs(name: str, queries: int, requests: int, context: int) -> None:
         torch.arange(requests + 1, **index) * queries, torch.full((requests,), context - queries, **index),
         torch.arange(requests, **index), torch.randint(1, 9999, (requests, 2 * blocks), **index), 16, blocks,
     )  # fmt: skip
-    for got, want in zip(prepare_inputs(*args), inputs.prepare_inputs(*args), strict=True):
+    for got, want in zip(prepare_step(*args), inputs.prepare_step(*args), strict=True):
         if not torch.equal(got, want):
             raise SystemExit(f"{name}, {requests} requests: not the reference's")
-    took = captured(lambda: prepare_inputs(*args))
+    took = captured(lambda: prepare_step(*args))
     print(f"{name:24} {requests:5} {took:9.1f} {requests * blocks * 8 / READS * 1e6:9.1f}", flush=True)
 
 

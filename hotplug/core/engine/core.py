@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -10,14 +11,17 @@ from typing import Any
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.connect import make_connector, make_transfer
-from hotplug.core.engine.executables import captured, compiled, compiled_shapes
+from hotplug.core.engine.executables import captured, captured_shapes, compiled, compiled_shapes, graph_memory
+from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
+from hotplug.core.engine.warmup import WarmUp
 from hotplug.core.errors import ConfigError, RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.loader import load_weights
 from hotplug.core.ops.registry import Observe
+from hotplug.core.ops.trace import synchronizer
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasRuntime
@@ -33,6 +37,8 @@ from hotplug.core.runner.static import StepShape
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 
+_logger = logging.getLogger(__name__)
+
 
 class EngineCore:
     """One model on one device: the scheduler, the runner, and the step that ties them."""
@@ -44,18 +50,30 @@ class EngineCore:
         observe: Observe | None = None,
         candidates: Sequence[Candidate] | None = None,
     ) -> None:
-        self.bound = bound = bind(config, observe=observe, candidates=candidates)
-        shapes, bounds = compiled_shapes(bound) or ((), None)
-        connector = make_connector(bound)
-        with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
-            load_weights(bound.model, bound.checkpoint)
-        space = make_space(bound)
-        num_blocks = _num_blocks(bound)
-        cache = _cache(bound, num_blocks)
-        with MemoryGuard("preparing the steps", bound.selection, memory_guard.EXECUTABLES):
-            self._executable = _executable(bound, cache, shapes)
-        transfer, swap = make_transfer(bound, cache, connector), make_swap(bound, cache, space)
-        platform = bound.selection.platform
+        phases = Phases()
+        with phases("bind"):
+            self.bound = bound = bind(config, observe=observe, candidates=candidates)
+            shapes, bounds = compiled_shapes(bound) or ((), None)
+            connector = make_connector(bound)
+        platform, device = bound.selection.platform, bound.selection.device
+        warm_up = WarmUp(bound)
+        with phases("weights"):
+            with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
+                load_weights(bound.model, bound.checkpoint)
+            space = make_space(bound)
+            synchronizer(platform, device, bound.batch.device)()
+        with phases("kernels"):
+            warm_up.wait()
+        with phases("profile"):
+            num_blocks, reserved = _num_blocks(bound)
+        with phases("cache"):
+            cache = _cache(bound, num_blocks)
+            transfer, swap = make_transfer(bound, cache, connector), make_swap(bound, cache, space)
+        with phases("steps"):
+            free = platform.memory(device).free
+            with MemoryGuard("preparing the steps", bound.selection, memory_guard.EXECUTABLES):
+                self._executable = _executable(bound, cache, shapes)
+            taken = free - platform.memory(device).free
         runtime = platform if isinstance(platform, HasRuntime) else None
         self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime, swap)
         self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)
@@ -95,6 +113,10 @@ class EngineCore:
             )
         if bound.tracer is not None:
             bound.tracer.reset()  # profile steps are not the user's
+        seconds = phases.report()
+        steps_memory = {"reserved": reserved, "taken": taken}
+        self._startup = {"seconds": seconds, "steps_memory": steps_memory, "warm_up": warm_up.outcome}
+        _logger.info("started: %s", ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()))
 
     @property
     def max_model_len(self) -> int:
@@ -177,6 +199,7 @@ class EngineCore:
         """The bound plan as plain data, with the KV cache as allocated."""
         report = self.bound.report()
         report["kv"]["num_blocks"] = self.num_blocks
+        report["startup"] = self._startup
         report["shapes"] = [list(shape) for shape in self._executable.shapes]
         if isinstance(self._executable, CompiledSteps):
             report["compiled"] = self._executable.report()
@@ -191,10 +214,14 @@ class EngineCore:
         return self.bound.tracer.report(self._scheduler.stats().steps)
 
 
-def _num_blocks(bound: Bound) -> int:
-    """KV blocks that fit, with the weights in place and, where the size follows from them, the workspaces."""
+def _num_blocks(bound: Bound) -> tuple[int, int]:
+    """KV blocks that fit, and the bytes that recorded steps will take beside them.
+
+    Weights are in place, and where the size follows from them, workspaces too.
+    """
     config, limits, shape, selection = bound.config, bound.limits, bound.kv_shape, bound.selection
     capped = config.kv_cache_memory is not None
+    steps = 0
     if not capped and not limits.shared_host_memory and ExecMode.EAGER in limits.exec_modes:
         scratch = kv_memory.allocate(shape, 1, selection.platform, selection.device)
         with MemoryGuard("running the largest step", selection, memory_guard.PROFILE):
@@ -204,11 +231,15 @@ def _num_blocks(bound: Bound) -> int:
                 max_num_batched_tokens=bound.resolved.max_num_batched_tokens,
                 max_model_len=bound.max_model_len,
             )
-    size = kv_memory.budget(config, limits, selection.platform.memory(selection.device))
+            memory = selection.platform.memory(selection.device)
+            steps = graph_memory(bound, scratch)  # what it has taken need not be free at once
+    else:
+        memory = selection.platform.memory(selection.device)
+    size = kv_memory.budget(config, limits, memory) - steps
     found = kv_memory.num_blocks(shape, size, bound.max_model_len, capped=capped)
     compiles = bound.resolved.exec_mode is ExecMode.COMPILE
     # The number is a shape of compiled programs: a rounded one finds its artifacts again at the next start.
-    return kv_memory.rounded(found) if compiles and not capped else found
+    return (kv_memory.rounded(found) if compiles and not capped else found), steps
 
 
 def _cache(bound: Bound, num_blocks: int) -> list[KVBlocks]:
@@ -229,7 +260,7 @@ def _executable(
         case ExecMode.EAGER:
             return eager
         case ExecMode.CAPTURE:
-            return captured(bound, eager)
+            return captured(bound, eager, captured_shapes(bound))
         case ExecMode.COMPILE:
             return compiled(bound, shapes, kv, eager)
 

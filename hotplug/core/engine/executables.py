@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -42,13 +42,37 @@ def compiled_shapes(bound: Bound) -> tuple[list[StepShape], StepBounds] | None:
     )
 
 
-def captured(bound: Bound, eager: EagerStep) -> CapturedSteps:
-    """Recorded decode steps."""
+def captured_shapes(bound: Bound) -> list[StepShape]:
+    """The shapes to record, smallest first; none where nothing is recorded."""
+    if bound.resolved.exec_mode is not ExecMode.CAPTURE:
+        return []
+    return decode_shapes(bound.batch.spare_row, bound.limits.max_graph_shapes)
+
+
+def captured(
+    bound: Bound, eager: EagerStep, shapes: Sequence[StepShape], recorded: Callable[[], object] = lambda: None
+) -> CapturedSteps:
+    """Recorded decode steps of these shapes, the largest first; `recorded` is called after each."""
     platform, device = bound.selection.platform, bound.selection.device
     if not isinstance(platform, HasCapture):
         raise PlatformError("the platform declares capture but has no `capture` method", where=platform.name)
-    shapes = decode_shapes(bound.batch.spare_row, bound.limits.max_graph_shapes)
-    return CapturedSteps(eager, bound.batch, bound.sampler, platform, device, shapes)
+    return CapturedSteps(eager, bound.batch, bound.sampler, platform, device, shapes, recorded)
+
+
+def graph_memory(bound: Bound, scratch: list[KVBlocks]) -> int:
+    """Bytes that recording all decode steps will take, from a trial with the two largest over a `scratch` KV cache.
+
+    Recorded steps share their memory, so that each smaller one adds about what the second largest did.
+    """
+    shapes = captured_shapes(bound)
+    if not shapes:
+        return 0
+    platform, device = bound.selection.platform, bound.selection.device
+    free = [platform.memory(device).free]
+    eager = EagerStep(bound.model, scratch, bound.batch)
+    captured(bound, eager, shapes[-2:], lambda: free.append(platform.memory(device).free)).release()
+    more = max(free[1] - free[-1], 0) * max(len(shapes) - 2, 0)
+    return max(free[0] - free[-1], 0) + more
 
 
 def compiled(bound: Bound, shapes: Sequence[StepShape], kv: list[KVBlocks], eager: EagerStep) -> CompiledSteps:

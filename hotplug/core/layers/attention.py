@@ -62,7 +62,7 @@ class Attention(nn.Module):
         if scored_only:
             assert step.scored is not None
             q, queries = q[step.logit_indices], step.scored
-        mixed = self.attention(
-            q, k_cache, v_cache, queries, self.scale, self.window, self.layout, self.sinks, self.soft_cap
-        )
+        # Kernels written for interface 1.0 do not know of them, and need not where there are none.
+        extras = () if self.sinks is None and self.soft_cap is None else (self.sinks, self.soft_cap)
+        mixed = self.attention(q, k_cache, v_cache, queries, self.scale, self.window, self.layout, *extras)
         return self.out(mixed.flatten(1)), (k_cache, v_cache)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hotplug.core.ops.attention import AttentionInputs
-from hotplug.core.ops.registry import Op
+from hotplug.core.ops.registry import Bind, Fn, Op, SiteSpec
 
 
 @dataclass(slots=True)
@@ -37,15 +37,13 @@ def prepare_inputs(
     last_tokens: Tensor,
     block_tables: Tensor,
     block_size: int,
-    num_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Complete a step's inputs from the persistent batch.
 
     token_ids: [T] from the host; -1 takes the row's last sampled token, which only the device knows.
     rows: [R] batch rows; query_start: [R + 1]; start: [R] first position of each.
     last_tokens: [max_rows]; block_tables: [max_rows, max_blocks].
-    Returns token_ids [T], positions [T], slots [T], seq_lens [R], and the first `num_blocks` entries of each row's
-    block table [R, num_blocks], in the index dtype of `start`.
+    Returns token_ids [T], positions [T], slots [T] and seq_lens [R], in the index dtype of `start`.
     """
     index = torch.arange(token_ids.shape[0], device=token_ids.device, dtype=query_start.dtype)
     request = torch.searchsorted(query_start[1:], index, right=True, out_int32=index.dtype is torch.int32)
@@ -54,7 +52,44 @@ def prepare_inputs(
     block = block_tables[row, positions // block_size]
     slots = block * block_size + positions % block_size
     tokens = torch.where(token_ids < 0, last_tokens[row], token_ids)
-    return tokens, positions, slots, start + query_start.diff(), block_tables[rows, :num_blocks]
+    return tokens, positions, slots, start + query_start.diff()
 
 
-OPS = (Op("prepare_inputs", prepare_inputs, facts=("block_size",)),)
+def prepare_step(
+    token_ids: Tensor,
+    rows: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+    last_tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+    num_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`prepare_inputs`, and the first `num_blocks` entries of each row's block table [R, num_blocks]."""
+    prepared = prepare_inputs(token_ids, rows, query_start, start, last_tokens, block_tables, block_size)
+    return *prepared, block_tables[rows, :num_blocks]
+
+
+def lower_prepare_step(bind: Bind, spec: SiteSpec) -> Fn:
+    prepare = bind("prepare_inputs", "tokens", block_size=spec["block_size"])
+
+    def composed(
+        token_ids: Tensor,
+        rows: Tensor,
+        query_start: Tensor,
+        start: Tensor,
+        last_tokens: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        num_blocks: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        prepared = prepare(token_ids, rows, query_start, start, last_tokens, block_tables, block_size)
+        return *prepared, block_tables[rows, :num_blocks]
+
+    return composed
+
+
+OPS = (
+    Op("prepare_inputs", prepare_inputs, facts=("block_size",)),
+    Op("prepare_step", prepare_step, facts=("block_size",), lower=lower_prepare_step),
+)

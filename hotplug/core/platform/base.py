@@ -16,7 +16,7 @@ from hotplug.core.errors import PlatformError, nearest
 if TYPE_CHECKING:
     from hotplug.core.ops.registry import OpRegistry
 
-API_VERSION = "1.0"
+API_VERSION = "1.1"
 """Version of this interface. Additions raise the minor number; the core serves majors N and N-1."""
 
 DTYPES = ("float32", "bfloat16", "float16")

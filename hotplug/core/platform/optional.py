@@ -63,6 +63,20 @@ class HasCapture(Protocol):
 
 
 @runtime_checkable
+class HasWarmup(Protocol):
+    """Compile kernels side by side, before the first step needs them."""
+
+    def warm_up(self, steps: Callable[[], Any], device: DeviceInfo) -> None:
+        """Have ready what `steps` launches.
+
+        `steps` runs the steps of the engine's start, in this thread, with the bound kernels and tensors of torch's
+        meta device: shapes, dtypes and strides are those of real steps, memory there is none, so nothing may be
+        launched. Called in a thread of its own while the weights load; the first step waits for it. An error ends
+        it and is reported with the start's figures (`EngineCore.report`); the engine goes on.
+        """
+
+
+@runtime_checkable
 class HasCompile(Protocol):
     """Compile a whole step for a few fixed shapes."""
 

@@ -42,7 +42,7 @@ class Batch:
         device: torch.device,
         pin: Pin | None = None,
     ) -> None:
-        self._prepare = plan.bind("prepare_inputs", "inputs", "int", block_size=block_size)
+        self._prepare = plan.bind("prepare_step", "inputs", "int", block_size=block_size)
         self._block_size = block_size
         self.index_dtype = index_dtype
         self._index_type = np.int32 if index_dtype is torch.int32 else np.int64

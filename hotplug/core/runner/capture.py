@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,9 +58,19 @@ class _Decodes:
         self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self._replay: dict[Draw, Callable[[], Any]] = {}
 
-    def record(self, draw: Draw, platform: HasCapture, device: DeviceInfo) -> None:
-        self._step(draw)  # warm-up: what is made on first use must not be recorded
-        self._replay[draw] = platform.capture(lambda: self._step(draw), device)
+    def warm_up(self) -> None:
+        """Run the step in every way: what is made on first use must not be recorded."""
+        logits = self._logits_of_step()
+        for draw in Draw:
+            self._finish(draw, logits)
+
+    def record(self, platform: HasCapture, device: DeviceInfo) -> None:
+        self.warm_up()
+        for draw in Draw:
+            self._replay[draw] = platform.capture(partial(self._step, draw), device)
+
+    def release(self) -> None:
+        self._replay.clear()  # a platform's replay may hold the step, which is ours
 
     def __call__(self, step: HostStep) -> StepOutputs:
         plan, n = step.plan, len(step.plan.rows)
@@ -75,14 +86,35 @@ class _Decodes:
         return StepOutputs(None, None, self._tokens[:n])
 
     def _step(self, draw: Draw) -> None:
-        rows, start, counters = self._input.unbind()
-        logits = self._eager.decode(self._batch.decodes(rows, start, self._unknown, self._query_start))
+        self._finish(draw, self._logits_of_step())
+
+    def _logits_of_step(self) -> torch.Tensor:
+        rows, start, _ = self._input.unbind()
+        return self._eager.decode(self._batch.decodes(rows, start, self._unknown, self._query_start))
+
+    def _finish(self, draw: Draw, logits: torch.Tensor) -> None:
+        """What follows the scores: drawn tokens, in the batch too, or the scores themselves."""
+        rows, _, counters = self._input.unbind()
         if draw is Draw.LOGITS:  # kept in memory that all recorded steps share: the scores of each would be too much
             self._logits[: self.size] = logits
             return
         tokens = self._sampler.draw(logits, rows, counters, draw)
         self._batch.last_tokens[rows] = tokens.to(self._batch.index_dtype)
         self._tokens.copy_(tokens)
+
+
+def _decodes(eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape]) -> list[_Decodes]:
+    """One a shape. They share the memory of the scores."""
+    sizes = [shape.num_requests for shape in shapes]
+    logits = torch.empty((sizes[-1], sampler.vocab), dtype=torch.float32, device=batch.device)
+    return [_Decodes(size, eager, batch, sampler, logits) for size in sizes]
+
+
+@torch.inference_mode()
+def run_once(eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape]) -> None:
+    """Run what `CapturedSteps` would record of `shapes`, op by op."""
+    for decodes in _decodes(eager, batch, sampler, shapes):
+        decodes.warm_up()
 
 
 class CapturedSteps:
@@ -99,15 +131,21 @@ class CapturedSteps:
         platform: HasCapture,
         device: DeviceInfo,
         shapes: Sequence[StepShape],
+        recorded: Callable[[], object] = lambda: None,
     ) -> None:
+        """Record `shapes` (smallest first) in every way to draw, the largest first; `recorded` is called after each."""
         self._eager = eager
         self.shapes = tuple(shapes)
         self._sizes = [shape.num_requests for shape in shapes]
-        logits = torch.empty((self._sizes[-1], sampler.vocab), dtype=torch.float32, device=batch.device)
-        self._captured = [_Decodes(size, eager, batch, sampler, logits) for size in self._sizes]
-        for draw in Draw:
-            for captured in reversed(self._captured):  # the largest first, so that others fit into its memory
-                captured.record(draw, platform, device)
+        self._captured = _decodes(eager, batch, sampler, shapes)
+        for captured in reversed(self._captured):  # the largest first, so that others fit into its memory
+            captured.record(platform, device)
+            recorded()
+
+    def release(self) -> None:
+        """Drop what was recorded, and with it its memory; no step can run any more."""
+        for captured in self._captured:
+            captured.release()
 
     def __call__(self, step: HostStep) -> StepOutputs:
         plan = step.plan

@@ -1,7 +1,9 @@
-"""A profile step: the largest that the configuration allows, run so that its workspaces exist when memory is
-measured."""
+"""Steps that stand for all others at start: the largest that the configuration allows, run so that their workspaces
+exist when memory is measured, and what kernels are compiled for."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -9,15 +11,26 @@ from hotplug.core.request import SamplingParams
 from hotplug.core.runner.runner import Runner
 from hotplug.core.scheduler.plan import Admission, StepPlan
 
+_SHORT = 16
+"""Tokens of a short prompt, which other kernels serve than long ones."""
+
 
 def run_largest_steps(runner: Runner, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-    """Run the steps with the largest workspaces: as many rows as may run, and one row of the whole token budget.
+    """Run the steps with the largest workspaces, one after the other."""
+    for plan in largest_steps(max_num_seqs, max_num_batched_tokens, max_model_len):
+        runner.execute(plan).result()
 
-    Their keys and values go to the null block.
-    """
+
+def largest_steps(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> Iterator[StepPlan]:
+    """As many rows as may run, and one row of the whole token budget. Their keys and values go to the null block."""
     rows = min(max_num_seqs, max_num_batched_tokens)
-    runner.execute(_prefill(rows, min(max_num_batched_tokens // rows, max_model_len))).result()
-    runner.execute(_prefill(1, min(max_num_batched_tokens, max_model_len))).result()
+    yield _prefill(rows, min(max_num_batched_tokens // rows, max_model_len))
+    yield _prefill(1, min(max_num_batched_tokens, max_model_len))
+
+
+def short_step(max_num_batched_tokens: int, max_model_len: int) -> StepPlan:
+    """A short prompt alone, as a first request may be."""
+    return _prefill(1, min(_SHORT, max_num_batched_tokens, max_model_len))
 
 
 def _prefill(rows: int, num_tokens: int) -> StepPlan:

@@ -23,7 +23,7 @@ class CudaPlatform:
 
     name = "cuda"
     torch_device = "cuda"
-    api_version = "1.0"
+    api_version = "1.1"
 
     def __init__(self) -> None:
         self._nvml: Nvml | None = None
@@ -124,6 +124,13 @@ class CudaPlatform:
         replay: Callable[[], Any] = graph.replay
         return replay
 
+    def warm_up(self, steps: Callable[[], Any], device: DeviceInfo) -> None:
+        import torch
+
+        from hotplug.platforms.cuda.warmup import compile_launches
+
+        compile_launches(steps, torch.device("cuda", device.index))
+
     def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
         from hotplug.platforms.cuda import compile as inductor
 
@@ -187,10 +194,18 @@ class CudaPlatform:
 
 
 def _cached(index: int) -> int:
-    """Bytes that PyTorch holds back from the driver, free for the next tensor of this process."""
+    """Bytes that PyTorch holds back from the driver, free for the next tensor of this process.
+
+    Those in the pools of recorded graphs are not: the graphs write there when they run.
+    """
     import sys
 
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
-    return int(torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index))
+    segments = torch.cuda.memory_snapshot()
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) == (0, 0)
+    )

@@ -219,7 +219,11 @@ class Builder:
         widest = max((-(-seq // facts["block_size"]) for _, seq in lens), default=1)
         tables = torch.randint(1, 99, (rows, widest), generator=self.random).to(self.index)
         last = self._ints(rows, 100)
-        return Call((ids, order.to(self.index), query_start, starts, last, tables, facts["block_size"], widest))
+        return Call((ids, order.to(self.index), query_start, starts, last, tables, facts["block_size"]))
+
+    def _prepare_step(self, facts: Any, lens: Lens, view: bool) -> Call:
+        args = self._prepare_inputs(facts, lens, view).args
+        return Call((*args, args[5].shape[1]))
 
     # --- parts -----------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
                        "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
         case "argmax" | "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
-        case "prepare_inputs":
+        case "prepare_inputs" | "prepare_step":
             yield from ({"block_size": size} for size in limits.block_sizes[:2])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hotplug.platforms.cuda.kernels import dense, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
-from hotplug.platforms.cuda.kernels.inputs import embed, prepare_inputs
+from hotplug.platforms.cuda.kernels.inputs import embed, prepare_step
 from hotplug.platforms.cuda.kernels.moe import grouped_mm, moe_experts
 from hotplug.platforms.cuda.kernels.moe_route import moe_route
 from hotplug.platforms.cuda.kernels.rotate import qk_norm_rope_kv_write, rope_kv_write
@@ -86,7 +86,7 @@ KERNELS = (
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
     *gathered_attention.KERNELS,
     Impl("embed", "cuda.triton", embed, rank=10),
-    Impl("prepare_inputs", "cuda.triton", prepare_inputs, rank=10),
+    Impl("prepare_step", "cuda.triton", prepare_step, rank=10),
     Impl("argmax", "cuda.triton", argmax, rank=10),
     Impl("sample", "cuda.triton", sample, rank=10),
     Impl("sample_rows", "cuda.triton", sample_rows, rank=10),

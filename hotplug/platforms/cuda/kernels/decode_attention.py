@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, with_sink
+from hotplug.platforms.cuda.target import target
 from hotplug.vendor import AttentionInputs
 
 release, wait = pdl.release, pdl.wait
@@ -51,7 +52,11 @@ def config_for(pairs: int, dim: int, width: int, capability: tuple[int, int]) ->
         return DecodeConfig(keys=32, stages=5)
     if pairs <= FEW_PAIRS:  # short contexts are not worth splitting
         return DecodeConfig(stages=5, least=4)
-    return DecodeConfig(stages=7, programs=4 if dim <= 64 else 2)
+    if dim <= 64:
+        return DecodeConfig(stages=7, programs=4)
+    if pairs > 1024:
+        return DecodeConfig(stages=6)
+    return DecodeConfig(keys=64 if pairs <= 256 else 32, stages=7)
 
 
 @triton.jit(do_not_specialize=["splits", "least", "window", "table_stride"])
@@ -173,7 +178,7 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, o
     size, kv_heads = k_cache.shape[1:3]
     group, context, pairs = heads // kv_heads, step.block_table.shape[1] * size, requests * kv_heads
     config = config or config_for(pairs, dim, q.element_size(), gpu.capability(q.device))
-    splits = split_count(pairs, context, config, multiprocessors(q.device))
+    splits = split_count(pairs, context, config, multiprocessors(target(q.device)))
     partial = torch.empty((pairs * splits * group, dim) if splits > 1 else 0, dtype=torch.float32, device=q.device)
     sums = torch.empty(pairs * splits * group if splits > 1 else 0, dtype=torch.float32, device=q.device)
     cols = max(triton.next_power_of_2(dim), 16)

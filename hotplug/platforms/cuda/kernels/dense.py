@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.target import target
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, tuned
 
 
@@ -85,7 +86,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """[num_tokens, 2n] to [num_tokens, n]."""
     tokens, n = gate_up.shape[0], gate_up.shape[1] // 2
     dtype = str(gate_up.dtype).removeprefix("torch.")
-    config = tuned(gate_up.device).lookup("silu_mul", dtype, width=n, tokens=tokens)
+    config = tuned(target(gate_up.device)).lookup("silu_mul", dtype, width=n, tokens=tokens)
     return _silu_mul_with(gate_up, config or _silu_mul_default(n))
 
 

@@ -6,13 +6,19 @@ from functools import cache
 
 import torch
 
+from hotplug.platforms.cuda.target import target
+
 HOPPER = (9, 0)
 """From here on tiles are copied by descriptor, and products leave registers free."""
 
 
-@cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability. (0, 0) on AMD; that of Hopper on the host, where kernels are interpreted."""
+    return _capability(target(device))
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         return HOPPER
     return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)

@@ -54,7 +54,7 @@ def _prepare(token_ids, rows, query_start, start, last_tokens, block_tables, tok
         tl.store(target + entry, tl.load(source + entry, mask=inside), mask=inside)
 
 
-def prepare_inputs(
+def prepare_step(
     token_ids: Tensor,
     rows: Tensor,
     query_start: Tensor,

@@ -1,4 +1,4 @@
-"""Linear layers of few rows, where reading the weight is all of the work: one row by dot products, up to 64 by
+"""Linear layers of few rows, where reading the weight is most of the work: one row by dot products, up to 256 by
 matrix instructions with the weight as their left side. Both with the gating of SwiGLU if asked for.
 
 Many rows are cuBLAS's business (`torch.nn.functional.linear`).
@@ -19,10 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
+from hotplug.platforms.cuda.kernels.linear_hopper import stream
+from hotplug.platforms.cuda.target import target
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
 from hotplug.vendor import SiteSpec
 
-MOST_ROWS = 64
+MOST_ROWS = 256
 """Rows of `x` that `skinny` takes."""
 _COUNTERS = 1 << 16
 _SHARED = 227 << 10
@@ -79,14 +81,15 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 
 
 @triton.jit(do_not_specialize=["M"])
-def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, K: tl.constexpr,
-            TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr,
-            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _skinny(x, tiles_of_x, tiles_of_weight, tiles_of_out, bias, out, partial, counters, M, N, K: tl.constexpr,
+            TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT: tl.constexpr,
+            STAGES: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     """All M <= TOKENS rows of x; tiles of ROWS outputs times steps over K, dealt evenly to the programs (stream-K,
     Osama et al., 2023).
 
-    Of the programs of a tile the last one to end sums their parts, in order, so that the result is always the same.
-    What a descriptor reads beyond its tensor is 0.
+    SPLIT: whether some tile has several programs. Of those the last one to end sums their parts, in order, so that the
+    result is always the same. What a descriptor reads beyond its tensor is 0, and what it writes there is dropped.
     """
     pdl.release(PDL)
     steps: tl.constexpr = triton.cdiv(K, COLS)
@@ -96,7 +99,6 @@ def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, 
     end = tl.minimum(at + share, tiles * steps)
     pdl.wait(PDL)
     tokens = tl.arange(0, TOKENS)
-    here = (tokens < M)[None, :]
     cells = tl.arange(0, ROWS)[:, None] * TOKENS + tokens[None, :]
     size: tl.constexpr = ROWS * TOKENS * (2 if GATED else 1)
     most = (steps - 1) // share + 2  # parts that a tile can have
@@ -105,7 +107,6 @@ def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, 
         begin = at - tile * steps
         stop = tl.minimum(end - tile * steps, steps)
         rows = tile * ROWS + tl.arange(0, ROWS)
-        there = (rows < N)[:, None]
         total = tl.zeros([ROWS, TOKENS], tl.float32)
         total_up = tl.zeros([ROWS, TOKENS], tl.float32)
         for step in tl.range(begin, stop, num_stages=STAGES):
@@ -116,7 +117,7 @@ def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, 
                 value_up = tiles_of_weight.load([N + tile * ROWS, step * COLS])
                 total_up = tl.dot(value_up, vectors, total_up, input_precision="ieee")
         last = True
-        if stop - begin < steps:
+        if SPLIT and stop - begin < steps:
             first = tile * steps // share
             parts = (tile * steps + steps - 1) // share - first + 1
             place = partial + tile.to(tl.int64) * most * size + cells
@@ -136,13 +137,17 @@ def _skinny(x, tiles_of_x, tiles_of_weight, bias, out, partial, counters, M, N, 
         if last:
             if BIAS:
                 total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-            target = out + tokens[None, :].to(tl.int64) * N + rows[:, None]
             if GATED:
                 if BIAS:
                     total_up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-                tl.store(target, _gate(total, total_up, x.dtype.element_ty), mask=there & here)
+                result = _gate(total, total_up, x.dtype.element_ty)
             else:
-                tl.store(target, total, mask=there & here)
+                result = total.to(out.dtype.element_ty)
+            if ALIGNED:
+                tiles_of_out.store([0, tile * ROWS], tl.trans(result))
+            else:
+                mask = (rows < N)[:, None] & (tokens < M)[None, :]
+                tl.store(out + tokens[None, :].to(tl.int64) * N + rows[:, None], result, mask=mask)
         at = tile * steps + stop
 
 
@@ -165,7 +170,7 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: 
 
 def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype: torch.dtype, rows: int, cols: int,
            programs: int, stages: int, warps: int) -> Tensor:  # fmt: skip
-    """`x` [M <= 64, K] times `weight` [N or 2N, K] transposed, gated if asked; [M, N] of `dtype`."""
+    """`x` [M <= 256, K] times `weight` [N or 2N, K] transposed, gated if asked; [M, N] of `dtype`."""
     m, k = x.shape
     n = weight.shape[0] // (2 if gated else 1)
     tokens = max(triton.next_power_of_2(m), 16)
@@ -173,14 +178,17 @@ def skinny(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, dtype
     share = triton.cdiv(tiles * steps, programs)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     partial: Any = out
-    if share % steps:  # some tile is dealt to several programs
+    split = share % steps != 0
+    if split:
         size = tiles * ((steps - 1) // share + 2) * rows * tokens * (2 if gated else 1)
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
     tiles_of_x = TensorDescriptor.from_tensor(x, [tokens, cols])
     tiles_of_weight = TensorDescriptor.from_tensor(weight, [rows, cols])
-    _skinny[(programs,)](x, tiles_of_x, tiles_of_weight, bias, out, partial, _counters(x.device), m, n, k, tokens, rows,
-                         cols, programs, stages, gated, bias is not None, num_warps=warps,
-                         **pdl.options(x.device))  # fmt: skip
+    aligned = n * out.element_size() % 16 == 0
+    tiles_of_out = TensorDescriptor.from_tensor(out, [tokens, rows]) if aligned else tiles_of_x
+    _skinny[(programs,)](x, tiles_of_x, tiles_of_weight, tiles_of_out, bias, out, partial, _counters(x.device), m, n, k,
+                         tokens, rows, cols, programs, split, stages, gated, bias is not None, aligned,
+                         num_warps=warps, **pdl.options(x.device))  # fmt: skip
     return out
 
 
@@ -191,6 +199,8 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
         return gemv(x, weight, bias, gated=gated, dtype=dtype, **options)
     if kernel == "skinny":
         return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
+    if kernel == "stream":
+        return stream(x, weight, bias, gated=gated, dtype=dtype, **options)
     if gated:
         return silu_mul(F.linear(x, weight, bias))
     if dtype != x.dtype and bias is None and x.is_cuda and len(x):  # without a narrow result to convert
@@ -199,24 +209,49 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
 
 
 def _default(key: Key) -> Config:
-    """What serves shapes that nobody measured: what was best on most of those that were (one H200)."""
+    """What serves shapes that nobody measured, from Hopper on: what was best on most of those that were (one H200)."""
     n, k, tokens, gated = key["n"], key["k"], key["tokens"], key.kernel == "linear_silu_mul"
     if tokens == 1:
         return {"kernel": "gemv", "rows": 1 if gated else 2, "cols": 1024 if gated or k <= 2048 else 2048, "warps": 4}
-    if key.dtype == "float32" or k % 8 or k < 1024:
-        return {"kernel": "library"}
+    if key.dtype == "float32" or tokens > 64 or k % 8 or k < 1024:
+        return _PLAIN
+    if key.kernel == "logits" and tokens > 16:
+        return {"kernel": "skinny", "rows": 128, "cols": 64, "programs": triton.cdiv(n, 128), "stages": 4, "warps": 4}
     if gated or key.kernel == "logits":
-        wide = not gated and tokens > 16
-        rows = 128 if wide else 64
-        return {"kernel": "skinny", "rows": rows, "cols": 128, "programs": triton.cdiv(n, rows),
-                "stages": 5 if tokens <= 16 else 4, "warps": 8 if wide else 4}  # fmt: skip
+        return {"kernel": "skinny", "rows": 64, "cols": 128, "programs": triton.cdiv(n, 64),
+                "stages": 5 if tokens <= 16 else 4, "warps": 4}  # fmt: skip
     if tokens <= 16:
         return {"kernel": "skinny", "rows": 64, "cols": 256, "programs": 132, "stages": 4, "warps": 4}
-    return {"kernel": "library"}
+    return _PLAIN
+
+
+def _on_hopper(key: Key) -> Config:
+    """`_default` with `stream`, which is for Hopper alone, where it was better."""
+    n, k, tokens, gated = key["n"], key["k"], key["tokens"], key.kernel == "linear_silu_mul"
+    if key.dtype != "bfloat16" or not 1 < tokens <= 64 or k % 8 or k < 1024 or key.kernel == "logits":
+        return _default(key)
+    cols, stages = (256, 5) if tokens <= 16 and not gated else (128, 5 if tokens <= 16 else 4 if gated else 6)
+    return {"kernel": "stream", "rows": 64, "cols": cols, "stages": stages, "programs": even(triton.cdiv(n, 64)),
+            "warps": 4}  # fmt: skip
+
+
+def even(tiles: int, most: int = 132) -> int:
+    """Programs, `most` at most, that share `tiles` evenly: several tiles each, or several programs a tile.
+
+    `most` itself where that would leave more than a third of them without work.
+    """
+    each = triton.cdiv(tiles, most)
+    programs = tiles * (most // tiles) if tiles <= most else tiles // each if tiles % each == 0 else most
+    return programs if 3 * programs >= 2 * most else most
 
 
 _PLAIN: Config = {"kernel": "library"}
 """Also of GPUs before Hopper: the defaults rest on copies by descriptor."""
+
+
+def _streams(device: torch.device) -> bool:
+    """Whether `stream` runs there."""
+    return device.type != "cpu" and gpu.capability(device) == gpu.HOPPER
 
 
 def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -225,10 +260,13 @@ def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     if not 0 < x.shape[0] <= MOST_ROWS:  # a step that samples nothing has no row to score
         return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
-    config = tuned(x.device).lookup(op, name, **shape)
+    config = tuned(target(x.device)).lookup(op, name, **shape)
     if config is None:
         key = Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})
-        config = _default(key) if gpu.capability(x.device) >= gpu.HOPPER else _PLAIN
+        if _streams(x.device):
+            config = _on_hopper(key)
+        else:
+            config = _default(key) if gpu.capability(x.device) >= gpu.HOPPER else _PLAIN
     return _with(config, x, weight, bias, dtype, gated=gated)
 
 
@@ -259,13 +297,22 @@ def candidates(key: Key) -> Iterator[Config]:
     if key["k"] * size % 16:  # a descriptor's rows begin at multiples of 16 bytes
         return
     small = ((64, 128, 5, 4), (64, 256, 4, 4), (128, 64, 6, 4), (128, 128, 4, 8))
-    large = ((64, 128, 4, 4), (128, 64, 5, 8), (128, 128, 4, 8), (256, 64, 5, 8))
-    for rows, cols, stages, warps in small if tokens <= 32 else large:
+    if key["tokens"] <= 64 and key.dtype == "bfloat16":
+        tiles = triton.cdiv(key["n"], 64)
+        for cols, stages in ((128, 10), (256, 5)) if tokens <= 16 else ((128, 6), (64, 8)):
+            for programs in sorted({even(tiles), min(tiles, 132), 132}):
+                yield {"kernel": "stream", "rows": 64, "cols": cols, "stages": stages // (2 if gated else 1),
+                       "programs": programs, "warps": 4}  # fmt: skip
+    middle = ((64, 64, 4, 4), (64, 64, 6, 4), (64, 128, 3, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 4, 8),
+              (128, 128, 4, 8))  # fmt: skip
+    large = ((64, 64, 4, 8), (64, 64, 3, 8), (128, 64, 4, 8), (128, 64, 3, 8))
+    for rows, cols, stages, warps in small if tokens <= 32 else middle if tokens <= 64 else large:
         shared = stages * cols * size * (rows * (2 if gated else 1) + tokens) + 2048
-        if shared > _SHARED or (gated and rows * tokens > 128 * 64):
+        if shared > _SHARED or rows * tokens * (2 if gated else 1) > 64 * 128 * warps:  # registers for the sums
             continue
-        for programs in (132, 264, triton.cdiv(key["n"], rows)):
-            if programs != 264 or 2 * shared < _SHARED:
+        tiles = triton.cdiv(key["n"], rows)
+        for programs in sorted({132, 264, tiles, 2 * tiles}):
+            if 100 <= programs <= max(tiles, 528) and (programs != 264 or 2 * shared < _SHARED):
                 yield {"kernel": "skinny", "rows": rows, "cols": cols, "programs": programs, "stages": stages,
                        "warps": warps}  # fmt: skip
 
@@ -292,6 +339,6 @@ def _case(key: Key, device: torch.device) -> Case:
 
 
 TUNABLES = tuple(
-    Tunable(op, op, shape=_sizes, default=_default, candidates=candidates, make=_case, tokens=(1, 16, 64))
+    Tunable(op, op, shape=_sizes, default=_default, candidates=candidates, make=_case, tokens=(1, 16, 64, 256))
     for op in ("linear", "linear_silu_mul", "logits")
 )

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
+from hotplug.platforms.cuda.target import target
 
 FEW = 32
 """Most assignments that read their experts one by one."""
@@ -394,7 +395,7 @@ def grouped(
     hidden, top_k, (count, _, width) = x.shape[1], experts.shape[1], down.shape
     if hidden * x.element_size() % 16 or width * x.element_size() % 16:  # no rows for a descriptor
         first, second = replace(first, tma=False), replace(second, tma=False)
-    first, second = (fitting(t, n, x.element_size(), x.device) for t, n in ((first, 2), (second, 1)))
+    first, second = (fitting(t, n, x.element_size(), target(x.device)) for t, n in ((first, 2), (second, 1)))
     order = by_expert(experts, count, first.rows)
     blocks, options = len(order.block_rows), pdl.options(x.device)
     gated = torch.empty((blocks * first.rows, width), dtype=x.dtype, device=x.device)

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hotplug.platforms.cuda.target import target
+
 
 @triton.jit
 def wait(PDL: tl.constexpr):
@@ -39,4 +41,4 @@ def _overlaps(device: torch.device) -> bool:
 
 def options(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that takes `PDL`: on where the device overlaps kernels (Hopper and later)."""
-    return {"PDL": True, "launch_pdl": True} if _overlaps(device) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if _overlaps(target(device)) else {"PDL": False}

@@ -1,0 +1,66 @@
+"""Warm-up: a platform that can (`HasWarmup`) compiles its kernels while the weights load."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import torch
+
+from hotplug.core.engine.bind import Bound, bind
+from hotplug.core.engine.executables import captured_shapes
+from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.platform.discovery import Candidate
+from hotplug.core.platform.optional import HasWarmup
+from hotplug.core.runner import capture
+from hotplug.core.runner.executable import EagerStep
+from hotplug.core.runner.profile import largest_steps, short_step
+from hotplug.core.runner.runner import Runner
+
+
+class WarmUp:
+    """A platform's warm-up, begun in a thread. Where it fails, kernels are made when they are first launched."""
+
+    def __init__(self, bound: Bound) -> None:
+        self.outcome = "none"
+        """How it went: "none" without one, "done", or the error that ended it."""
+        self._thread: threading.Thread | None = None
+        platform = bound.selection.platform
+        if isinstance(platform, HasWarmup):
+            self._thread = threading.Thread(target=self._run, args=(bound, platform), name="hotplug-warm-up")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, bound: Bound, platform: HasWarmup) -> None:
+        try:
+            platform.warm_up(lambda: rehearse(bound), bound.selection.device)
+        except Exception as e:  # whatever a platform or a kernel cannot do without memory
+            self.outcome = f"{type(e).__name__}: {e}"
+        else:
+            self.outcome = "done"
+
+
+def rehearse(bound: Bound) -> None:
+    """Run the steps of an engine's start on torch's meta device, with the kernels that its plan chose."""
+    selection = bound.selection
+    here = Candidate(selection.platform.name, "", selection.platform, (selection.device,))
+    name = f"{selection.platform.name}:{selection.device.index}"
+    config = dataclasses.replace(bound.config, device=name, trace_ops=False)
+    twin = bind(config, meta=True, candidates=[here])
+    shape = twin.kv_shape
+    cache: list[KVBlocks] = [
+        (layer[0], layer[1]) for layer in torch.empty(shape.tensor_shape(1), dtype=shape.dtype, device="meta")
+    ]
+    eager = EagerStep(twin.model, cache, twin.batch)
+    runner = Runner(twin.model, twin.batch, twin.sampler, eager)
+    tokens = twin.resolved.max_num_batched_tokens
+    for plan in largest_steps(twin.resolved.max_num_seqs, tokens, twin.max_model_len):
+        runner.execute(plan)
+    runner.execute(short_step(tokens, twin.max_model_len))
+    shapes = captured_shapes(twin)
+    if shapes:
+        capture.run_once(eager, twin.batch, twin.sampler, shapes)

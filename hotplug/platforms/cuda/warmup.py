@@ -1,0 +1,76 @@
+"""Compiling ahead: what steps on tensors without memory launch is compiled by many threads, and launched by none.
+
+Triton holds Python's lock only while it reads a kernel's source; its passes, LLVM, ptxas and the C compiler that makes
+a launcher run beside each other. What is compiled is in this process's cache then, and in Triton's on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from triton import AsyncCompileMode
+from triton.runtime.jit import JITFunction
+
+from hotplug.platforms.cuda.target import stands_for
+
+MOST_THREADS = 16
+
+
+def compile_launches(
+    steps: Callable[[], Any], gpu: torch.device, enter: Callable[[torch.device], Any] = torch.cuda.set_device
+) -> None:
+    """Run `steps`, on the meta device, and compile for `gpu` what this thread would launch; returns when all is done.
+
+    `enter` makes `gpu` current for a thread. What does not compile is left to fail where it is launched.
+    """
+    _catch_launches()
+    enter(gpu)
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    with (
+        _Compilers(threads, "hotplug-compile", initializer=enter, initargs=(gpu,)) as compilers,
+        AsyncCompileMode(compilers, ignore_errors=True),
+        stands_for(gpu),
+    ):
+        _catching.on = True
+        try:
+            steps()
+        finally:
+            _catching.on = False
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile a kernel, make its launcher and load it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def make() -> Any:
+            kernel = fn(*args, **kwargs)
+            kernel._init_handles()
+            return kernel
+
+        return super().submit(make)
+
+
+class _Catching(threading.local):
+    on = False
+    """Whether launches of this thread are to be compiled only."""
+
+
+_catching = _Catching()
+
+
+@cache
+def _catch_launches() -> None:
+    """Put a switch in front of every launch, once and for all: a second engine may start beside one that runs."""
+    launch = JITFunction.run
+
+    @wraps(launch)
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return launch(self, *args, grid=grid, warmup=warmup or _catching.on, **options)
+
+    JITFunction.run = run

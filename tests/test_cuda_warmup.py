@@ -1,0 +1,110 @@
+"""Warm-up of the CUDA platform: all that an engine's start launches is compiled before, side by side, and only once.
+
+Kernels are compiled here for a GPU that is not there, and "launched" by a driver that does nothing; in processes of
+their own, since Triton's interpreter, which other tests use, is chosen when the kernels are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+PROGRAM = """
+import json, sys, threading
+from dataclasses import dataclass, replace
+from typing import Any
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Utils:
+    def load_binary(self, *args): return 1, 2, 0, 0, 1024
+    def get_device_properties(self, device): return {"max_shared_mem": 227 << 10}
+
+class Driver:
+    utils = Utils()
+    def launcher_cls(self, src, metadata):
+        return lambda *args: launched.append(src.name)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+launched, compiled = [], []
+driver.set_active(Driver())
+def count(**facts):
+    compiled.append((threading.current_thread().name, facts["fn"].name))
+knobs.runtime.jit_cache_hook = count
+
+from cuda_target import Interpreted, facts
+from fake_platforms import candidates
+from hotplug.core.config import EngineConfig
+from hotplug.core.engine.core import EngineCore
+from hotplug.core.platform.base import ExecMode
+from hotplug.core.request import Request, SamplingParams
+from hotplug.platforms.cuda.warmup import compile_launches
+
+@dataclass
+class Warm(Interpreted):
+    total: int = 64 << 20
+    facts: Any = replace(facts("float32"), exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER), max_graph_shapes=2)
+
+    def capture(self, step, device):
+        step()
+        return step
+
+    def warm_up(self, steps, device):
+        compile_launches(steps, torch.device("cpu"), enter=lambda gpu: None)
+        self.launched_by_warm_up = list(launched)
+
+def start(platform):
+    config = EngineConfig(model=sys.argv[1], load_format="dummy", max_num_seqs=17, max_num_batched_tokens=32,
+                          max_model_len=256)
+    return EngineCore(config, candidates=candidates(platform))
+
+platform = Warm()
+core = start(platform)
+core.add(Request(id="first", prompt_token_ids=list(range(9)), sampling=SamplingParams(max_tokens=3, ignore_eos=True)))
+while core.has_work:
+    core.step()
+names = {thread for thread, _ in compiled}
+first = len(compiled)
+second = start(Warm())
+print(json.dumps({
+    "outcome": core.report()["startup"]["warm_up"],
+    "before": platform.launched_by_warm_up,
+    "compiled": compiled[:first],
+    "again": compiled[first:],
+    "launched": len(launched),
+}))
+"""
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_moe_model"])
+def test_everything_that_a_start_launches_is_compiled_before_and_nothing_is_launched_meanwhile(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    found = run(request.getfixturevalue(model), tmp_path)
+    assert found["outcome"] == "done"
+    assert found["before"] == []
+    assert found["launched"] > 100
+    assert {thread for thread, _ in found["compiled"]} == {"hotplug-warm-up"}, found["compiled"]
+    assert len(found["compiled"]) >= 12
+    assert found["again"] == []
+
+
+def run(model: Path, cache: Path) -> dict[str, Any]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(model)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
