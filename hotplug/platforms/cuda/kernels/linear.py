@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hotplug.platforms.cuda.kernels import gpu, pdl
+from hotplug.platforms.cuda.kernels import gpu, linear_hopper, pdl
 from hotplug.platforms.cuda.kernels.dense import silu_mul
-from hotplug.platforms.cuda.kernels.linear_hopper import stream
 from hotplug.platforms.cuda.target import target
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
 from hotplug.vendor import SiteSpec
@@ -200,7 +199,7 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
     if kernel == "skinny":
         return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
     if kernel == "stream":
-        return stream(x, weight, bias, gated=gated, dtype=dtype, **options)
+        return linear_hopper.stream(x, weight, bias, gated=gated, dtype=dtype, **options)
     if gated:
         return silu_mul(F.linear(x, weight, bias))
     if dtype != x.dtype and bias is None and x.is_cuda and len(x):  # without a narrow result to convert
@@ -249,6 +248,25 @@ _PLAIN: Config = {"kernel": "library"}
 """Also of GPUs before Hopper: the defaults rest on copies by descriptor."""
 
 
+def _serves(config: Config, key: Key) -> bool:
+    """Whether a configuration can take so many rows: it may have been measured for fewer."""
+    tokens = key["tokens"]
+    match config["kernel"]:
+        case "gemv":
+            return tokens == 1
+        case "stream":
+            return tokens <= linear_hopper.MOST_ROWS
+        case "skinny":
+            return _shared(config["rows"], config["cols"], config["stages"], key) <= _SHARED
+    return True
+
+
+def _shared(rows: int, cols: int, stages: int, key: Key) -> int:
+    """Bytes of shared memory that `skinny` takes, about."""
+    weights = rows * (2 if key.kernel == "linear_silu_mul" else 1)
+    return stages * cols * (4 if key.dtype == "float32" else 2) * (weights + max(16, key["tokens"])) + 2048
+
+
 def _streams(device: torch.device) -> bool:
     """Whether `stream` runs there."""
     return device.type != "cpu" and gpu.capability(device) == gpu.HOPPER
@@ -261,8 +279,8 @@ def _few(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
         return _with(_PLAIN, x, weight, bias, dtype, gated=gated)
     shape = {"n": weight.shape[0] // (2 if gated else 1), "k": weight.shape[1], "tokens": x.shape[0]}
     config = tuned(target(x.device)).lookup(op, name, **shape)
-    if config is None:
-        key = Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})
+    key = Key.of(op, name, {**shape, "tokens": bucket(x.shape[0])})
+    if config is None or not _serves(config, key):
         if _streams(x.device):
             config = _on_hopper(key)
         else:
@@ -307,7 +325,7 @@ def candidates(key: Key) -> Iterator[Config]:
               (128, 128, 4, 8))  # fmt: skip
     large = ((64, 64, 4, 8), (64, 64, 3, 8), (128, 64, 4, 8), (128, 64, 3, 8))
     for rows, cols, stages, warps in small if tokens <= 32 else middle if tokens <= 64 else large:
-        shared = stages * cols * size * (rows * (2 if gated else 1) + tokens) + 2048
+        shared = _shared(rows, cols, stages, key)
         if shared > _SHARED or rows * tokens * (2 if gated else 1) > 64 * 128 * warps:  # registers for the sums
             continue
         tiles = triton.cdiv(key["n"], rows)
