@@ -23,7 +23,7 @@ from hotplug.core.ops.compare import compare
 from hotplug.core.ops.registry import Impl, SiteSpec
 from hotplug.core.request import Request, SamplingParams
 from hotplug.platforms.cuda.kernels import KERNELS
-from hotplug.plugins.conformance import cases
+from hotplug.plugins.conformance import cases, grid
 from hotplug.plugins.conformance.check_ops import honesty, ops, to
 from hotplug.plugins.conformance.engine_runs import small_model
 from hotplug.plugins.conformance.report import Report
@@ -39,15 +39,27 @@ def label(value: Any) -> str | None:
     return f"{value.op}-{value.provider}" if isinstance(value, Impl) else None
 
 
+FEW_HEADS = ((4, 2, 64), (3, 1, 64))
+"""In the interpreter a program takes a millisecond, and attention has one a head and tile: the default suite has these
+heads, and no attention of float32, whose tiles are small (test_cuda_attention.py has some of it)."""
+
+
 def kernel_cases() -> Iterator[Any]:
-    """Attention of float32, in tiles of 16 by 16, is many programs; test_cuda_attention.py has some of it."""
-    for kernel, dtype in itertools.product(KERNELS, DTYPES):
-        slow = kernel.op == "attention" and dtype == "float32"
-        yield pytest.param(kernel, dtype, marks=pytest.mark.slow if slow else (), id=f"{label(kernel)}-{dtype}")
+    """Everything that a quick run of the kit asks: on a GPU, or in the slow suite; else with few heads."""
+    for kernel, dtype, whole in itertools.product(KERNELS, DTYPES, (False, True)):
+        if HAS_GPU and not whole:
+            continue
+        slow = not HAS_GPU and (whole or (kernel.op == "attention" and dtype == "float32"))
+        yield pytest.param(kernel, dtype, whole, marks=pytest.mark.slow if slow else (),
+                           id=f"{label(kernel)}-{dtype}{'-whole' * whole}")  # fmt: skip
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), kernel_cases())
-def test_a_kernel_equals_its_reference(kernel: Impl, dtype: str, tmp_path: Path, poisoned: None) -> None:
+@pytest.mark.parametrize(("kernel", "dtype", "whole"), kernel_cases())
+def test_a_kernel_equals_its_reference(
+    kernel: Impl, dtype: str, whole: bool, tmp_path: Path, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:
+        monkeypatch.setattr(grid, "HEADS", FEW_HEADS)
     report = Report()
     ops(target(tmp_path, dtype, kernels=[kernel]), report)
     assert report.failures == []

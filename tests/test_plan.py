@@ -155,6 +155,28 @@ def test_a_kernel_that_claims_the_fused_op_serves_it_whole() -> None:
     assert providers(plan) == {"n": "fused"}
 
 
+def test_a_fused_kernel_for_some_shapes_leaves_the_others_to_planned_parts() -> None:
+    fused = kernel("fused", op="add_rms_norm", rank=9, accepts=lambda bucket: bucket.num_tokens == 1)
+    norm_of_many = Impl("rms_norm", "acme", lambda x, weight, eps: x * 0)
+    plan = make_plan(fused, norm_of_many)
+    fn = plan.bind("add_rms_norm", "n", "float32", **WIDTH)
+    plan.finish()
+    assert providers(plan) == {"n": "fused+composed", "n.norm": "acme"}
+    assert plan.choices[0].reason == "rank 9, other shapes to its parts"
+    assert fn(torch.ones(1, 8), torch.ones(1, 8), torch.ones(8), 0.0) == "fused"
+    normed, total = fn(torch.ones(2, 8), torch.ones(2, 8), torch.ones(8), 0.0)
+    assert total.eq(2).all() and not normed.any()
+
+
+def test_parts_behind_a_fused_kernel_can_be_references_and_count_as_such() -> None:
+    plan = make_plan(kernel("fused", op="add_rms_norm", accepts=lambda bucket: bucket.num_tokens == 1))
+    fn = plan.bind("add_rms_norm", "n", "float32", **WIDTH)
+    arguments = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8), 1e-5
+    for actual, expected in zip(fn(*arguments), norm.add_rms_norm(*arguments), strict=True):
+        assert torch.equal(actual, expected)
+    assert "n.norm" in {choice.spec.site for choice in plan.reference_sites}
+
+
 # --- forcing --------------------------------------------------------------------------------------
 
 
