@@ -122,6 +122,7 @@ def _compiling(target: Target, found: list[Launch]) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.compiler import compile as compile_source
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     from hotplug.platforms.cuda.kernels import gpu, pdl
@@ -137,9 +138,8 @@ def _compiling(target: Target, found: list[Launch]) -> Iterator[None]:
         constant = {names[path[0]]: value for path, value in constants.items()}
         special = _describe(signature, constant, kwargs)
         try:
-            compiled = compile_source(
-                ASTSource(self, signature, constants, attributes), target=compiled_for, options=options.__dict__
-            )
+            source = (GluonASTSource if self.is_gluon() else ASTSource)(self, signature, constants, attributes)
+            compiled = compile_source(source, target=compiled_for, options=options.__dict__)
             figures, error = _figures(compiled, target), ""
         except Exception as e:  # a compiler may fail in any way; the others go on
             figures, error = {}, f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}"

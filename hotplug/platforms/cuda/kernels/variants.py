@@ -90,7 +90,7 @@ VARIANTS: tuple[Variant, ...] = (
     *(Variant("moe_route", QWEN3_ROUTER, lens) for lens in (ONE, DECODES)),
     *(Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, lens) for lens in (ONE, DECODES, PROMPTS)),
     Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, DECODES, "float32"),
-    Variant("prepare_inputs", {"block_size": 64}, DECODES, "int32"),
+    Variant("prepare_step", {"block_size": 64}, DECODES, "int32"),
     Variant("embed", {"vocab": LLAMA_VOCAB, "hidden": 4096}, DECODES),
     Variant("argmax", {"vocab": LLAMA_VOCAB}, DECODES, "float32", BUFFERS),
     Variant("sample_rows", {"vocab": QWEN3_VOCAB}, DECODES, "float32", BUFFERS),
