@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from hotplug.platforms.cuda.kernels import gpu, linear
+from hotplug.platforms.cuda.kernels import gpu, linear, linear_few
 from hotplug.platforms.cuda.tuning import Key, Tuned
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +64,7 @@ def check(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, gat
 )
 def test_one_row(n: int, k: int, gated: bool, bias: bool, dtype: torch.dtype) -> None:
     x, weight, more = inputs(1, k, 2 * n if gated else n, dtype, bias=bias)
-    got = linear.gemv(x, weight, more, gated=gated, dtype=dtype, rows=2, cols=32, warps=4)
+    got = linear_few.gemv(x, weight, more, gated=gated, dtype=dtype, rows=2, cols=32, warps=4)
     assert got.dtype is dtype
     check(got, x, weight, more, gated=gated)
 
@@ -89,21 +89,21 @@ SMALL = {"rows": 16, "cols": 32, "stages": 2, "warps": 4}
 def test_few_rows_however_tiles_are_dealt(m: int, n: int, k: int, programs: int, gated: bool) -> None:
     x, weight, bias = inputs(m, k, 2 * n if gated else n, HALF, bias=gated)
     for _ in range(2):  # the first leaves its counters as the second needs them
-        got = linear.skinny(x, weight, bias, gated=gated, dtype=HALF, programs=programs, **SMALL)
+        got = linear_few.skinny(x, weight, bias, gated=gated, dtype=HALF, programs=programs, **SMALL)
         check(got, x, weight, bias, gated=gated)
-    assert not linear._counters(DEVICE).any()
+    assert not linear_few._counters(DEVICE).any()
 
 
 def test_few_rows_of_float32() -> None:
     x, weight, bias = inputs(4, 72, 24, FULL, bias=True)
-    check(linear.skinny(x, weight, bias, gated=False, dtype=FULL, programs=2, **SMALL), x, weight, bias)
+    check(linear_few.skinny(x, weight, bias, gated=False, dtype=FULL, programs=2, **SMALL), x, weight, bias)
 
 
 def test_scores_of_narrow_inputs_are_float32_and_were_never_narrower() -> None:
     x, weight, _ = inputs(2, 64, 32, HALF, bias=False)
     for got in (
-        linear.skinny(x, weight, None, gated=False, dtype=FULL, programs=3, **SMALL),
-        torch.cat([linear.gemv(x[i : i + 1], weight, None, gated=False, dtype=FULL, rows=2, cols=32, warps=4)
+        linear_few.skinny(x, weight, None, gated=False, dtype=FULL, programs=3, **SMALL),
+        torch.cat([linear_few.gemv(x[i : i + 1], weight, None, gated=False, dtype=FULL, rows=2, cols=32, warps=4)
                    for i in range(2)]),
     ):  # fmt: skip
         assert got.dtype is FULL

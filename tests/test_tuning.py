@@ -17,6 +17,7 @@ from fake_platforms import FakePlatform, candidates
 from typer.testing import CliRunner
 
 from hotplug.cli.main import app
+from hotplug.cli.tune import line
 from hotplug.core.engine import bind as bind_module
 from hotplug.core.ops.registry import Impl, SiteSpec
 from hotplug.core.platform import discovery
@@ -111,9 +112,16 @@ def test_what_is_in_use_is_an_earlier_measurement_where_there_is_one(cache):
     assert [(r.before["BLOCK"], r.after["BLOCK"]) for r in results] == [(2, 4), (2, 4)]
 
 
-def test_a_kernel_that_fails_as_it_is_stops_the_run(cache):
+def test_where_what_is_in_use_fails_the_fastest_that_works_takes_its_place(cache):
+    tunable, timer = double({2: 4.0, 4: 3.0}, default=lambda key: {"BLOCK": 5})
+    _, (result, _) = run(tunable, timer, cache / "out.json")
+    assert (result.before, result.before_us, result.after) == ({"BLOCK": 5}, None, {"BLOCK": 4})
+    assert "failed ->     3.00 us" in line(result)
+
+
+def test_a_kernel_that_always_fails_stops_the_run(cache):
     tunable, timer = double({5: 1.0}, default=lambda key: {"BLOCK": 5})
-    with pytest.raises(PlatformError, match="fails with the configuration that it has"):
+    with pytest.raises(PlatformError, match="fails with every configuration"):
         run(tunable, timer, cache / "out.json")
 
 

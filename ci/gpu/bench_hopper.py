@@ -23,7 +23,7 @@ from timing import compile_ahead, copies_past_l2, graph_time
 
 from hotplug.platforms.cuda.kernels import linear, linear_hopper
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, silu_mul
-from hotplug.platforms.cuda.kernels.linear import skinny
+from hotplug.platforms.cuda.kernels.linear_few import skinny
 from hotplug.platforms.cuda.kernels.linear_hopper import compile_for, stream
 
 SMS = 132

@@ -86,7 +86,8 @@ def line(result: TuningResult) -> str:
     change = f"{before} -> {after}" if after != before else f"{after} stays"
     refused = f", {len(result.rejected)} rejected" if result.rejected else ""
     color = "green" if after != before else "dim"
-    times = f"{result.before_us:8.2f} -> {result.after_us:8.2f} us"
+    was = "  failed" if result.before_us is None else f"{result.before_us:8.2f}"
+    times = f"{was} -> {result.after_us:8.2f} us"
     head = f"{result.kernel:<16} {result.dtype:<9} {shape:<36}"
     return _escaped(f"{head} {times}  ") + f"[{color}]{_escaped(f'{change} (of {result.candidates}{refused})')}[/]"
 

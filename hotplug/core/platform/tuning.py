@@ -19,7 +19,8 @@ class TuningResult:
     """The configuration in use: an earlier measurement's or the kernel's own default."""
     after: Mapping[str, Any]
     """The fastest that computes the right values; `before` where none is clearly faster."""
-    before_us: float
+    before_us: float | None
+    """None where `before` fails."""
     after_us: float
     candidates: int
     """Configurations that were measured."""

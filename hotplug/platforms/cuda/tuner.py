@@ -92,14 +92,15 @@ def _tune_one(
             rejected.append(f"{dict(config)}: {fault}")
         else:
             times[i] = timer([_call(case, config) for case in cases])
-    if 0 not in times:
-        raise PlatformError("a kernel fails with the configuration that it has", where=f"{key}", why=rejected[0])
+    if not times:
+        raise PlatformError("a kernel fails with every configuration", where=f"{key}", why=rejected[0])
     best = min(times, key=lambda i: times[i])
-    if times[best] > times[0] * (1 - GAIN):
+    before = times.get(0)
+    if before is not None and times[best] > before * (1 - GAIN):
         best = 0
     return TuningResult(
         kernel=key.kernel, dtype=key.dtype, shape=dict(key.shape), before=dict(tried[0]), after=dict(tried[best]),
-        before_us=times[0], after_us=times[best], candidates=len(times), rejected=tuple(rejected),
+        before_us=before, after_us=times[best], candidates=len(times), rejected=tuple(rejected),
     )  # fmt: skip
 
 

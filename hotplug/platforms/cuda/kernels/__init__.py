@@ -74,6 +74,7 @@ def _many_tokens(bucket: Bucket) -> bool:
 
 KERNELS = (
     Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
+    Impl("linear", "cuda.cublas", linear.library, check=_plain, rank=5),
     Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
     Impl("logits", "cuda.wide", linear.logits, check=_plain, rank=10),
     Impl("rope_kv_write", "cuda.triton", rope_kv_write, check=_whole_heads, rank=10),

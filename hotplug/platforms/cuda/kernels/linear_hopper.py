@@ -2,7 +2,7 @@
 
 Written in Gluon, because what this needs Triton's compiler does not do: copy by hand into a ring of shared memory, so
 that weights, which no kernel of the step writes, are requested before `griddepcontrol.wait` and `x` after it. In a
-chain of such kernels the memory never idles while one drains and the next starts up. Same results as `linear.skinny`.
+chain of such kernels the memory never idles while one drains and the next starts up. Results: those of `skinny`.
 """
 
 from __future__ import annotations
