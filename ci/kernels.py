@@ -163,7 +163,8 @@ def _compiling(target: Target, found: list[Launch]) -> Iterator[None]:
 def _describe(signature: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """A specialization in words: dtypes of the pointers, compile-time constants, warps and stages."""
     dtypes = [kind.lstrip("*") for kind in dict.fromkeys(v for v in signature.values() if v.startswith("*"))]
-    descriptors = [kind for kind in dict.fromkeys(signature.values()) if kind.startswith("tensordesc")]
+    descriptors = [re.sub(r",\w+\(.*\)", "", kind) for kind in dict.fromkeys(signature.values())
+                   if kind.startswith("tensordesc")]  # fmt: skip
     parts = ["/".join(dtypes), *descriptors]
     parts += [f"{name}={getattr(value, '__name__', value)}" for name, value in constants.items() if name != "PDL"]
     parts += [f"{name}={options[name]}" for name in ("num_warps", "num_stages") if name in options]

@@ -76,9 +76,8 @@ class Right:
         return torch.arange(heads) // (heads // kv_heads)
 
     def attention(
-        self, q: Any, k_cache: Any, v_cache: Any, step: AttentionInputs, scale: float, window: int | None, layout: str,
-        sinks: Any, soft_cap: Any,
-    ) -> Any:  # fmt: skip
+        self, q: Any, k_cache: Any, v_cache: Any, step: AttentionInputs, scale: float, window: int | None, layout: str
+    ) -> Any:
         import torch
 
         out, begin, window = torch.zeros_like(q), 0, self.window_of(window)

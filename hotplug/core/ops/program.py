@@ -53,11 +53,15 @@ def node(op: Op) -> Any:
 
 
 def as_node(op: Op, site: str) -> Fn:
-    """A callable for a call site that leaves a node in the program being traced."""
+    """A callable for a call site that leaves a node in the program being traced.
+
+    A node has all parameters of its op: those that a call leaves out, with their defaults.
+    """
     overload = node(op)
+    defaults = [p.default for p in inspect.signature(op.functional or op.reference).parameters.values()]
 
     def call(*args: Any) -> Any:
-        return overload(*flatten(args), site)
+        return overload(*flatten((*args, *defaults[len(args) :])), site)
 
     return call
 

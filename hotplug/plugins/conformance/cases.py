@@ -142,7 +142,9 @@ class Builder:
             q, step, rows = self._padded(q, step)
         sinks = self._normal(facts["num_heads"]) if facts["sinks"] else None
         scale = facts["head_dim"] ** -0.5
-        return Call((q, k_cache, v_cache, step, scale, facts["window"], layout, sinks, facts["soft_cap"]), rows)
+        # passed where a model has them, as the layers do: kernels written for interface 1.0 do not know of them
+        extras = () if sinks is None and facts["soft_cap"] is None else (sinks, facts["soft_cap"])
+        return Call((q, k_cache, v_cache, step, scale, facts["window"], layout, *extras), rows)
 
     def _step(self, lens: Lens, table: Tensor) -> AttentionInputs:
         queries, seqs = [q for q, _ in lens], [s for _, s in lens]

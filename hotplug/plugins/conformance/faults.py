@@ -37,7 +37,7 @@ Suspects = Iterator[tuple[str, Callable[[], Any]]]
 
 
 def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None,
-               layout: str, sinks: Tensor | None, soft_cap: float | None) -> Suspects:  # fmt: skip
+               layout: str, sinks: Tensor | None = None, soft_cap: float | None = None) -> Suspects:  # fmt: skip
     def attend(**mistake: Any) -> Callable[[], Tensor]:
         given: dict[str, Any] = {"sinks": sinks, "soft_cap": soft_cap, **mistake}
         return lambda: wrong_attention(q, k_cache, v_cache, step, scale, window, layout, **given)
