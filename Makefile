@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Made anew only when what it is made from changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-slow test-gpu lint format docs kernels kernels-check bench-cpu clean
+.PHONY: serve test test-slow test-gpu bench-gpu lint format docs kernels kernels-check bench-cpu clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -43,6 +43,9 @@ kernels: $(STAMP) ## compile every Triton kernel for all GPUs and record what it
 
 kernels-check: $(STAMP) ## the same, compared with what is recorded
 	$(BIN)/python ci/kernels.py --check $(ARGS)
+
+bench-gpu: ## on the GPU machine: the table of docs/benchmarks.md (ARGS= for models and workloads)
+	$(PYTHON) ci/bench/gpu.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

@@ -87,7 +87,9 @@ def test_tokens_are_those_of_steps_one_by_one(start, options):
 
 def test_a_step_is_launched_before_the_one_before_is_waited_for(start):
     platform = Runtime()
-    generate(start(platform))
+    core = start(platform)
+    platform.log.clear()
+    generate(core)
     assert platform.log[:5] == ["record", "record", "wait", "record", "wait"]
     assert platform.log.count("record") == platform.log.count("wait")
 

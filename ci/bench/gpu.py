@@ -20,6 +20,7 @@ from gpu_workloads import MODELS, WORKLOADS, model_folder
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
+from hotplug.core.engine.process import freeze_started_objects
 from hotplug.core.request import Request, SamplingParams
 
 PEER = {  # (peer, bar); milliseconds a token, tokens a second, or seconds
@@ -110,6 +111,7 @@ def main() -> None:
               f"{core.bound.plan.hash}, {core.num_blocks} blocks", flush=True)  # fmt: skip
         phases = core.report()["startup"]["seconds"]
         print("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()), flush=True)
+        freeze_started_objects()  # as the engine's own process does
         for name in workloads:
             times = [run(core, name, seed) for seed in range(args.repeats)]
             found, floor = figure(name, statistics.median(times)), figure(name, roofline(model, name))
@@ -126,6 +128,7 @@ def main() -> None:
             if name in args.profile.split(","):
                 profile(core, name)
         del core
+        gc.unfreeze()
         gc.collect()
         import torch
 

@@ -68,12 +68,12 @@ class EngineCore:
             num_blocks, reserved = _num_blocks(bound)
         with phases("cache"):
             cache = _cache(bound, num_blocks)
-            transfer, swap = make_transfer(bound, cache, connector), make_swap(bound, cache, space)
         with phases("steps"):
             free = platform.memory(device).free
             with MemoryGuard("preparing the steps", bound.selection, memory_guard.EXECUTABLES):
                 self._executable = _executable(bound, cache, shapes)
             taken = free - platform.memory(device).free
+        transfer, swap = make_transfer(bound, cache, connector), make_swap(bound, cache, space)
         runtime = platform if isinstance(platform, HasRuntime) else None
         self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime, swap)
         self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)

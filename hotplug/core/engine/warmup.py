@@ -14,7 +14,7 @@ from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasWarmup
 from hotplug.core.runner import capture
 from hotplug.core.runner.executable import EagerStep
-from hotplug.core.runner.profile import largest_steps, short_step
+from hotplug.core.runner.profile import largest_steps, prompt_steps
 from hotplug.core.runner.runner import Runner
 
 
@@ -60,7 +60,8 @@ def rehearse(bound: Bound) -> None:
     tokens = twin.resolved.max_num_batched_tokens
     for plan in largest_steps(twin.resolved.max_num_seqs, tokens, twin.max_model_len):
         runner.execute(plan)
-    runner.execute(short_step(tokens, twin.max_model_len))
+    for plan in prompt_steps(tokens, twin.max_model_len):
+        runner.execute(plan)
     shapes = captured_shapes(twin)
     if shapes:
         capture.run_once(eager, twin.batch, twin.sampler, shapes)

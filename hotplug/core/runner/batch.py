@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ Pin = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes a host tensor that the device copies from asynchronously (`HasRuntime.pinned`)."""
 Ints = npt.NDArray[np.integer]
 
+_ALIGNED = 4
+"""Elements, at least 16 bytes."""
 _STAGED = 32
 """Host tensors kept while the device may still copy from them: more than two steps in flight send."""
 
@@ -142,11 +145,18 @@ class Batch:
         return token_ids
 
     def upload(self, *arrays: Ints) -> tuple[Tensor, ...]:
-        """Host arrays of one dimension as index tensors on the device, in one copy that does not wait for it."""
-        sizes = [len(a) for a in arrays]
-        both = self.stage([sum(sizes)])
-        np.concatenate(arrays, out=both.numpy(), casting="same_kind")
-        return tuple(torch.split_with_sizes(both.to(self.device, non_blocking=True), sizes))
+        """Host arrays of one dimension as index tensors on the device, in one copy that does not wait for it.
+
+        Each begins at a multiple of `_ALIGNED` elements, whatever the lengths: kernels may be compiled for alignment.
+        """
+        ends = list(accumulate(-(-len(a) // _ALIGNED) * _ALIGNED for a in arrays))
+        begins = [0, *ends[:-1]]
+        staged = self.stage(ends[-1:])
+        host = staged.numpy()
+        for begin, array in zip(begins, arrays, strict=True):
+            host[begin : begin + len(array)] = array
+        both = staged.to(self.device, non_blocking=True)
+        return tuple(both.narrow(0, begin, len(array)) for begin, array in zip(begins, arrays, strict=True))
 
     def stage(self, shape: Sequence[int]) -> Tensor:
         """An uninitialized host tensor of the index dtype, to be filled and sent to the device before long."""

@@ -11,8 +11,8 @@ from hotplug.core.request import SamplingParams
 from hotplug.core.runner.runner import Runner
 from hotplug.core.scheduler.plan import Admission, StepPlan
 
-_SHORT = 16
-"""Tokens of a short prompt, which other kernels serve than long ones."""
+_SHORTEST, _TIMES = 16, 4
+"""Tokens of the shortest prompt that is tried, and how much longer the next is."""
 
 
 def run_largest_steps(runner: Runner, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
@@ -28,9 +28,12 @@ def largest_steps(max_num_seqs: int, max_num_batched_tokens: int, max_model_len:
     yield _prefill(1, min(max_num_batched_tokens, max_model_len))
 
 
-def short_step(max_num_batched_tokens: int, max_model_len: int) -> StepPlan:
-    """A short prompt alone, as a first request may be."""
-    return _prefill(1, min(_SHORT, max_num_batched_tokens, max_model_len))
+def prompt_steps(max_num_batched_tokens: int, max_model_len: int) -> Iterator[StepPlan]:
+    """Prompts alone, short ones first: kernels may differ with the number of tokens."""
+    tokens = _SHORTEST
+    while tokens < min(max_num_batched_tokens, max_model_len):
+        yield _prefill(1, tokens)
+        tokens *= _TIMES
 
 
 def _prefill(rows: int, num_tokens: int) -> StepPlan:

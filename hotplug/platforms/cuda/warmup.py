@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.target import stands_for
 
@@ -37,11 +38,11 @@ def compile_launches(
         AsyncCompileMode(compilers, ignore_errors=True),
         stands_for(gpu),
     ):
-        _catching.on = True
+        _catching.seen = set()
         try:
             steps()
         finally:
-            _catching.on = False
+            _catching.seen = None
 
 
 class _Compilers(ThreadPoolExecutor):
@@ -57,8 +58,8 @@ class _Compilers(ThreadPoolExecutor):
 
 
 class _Catching(threading.local):
-    on = False
-    """Whether launches of this thread are to be compiled only."""
+    seen: set[Any] | None = None
+    """What launches of this thread, which are to be compiled only, were made with; None where they are launched."""
 
 
 _catching = _Catching()
@@ -71,6 +72,24 @@ def _catch_launches() -> None:
 
     @wraps(launch)
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return launch(self, *args, grid=grid, warmup=warmup or _catching.on, **options)
+        seen = _catching.seen
+        if seen is None:
+            return launch(self, *args, grid=grid, warmup=warmup, **options)
+        call = (self, *map(_kind, args), *((name, _kind(value)) for name, value in options.items()))
+        if call not in seen:  # a model has many layers
+            seen.add(call)
+            launch(self, *args, grid=grid, warmup=True, **options)
+        return None
 
     JITFunction.run = run
+
+
+def _kind(value: Any) -> Any:
+    """Equal for arguments that Triton compiles one kernel for, though not for them alone."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, tuple(value.block_shape), tuple(value.shape), tuple(value.strides), value.padding
+    if isinstance(value, tuple | list):
+        return tuple(map(_kind, value))
+    return type(value), value
