@@ -21,7 +21,7 @@ class CpuPlatform:
 
     name = "cpu"
     torch_device = "cpu"
-    api_version = "1.0"
+    api_version = "1.1"
 
     def probe(self) -> Sequence[DeviceInfo]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
