@@ -13,7 +13,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def expected(smollm2_hf_dir) -> list[list[int]]:
-    """What `transformers.generate` gives for each prompt: all at once, padded on the left, since alone takes minutes."""
+    """What `transformers.generate` gives for all prompts at once, padded on the left; alone it takes minutes."""
     import torch
     from transformers import AutoModelForCausalLM
 
