@@ -264,9 +264,6 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
         chunks = prepared(p)
         return attend(p.q, *gather(p.k_cache, p.v_cache, chunks), chunks, p.q.shape[-1] ** -0.5, None, None)
 
-    def only_gather(p: Problem) -> Tensor:
-        return gather(p.k_cache, p.v_cache, prepared(p))[0]
-
     yield "fa3", 64, partial(library, gathered_attention._fa3)
     yield "flash", 64, partial(library, gathered_attention._flash)
     for config in GATHERED_CANDIDATES:
