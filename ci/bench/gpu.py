@@ -30,7 +30,7 @@ PEER = {  # (peer, bar); milliseconds a token, tokens a second, or seconds
                 "prefill": (247872, 250000), "mixed": (43026, 48000)},
     "qwen3moe": {"decode1": (4.19, 3.6), "decode64": (2838, 3400), "prefill": (62888, 63000)},
 }  # fmt: skip
-UNITS = {"decode1": "ms/token", "prefill": "in tok/s", "long8": "s"}
+UNITS = {"decode1": "ms/token", "prefill": "in tok/s", "long8": "s", "one20k": "s"}
 READ, BF16 = 4.2e12, 680e12
 """Bytes a second read and bf16 operations a second, measured on an H200."""
 
@@ -40,7 +40,7 @@ def figure(workload: str, seconds: float) -> float:
     requests, inputs, outputs = WORKLOADS[workload]
     if workload == "decode1":
         return seconds * 1e3 / outputs
-    if workload == "long8":
+    if UNITS.get(workload) == "s":
         return seconds
     return requests * (inputs if workload == "prefill" else outputs) / seconds
 
@@ -85,7 +85,7 @@ def run(core: EngineCore, name: str, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("cells", nargs="*", default=list(MODELS))
+    parser.add_argument("cells", nargs="*", default=list(PEER))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exec", default="auto")
     parser.add_argument("--out", type=Path)
@@ -96,7 +96,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for cell in args.cells:
         model, _, names = cell.partition(":")
-        workloads = names.split(",") if names else list(PEER[model])
+        workloads = names.split(",") if names else list(PEER.get(model, WORKLOADS))
         begin = time.perf_counter()
         config = {"max_num_seqs": 512, "max_model_len": 33024, "exec": args.exec, **options}
         core = EngineCore(
@@ -115,14 +115,16 @@ def main() -> None:
         for name in workloads:
             times = [run(core, name, seed) for seed in range(args.repeats)]
             found, floor = figure(name, statistics.median(times)), figure(name, roofline(model, name))
-            peer, bar = PEER[model].get(name, (float("nan"), float("nan")))
+            peer, bar = PEER.get(model, {}).get(name, (None, None))
             lower = UNITS.get(name) in ("ms/token", "s")
-            ratio = peer / found if lower else found / peer
-            met = found <= bar if lower else found >= bar
+            ratio = peer and (peer / found if lower else found / peer)
+            met = bar and (found <= bar if lower else found >= bar)
+            beside = (f"peer {peer:8.5g} x{ratio:.3f} bar {bar:8.5g} {'met' if met else 'short':5}" if peer
+                      else f"{'no peer measured':41}")  # fmt: skip
             results.append({"model": model, "workload": name, "value": found, "times": times, "peer": peer,
                             "bar": bar, "met": met, "ratio": ratio, "roofline": floor})  # fmt: skip
-            print(f"{model:9} {name:10} {found:10.4g} {UNITS.get(name, 'out tok/s'):10} peer {peer:8.5g} "
-                  f"x{ratio:.3f} bar {bar:8.5g} {'met' if met else 'short':5} roofline {floor:8.4g} "
+            print(f"{model:9} {name:10} {found:10.4g} {UNITS.get(name, 'out tok/s'):10} {beside} "
+                  f"roofline {floor:8.4g} "
                   f"({min(floor, found) / max(floor, found):.0%}) spread {max(times) / min(times) - 1:.1%}",
                   flush=True)  # fmt: skip
             if name in args.profile.split(","):

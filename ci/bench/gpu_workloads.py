@@ -25,6 +25,12 @@ MODELS: dict[str, dict[str, Any]] = {
                  "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
                  "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
                  "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3-8b": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+                 "attention_bias": False, "bos_token_id": 151643, "eos_token_id": 151645, "rms_norm_eps": 1e-6,
+                 "rope_theta": 1e6, "torch_dtype": "bfloat16", "vocab_size": 151936,
+                 "max_position_embeddings": 40960, "tie_word_embeddings": False, "head_dim": 128,
+                 "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+                 "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
 
 
@@ -48,7 +54,11 @@ WORKLOADS = {
     "prefill": Workload(32, 4096, 1),
     "mixed": Workload(512, 512, 256),
     "long8": Workload(8, 32000, 128),
+    "decode8": Workload(8, 512, 256),
+    "decode32": Workload(32, 2048, 256),
+    "one20k": Workload(1, 20000, 128),
 }
+"""The last three have no peer's figure: lengths and batches between those that are tuned for."""
 
 
 def model_folder(name: str) -> Path:
