@@ -54,6 +54,21 @@ def _few_rows(bucket: Bucket) -> bool:
     return 0 < bucket.num_tokens <= linear.MOST_ROWS
 
 
+def _gates_on_hopper(spec: SiteSpec) -> Verdict:
+    if spec.arch != "sm_90":
+        return Verdict(False, f"is for sm_90, not {spec.arch}")
+    if spec.dtype != "bfloat16" or spec["scheme"] != "none":
+        return Verdict(False, f"reads plain weights in bfloat16, not {spec['scheme']} ones in {spec.dtype}")
+    if spec["width"] % 128 or spec["in_features"] % 8:
+        return Verdict(False, f"takes a width of whole 128s and inputs of whole 8s, not {spec['width']} and "
+                              f"{spec['in_features']}")  # fmt: skip
+    return Verdict(True)
+
+
+def _many_rows(bucket: Bucket) -> bool:
+    return bucket.num_tokens > linear.MOST_STREAMED
+
+
 def _experts(spec: SiteSpec) -> Verdict:
     if spec["num_experts"] > MOST_EXPERTS:
         return Verdict(False, f"{spec['num_experts']} experts are above {MOST_EXPERTS}")
@@ -76,6 +91,7 @@ KERNELS = (
     Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
     Impl("linear", "cuda.cublas", linear.library, check=_plain, rank=5),
     Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
+    Impl("linear_silu_mul", "cuda.hopper", linear.many_silu_mul, check=_gates_on_hopper, accepts=_many_rows, rank=20),
     Impl("logits", "cuda.wide", linear.logits, check=_plain, rank=10),
     Impl("rope_kv_write", "cuda.triton", rope_kv_write, check=_whole_heads, rank=10),
     Impl("qk_norm_rope_kv_write", "cuda.triton", qk_norm_rope_kv_write, check=_whole_heads, rank=10),

@@ -17,15 +17,16 @@ def _rms_norm(x, weight, out, inner, outer_stride, inner_stride, n, eps, BLOCK: 
               PDL: tl.constexpr):  # fmt: skip
     """A program a row of x [outer, inner, n]; out is dense."""
     pdl.release(PDL)
-    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
+    factor = tl.load(weight + cols, mask=mask)
+    pdl.wait(PDL)
     source = x + (row // inner) * outer_stride + (row % inner) * inner_stride
     value = tl.load(source + cols, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / n + eps)
     normed = (value * scale).to(x.dtype.element_ty)
-    tl.store(out + row * n + cols, normed * tl.load(weight + cols, mask=mask), mask=mask)
+    tl.store(out + row * n + cols, normed * factor, mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,10 +45,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _add_rms_norm(x, residual, weight, out, total, x_stride, residual_stride, n, eps, BLOCK: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
     pdl.release(PDL)
-    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n
+    factor = tl.load(weight + cols, mask=mask)
+    pdl.wait(PDL)
     value = tl.load(x + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(residual + row * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
     rounded = value.to(x.dtype.element_ty)
@@ -55,7 +57,7 @@ def _add_rms_norm(x, residual, weight, out, total, x_stride, residual_stride, n,
     wide = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / n + eps)
     normed = (wide * scale).to(x.dtype.element_ty)
-    tl.store(out + row * n + cols, normed * tl.load(weight + cols, mask=mask), mask=mask)
+    tl.store(out + row * n + cols, normed * factor, mask=mask)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

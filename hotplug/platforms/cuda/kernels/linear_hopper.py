@@ -55,7 +55,7 @@ def _copy_x(x, ring_x, bars, unit, slot, steps: gl.constexpr, pred):
 
 
 @gluon.jit
-def _gate(gate, up, dtype: gl.constexpr):
+def gate_sums(gate, up, dtype: gl.constexpr):
     """SwiGLU's gating of two sums, rounded where the separate operations round."""
     gate = gate.to(dtype).to(gl.float32)
     silu = (gate / (1 + gl.exp(-gate))).to(dtype).to(gl.float32)
@@ -187,7 +187,7 @@ def _finish(total, total_up, bias, out, tile, M, N, dtype: gl.constexpr, GATED: 
         if GATED:
             total_up += gl.load(bias + N + own, mask=own < N, other=0.0).to(gl.float32)[:, None]
     if GATED:
-        total = _gate(total, total_up, dtype)
+        total = gate_sums(total, total_up, dtype)
     result = gl.convert_layout(total.to(out.dtype.element_ty), lines)
     rows = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, lines))
     tokens = gl.arange(0, TOKENS, gl.SliceLayout(0, lines))
