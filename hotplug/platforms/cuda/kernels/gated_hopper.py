@@ -45,7 +45,7 @@ def _place(unit, tokens, tiles, whole, rest_at, program, steps: gl.constexpr, PR
     step = gl.where(own, unit % steps, rest % steps)
     down = GROUP * (tiles // tokens)
     first = (tile // down) * GROUP
-    high = gl.minimum(tokens - first, GROUP)
+    high = gl.maximum(gl.minimum(tokens - first, GROUP), 1)  # past the last tile too
     return tile, first + (tile % down) % high, (tile % down) // high, step
 
 
