@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--profile", default="", help="workloads to profile after timing, comma separated")
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE of EngineConfig")
     args = parser.parse_args()
-    options: dict[str, Any] = {k: json.loads(v) for k, v in (o.split("=") for o in args.option)}
+    options: dict[str, Any] = {k: json.loads(v) for k, v in (o.split("=", 1) for o in args.option)}
     results: list[dict[str, Any]] = []
     for cell in args.cells:
         model, _, names = cell.partition(":")
