@@ -64,8 +64,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3)
     args = parser.parse_args()
     for m, n, k, bias, options in (
-        (1, 256, 1024, False, {}), (300, 1024, 1032, True, {}), (256, 14336, 4096, False, {"split": True}),
-        (130, 512, 4096, True, {"split": True}), (2000, 3072, 2048, False, {"split": True, "group": 4}),
+        (1, 256, 1024, False, {}), (300, 1024, 1032, True, {}), (256, 14336, 4096, False, {}),
+        (130, 512, 4096, True, {}), (2000, 3072, 2048, False, {"group": 4}),
     ):  # fmt: skip
         found = error(m, n, k, bias, **options)
         print(f"check m={m} n={n} k={k} bias={bias} {options}: {found:.2e}", flush=True)
@@ -78,9 +78,8 @@ def main() -> None:
             "cublas": lambda x=x: F.linear(x, w),
             "cublas, then silu_mul": lambda x=x: silu_mul(F.linear(x, w)),
         }
-        for split in (False, True):
-            for group in (8, 16, 32) if m > 2048 else (16,):
-                calls[f"gated split={split} group={group}"] = partial(gated, x, w, None, split=split, group=group)
+        for group in (8, 12, 16, 20, 24) if m > 2048 else (16,):
+            calls[f"gated group={group}"] = partial(gated, x, w, None, group=group)
         for name, us in under_load(calls, args.seconds).items():
             print(f"{m:6} rows {name:32} {us:9.1f} us {4 * m * n * k / us / 1e6:7.1f} TFLOP/s", flush=True)
 

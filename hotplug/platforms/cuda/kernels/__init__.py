@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotplug.platforms.cuda.kernels import dense, gathered_attention, linear
+from hotplug.platforms.cuda.kernels import dense, gated_hopper, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.platforms.cuda.kernels.inputs import embed, prepare_step
@@ -21,6 +21,8 @@ MOST_EXPERTS = 1024
 GROUPED_MM_RANK = 5
 """Of PyTorch's grouped product for many tokens: above 10 it goes before ours, below it has to be forced."""
 GROUPED_MM_TOKENS = 1024
+GATED_TOKENS = 1024
+"""Below them tiles do not fill the rounds of the multiprocessors well, and cuBLAS has smaller ones."""
 
 
 def _row(spec: SiteSpec) -> Verdict:
@@ -59,14 +61,14 @@ def _gates_on_hopper(spec: SiteSpec) -> Verdict:
         return Verdict(False, f"is for sm_90, not {spec.arch}")
     if spec.dtype != "bfloat16" or spec["scheme"] != "none":
         return Verdict(False, f"reads plain weights in bfloat16, not {spec['scheme']} ones in {spec.dtype}")
-    if spec["width"] % 128 or spec["in_features"] % 8:
-        return Verdict(False, f"takes a width of whole 128s and inputs of whole 8s, not {spec['width']} and "
+    if spec["width"] % 128 or spec["in_features"] % 8 or spec["in_features"] < 256:
+        return Verdict(False, f"takes widths of whole 128s and inputs of whole 8s from 256 on, not {spec['width']} and "
                               f"{spec['in_features']}")  # fmt: skip
     return Verdict(True)
 
 
 def _many_rows(bucket: Bucket) -> bool:
-    return bucket.num_tokens > linear.MOST_STREAMED
+    return bucket.num_tokens >= GATED_TOKENS
 
 
 def _experts(spec: SiteSpec) -> Verdict:
@@ -91,7 +93,7 @@ KERNELS = (
     Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
     Impl("linear", "cuda.cublas", linear.library, check=_plain, rank=5),
     Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
-    Impl("linear_silu_mul", "cuda.hopper", linear.many_silu_mul, check=_gates_on_hopper, accepts=_many_rows, rank=20),
+    Impl("linear_silu_mul", "cuda.hopper", gated_hopper.gated, check=_gates_on_hopper, accepts=_many_rows, rank=20),
     Impl("logits", "cuda.wide", linear.logits, check=_plain, rank=10),
     Impl("rope_kv_write", "cuda.triton", rope_kv_write, check=_whole_heads, rank=10),
     Impl("qk_norm_rope_kv_write", "cuda.triton", qk_norm_rope_kv_write, check=_whole_heads, rank=10),

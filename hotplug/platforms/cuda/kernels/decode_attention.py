@@ -74,7 +74,11 @@ def _decode(q, k_cache, v_cache, k_rows, v_rows, block_table, seq_lens, sinks, o
     head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     release(PDL)
     wait(PDL)
+    rows, keys, cols = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, COLS)
+    seen = (rows < GROUP)[:, None] & (cols < DIM)[None, :]
     length = tl.load(seq_lens + request)
+    query = tl.load(q + request * q_token + (head * GROUP + rows)[:, None] * q_head + cols[None, :], mask=seen,
+                    other=0.0)  # fmt: skip
     first = tl.maximum(length - window, 0) // KEYS
     tiles = tl.cdiv(length, KEYS) - first
     share = tl.maximum(tl.cdiv(tiles, splits), least)
@@ -83,10 +87,6 @@ def _decode(q, k_cache, v_cache, k_rows, v_rows, block_table, seq_lens, sinks, o
         return
     begin = first + split * share
     end = tl.minimum(begin + share, first + tiles)
-    rows, keys, cols = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, COLS)
-    seen = (rows < GROUP)[:, None] & (cols < DIM)[None, :]
-    query = tl.load(q + request * q_token + (head * GROUP + rows)[:, None] * q_head + cols[None, :], mask=seen,
-                    other=0.0)  # fmt: skip
     table = block_table + request * table_stride
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)

@@ -7,7 +7,6 @@ program, so that the tensor cores find the next tile's operands there while the 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -32,21 +31,14 @@ TOKENS, OUTPUTS, COLS, STAGES, WARPS = 128, 128, 64, 4, 8
 
 
 @gluon.jit
-def _place(unit, tokens, tiles, whole, rest_at, program, steps: gl.constexpr, PROGRAMS: gl.constexpr,
-           GROUP: gl.constexpr):  # fmt: skip
-    """Of a program's `unit`: its tile's number, rows and outputs, and its step over K.
-
-    The first `whole` tiles of a program are its own, PROGRAMS apart; the rest are dealt by step. Tiles are numbered
-    down GROUP tiles of rows before the next outputs: programs at work at the same time share rows and weights in L2.
+def _place(tile, M, N, HIGH: gl.constexpr, GROUP: gl.constexpr):
+    """A tile's place among those of rows and of outputs. They are numbered down GROUP tiles of rows before the next
+    outputs, so that programs at work at the same time share rows and weights in L2.
     """
-    rest = rest_at + unit - whole * steps
-    own = unit < whole * steps
-    tile = gl.where(own, program + (unit // steps) * PROGRAMS, whole * PROGRAMS + rest // steps)
-    step = gl.where(own, unit % steps, rest % steps)
-    down = GROUP * (tiles // tokens)
+    down = GROUP * gl.cdiv(N, HIGH)
     first = (tile // down) * GROUP
-    high = gl.maximum(gl.minimum(tokens - first, GROUP), 1)  # past the last tile too
-    return tile, first + (tile % down) % high, (tile % down) // high, step
+    high = gl.maximum(gl.minimum(gl.cdiv(M, HIGH) - first, GROUP), 1)  # past the last tile too
+    return first + (tile % down) % high, (tile % down) // high
 
 
 @gluon.jit
@@ -62,12 +54,13 @@ def _copy_weight(weight, ring, bars, slot, output, step, N, pred):
 
 
 @gluon.jit(do_not_specialize=["M"])
-def _gated(x, weight, out, bias, partial, counters, M, N, K: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr,
-           STAGES: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+def _gated(x, weight, out, bias, M, N, K: gl.constexpr, PROGRAMS: gl.constexpr, GROUP: gl.constexpr,
+           STAGES: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """x, weight and out are descriptors of tiles [rows, COLS], [outputs, COLS] and [rows, outputs], as many of each.
 
-    Without SPLIT a program has whole tiles only. With it the tiles that do not make a round are dealt evenly, in steps;
-    of the programs of such a tile the last one to end sums their parts, in order.
+    A program has every PROGRAMS-th tile. The steps of all its tiles pass through the ring one after the other; a slot
+    is filled again while the product after the one that read it runs. What is copied from beyond a tensor is 0, and
+    what is copied there is dropped.
     """
     if PDL:
         gdc_launch_dependents()
@@ -76,7 +69,6 @@ def _gated(x, weight, out, bias, partial, counters, M, N, K: gl.constexpr, PROGR
     dtype: gl.constexpr = x.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, 2 * HIGH, 16])
     steps: gl.constexpr = (K + WIDE - 1) // WIDE
-    size: gl.constexpr = 2 * HIGH * HIGH
     ring = gl.allocate_shared_memory(dtype, [2 * STAGES, HIGH, WIDE], weight.layout)
     both = ring._reinterpret(dtype, [STAGES, 2 * HIGH, WIDE], weight.layout)
     ring_x = gl.allocate_shared_memory(dtype, [STAGES, HIGH, WIDE], x.layout)
@@ -87,121 +79,87 @@ def _gated(x, weight, out, bias, partial, counters, M, N, K: gl.constexpr, PROGR
     fence_async_shared()
     gl.thread_barrier()  # every thread sees the barriers before one is waited for
 
-    program = gl.program_id(0)
-    tokens = gl.cdiv(M, HIGH)
-    tiles = tokens * gl.cdiv(N, HIGH)
-    whole = tiles // PROGRAMS
-    rest = (tiles - whole * PROGRAMS) * steps
-    rest_at = program * rest // PROGRAMS
-    count = whole * steps + (program + 1) * rest // PROGRAMS - rest_at
-    if not SPLIT:
-        rest_at = program * steps
-        count = whole * steps + gl.where(program < tiles - whole * PROGRAMS, steps, 0)
+    tiles = gl.cdiv(M, HIGH) * gl.cdiv(N, HIGH)
+    count = gl.cdiv(tiles - gl.program_id(0), PROGRAMS) * steps
+    ahead = gl.program_id(0)  # the tile whose steps are asked for
+    step = 0
+    row, output = _place(ahead, M, N, HIGH, GROUP)
     for i in gl.static_range(STAGES):
-        _, _, output, step = _place(i, tokens, tiles, whole, rest_at, program, steps, PROGRAMS, GROUP)
-        _copy_weight(weight, ring, bars, i, output, step, N, i < count)
+        _copy_weight(weight, ring, bars, i, output, i, N, i < count)
     if PDL:
         gdc_wait()
     for i in gl.static_range(STAGES):
-        _, row, _, step = _place(i, tokens, tiles, whole, rest_at, program, steps, PROGRAMS, GROUP)
-        tma.async_copy_global_to_shared(x, [row * HIGH, step * WIDE], bars.index(i), ring_x.index(i), pred=i < count)
+        tma.async_copy_global_to_shared(x, [row * HIGH, i * WIDE], bars.index(i), ring_x.index(i), pred=i < count)
+    step += STAGES
 
-    _, next_row, next_output, next_step = _place(STAGES, tokens, tiles, whole, rest_at, program, steps, PROGRAMS, GROUP)
     done = 0
-    while done < count:
-        tile, row, output, begin = _place(done, tokens, tiles, whole, rest_at, program, steps, PROGRAMS, GROUP)
-        stop = gl.minimum(begin + count - done, steps)
+    for tile in range(gl.program_id(0), tiles, PROGRAMS):
         total = gl.zeros([HIGH, 2 * HIGH], gl.float32, mma)
-        for _ in range(begin, stop):
+        for _ in range(steps):
             slot = done % STAGES
             mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
             total = warpgroup_mma(ring_x.index(slot), both.index(slot).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_wait(1, deps=(total,))
-            gl.thread_barrier()  # every warp is done with the slot before, which is filled while this product runs on
+            gl.thread_barrier()  # every warp is done with the slot before
             unit = done - 1 + STAGES
             if (done > 0) & (unit < count):
+                if step == steps:
+                    step = 0
+                    ahead += PROGRAMS
+                    row, output = _place(ahead, M, N, HIGH, GROUP)
                 free = unit % STAGES
-                _copy_weight(weight, ring, bars, free, next_output, next_step, N, True)
-                tma.async_copy_global_to_shared(x, [next_row * HIGH, next_step * WIDE], bars.index(free),
-                                                ring_x.index(free))  # fmt: skip
-                next_step += 1
-                if next_step == steps:  # the tile after
-                    _, next_row, next_output, next_step = _place(unit + 1, tokens, tiles, whole, rest_at, program,
-                                                                 steps, PROGRAMS, GROUP)  # fmt: skip
+                _copy_weight(weight, ring, bars, free, output, step, N, True)
+                tma.async_copy_global_to_shared(x, [row * HIGH, step * WIDE], bars.index(free), ring_x.index(free))
+                step += 1
             done += 1
         total = warpgroup_mma_wait(0, deps=(total,))
-        last = True
-        if SPLIT and stop - begin < steps:
-            cells = (gl.arange(0, HIGH, gl.SliceLayout(1, mma))[:, None] * (2 * HIGH)
-                     + gl.arange(0, 2 * HIGH, gl.SliceLayout(0, mma))[None, :])  # fmt: skip
-            gl.store(partial + (2 * program + (begin == 0).to(gl.int32)).to(gl.int64) * size + cells, total)
-            at = (tile - whole * PROGRAMS) * steps
-            first = ((at + 1) * PROGRAMS - 1) // rest
-            parts = ((at + steps) * PROGRAMS - 1) // rest - first + 1
-            gl.thread_barrier()  # every thread's part is written before it is counted
-            last = gl.atomic_add(counters + (tile - whole * PROGRAMS), 1, sem="acq_rel") == parts - 1
-            if last:
-                gl.store(counters + (tile - whole * PROGRAMS), 0)
-                total = gl.zeros([HIGH, 2 * HIGH], gl.float32, mma)
-                for part in range(parts):
-                    place = partial + (2 * (first + part) + (part == 0).to(gl.int32)).to(gl.int64) * size + cells
-                    total += gl.load(place, cache_modifier=".cg")
-        if last:
-            if BIAS:
-                own = gl.arange(0, 2 * HIGH, gl.SliceLayout(0, mma))
-                own = gl.where(own < HIGH, output * HIGH + own, N + output * HIGH + own - HIGH)
-                total += gl.load(bias + own, mask=own < 2 * N, other=0.0).to(gl.float32)[None, :]
-            gate, up = total.reshape([HIGH, 2, HIGH]).permute((0, 2, 1)).split()
-            tma.store_wait(0)  # the tile before has left
-            gl.thread_barrier()
-            result.store(gate_sums(gate, up, dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(out, [row * HIGH, output * HIGH], result)
+        own_row, own_output = _place(tile, M, N, HIGH, GROUP)
+        if BIAS:
+            own = gl.arange(0, 2 * HIGH, gl.SliceLayout(0, mma))
+            own = gl.where(own < HIGH, own_output * HIGH + own, N + own_output * HIGH + own - HIGH)
+            total += gl.load(bias + own).to(gl.float32)[None, :]
+        gate, up = total.reshape([HIGH, 2, HIGH]).permute((0, 2, 1)).split()
+        tma.store_wait(0)  # the tile before has left
+        gl.thread_barrier()
+        result.store(gate_sums(gate, up, dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(out, [own_row * HIGH, own_output * HIGH], result)
     tma.store_wait(0)
 
 
-@cache
-def _space(device: torch.device, programs: int) -> tuple[Tensor, Tensor]:
-    """Parts of tiles, and zeros that `_gated` counts in and leaves zero."""
-    parts = torch.empty(2 * programs * 2 * TOKENS * OUTPUTS, dtype=torch.float32, device=device)
-    return parts, torch.zeros(programs, dtype=torch.int32, device=device)
-
-
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool, group: int, programs: int,
-               stages: int) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, group: int,
+               programs: int) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """What `gated` returns, and what it launches `_gated` with: arguments, options."""
     m, k = x.shape
     n = weight.shape[0] // 2
     if x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
         raise TypeError(f"gated takes bfloat16, not {x.dtype} and {weight.dtype}")
-    if not m or k % 8 or n % OUTPUTS:
-        raise ValueError(f"gated takes rows, K a multiple of 8 and N of {OUTPUTS}, not M = {m}, K = {k}, N = {n}")
+    if not m or k % 8 or k < STAGES * COLS or n % OUTPUTS:
+        raise ValueError(f"gated takes rows, K a multiple of 8 from {STAGES * COLS} on and N of {OUTPUTS}, not "
+                         f"M = {m}, K = {k}, N = {n}")  # fmt: skip
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     operand, result = tile_layout(TOKENS, COLS), tile_layout(TOKENS, OUTPUTS)
-    partial, counters = _space(x.device, programs) if split else (out, out)
     return out, (
         TensorDescriptor.from_tensor(x, [TOKENS, COLS], operand),
         TensorDescriptor.from_tensor(weight, [OUTPUTS, COLS], operand),
         TensorDescriptor.from_tensor(out, [TOKENS, OUTPUTS], result),
-        bias, partial, counters, m, n, k, programs, group, stages, split, bias is not None,
+        bias, m, n, k, programs, group, STAGES, bias is not None,
     ), {"num_warps": WARPS, **pdl.options(x.device)}  # fmt: skip
 
 
-def gated(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool = False, group: int = 16,
-          programs: int = 132, stages: int = STAGES) -> Tensor:  # fmt: skip
+def gated(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 16, programs: int = 132) -> Tensor:
     """`x` [M, K] times `weight` [2N, K] transposed, gated: [M, N].
 
-    bfloat16 with K a multiple of 8 and N of 128, on a device of compute capability 9.0. `split` deals the tiles of
-    the last round evenly, which pays where there are few rounds. Raises TypeError and ValueError.
+    bfloat16 with K a multiple of 8 from 256 on and N one of 128, on a device of compute capability 9.0; a program a
+    multiprocessor. Raises TypeError and ValueError.
     """
-    out, arguments, options = _arguments(x, weight, bias, split=split, group=group, programs=programs, stages=stages)
+    out, arguments, options = _arguments(x, weight, bias, group, programs)
     _gated[(programs,)](*arguments, **options)
     return out
 
 
-def compile_for(x: Tensor, weight: Tensor, bias: Tensor | None, *, split: bool = False, group: int = 16,
-                programs: int = 132, stages: int = STAGES) -> Any:  # fmt: skip
+def compile_for(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 16, programs: int = 132) -> Any:
     """The compiled kernel of such a call of `gated`, which is not launched."""
-    _, arguments, options = _arguments(x, weight, bias, split=split, group=group, programs=programs, stages=stages)
+    _, arguments, options = _arguments(x, weight, bias, group, programs)
     return _gated.warmup(*arguments, grid=(programs,), **options)

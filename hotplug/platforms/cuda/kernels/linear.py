@@ -12,14 +12,13 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from hotplug.platforms.cuda.kernels import gated_hopper, gpu, linear_hopper
+from hotplug.platforms.cuda.kernels import gpu, linear_hopper
 from hotplug.platforms.cuda.kernels.dense import silu_mul
 from hotplug.platforms.cuda.kernels.linear_few import MOST_ROWS, gemv, skinny
 from hotplug.platforms.cuda.target import target
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, bucket, tuned
 from hotplug.vendor import SiteSpec
 
-MOST_STREAMED = linear_hopper.MOST_ROWS
 _SHARED = 227 << 10
 """Bytes of shared memory that a program may have on Hopper."""
 
@@ -33,8 +32,6 @@ def _with(config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, dtype:
         return skinny(x, weight, bias, gated=gated, dtype=dtype, **options)
     if kernel == "stream":
         return linear_hopper.stream(x, weight, bias, gated=gated, dtype=dtype, **options)
-    if kernel == "tiles":
-        return gated_hopper.gated(x, weight, bias, **options)
     if gated:
         return silu_mul(F.linear(x, weight, bias))
     if dtype != x.dtype and bias is None and x.is_cuda and len(x):  # without a narrow result to convert
@@ -136,11 +133,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The op `linear_silu_mul`, for few rows."""
     return _few("linear_silu_mul", x, weight, bias, x.dtype)
-
-
-def many_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The op `linear_silu_mul` in one kernel on Hopper, for many rows."""
-    return gated_hopper.gated(x, weight, bias, split=x.shape[0] <= 1024)
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,9 +14,15 @@ _HEADS = 16
 
 
 @triton.jit
-def _rotated(source, weight, cos, sin, mask, cols, eps, HALF: tl.constexpr, NORM: tl.constexpr):
-    """Heads [HEADS, 2 * HALF] at `source` [HEADS, COLS], normalized if NORM, rotated: both halves, in float32."""
+def _rotated(source, weight, position, cos_sin, mask, cols, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Heads [HEADS, 2 * HALF] at `source` [HEADS, COLS], normalized if NORM, rotated: both halves, in float32.
+
+    The heads are asked for before the position is there that says by which row of `cos_sin` to rotate them.
+    """
     first, second = tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
+    table = cos_sin + tl.load(position).to(tl.int64) * (2 * HALF)
+    cos = tl.load(table + cols, mask=cols < HALF, other=0.0)[None, :]
+    sin = tl.load(table + HALF + cols, mask=cols < HALF, other=0.0)[None, :]
     if NORM:
         dtype: tl.constexpr = first.dtype
         wide, wide2 = first.to(tl.float32), second.to(tl.float32)
@@ -43,37 +49,29 @@ def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positio
     q_parts: tl.constexpr = triton.cdiv(heads, HEADS)
     kv_parts: tl.constexpr = triton.cdiv(kv_heads, HEADS)
     cols = tl.arange(0, COLS)
-    slot = tl.load(slots + token).to(tl.int64)
-    if part < q_parts + kv_parts:
-        table = cos_sin + tl.load(positions + token).to(tl.int64) * dim
-        cos = tl.load(table + cols, mask=cols < HALF, other=0.0)[None, :]
-        sin = tl.load(table + HALF + cols, mask=cols < HALF, other=0.0)[None, :]
-        if part < q_parts:
-            head = part * HEADS + tl.arange(0, HEADS)
-            mask = (head < heads)[:, None] & (cols < HALF)[None, :]
-            cells = head[:, None] * dim + cols[None, :]
-            source = q + token * q_token + head[:, None] * q_head + cols[None, :]
-            first, second = _rotated(source, q_weight, cos, sin, mask, cols, eps, HALF, NORM)
-            target = q_out + token * (heads * dim) + cells
-            tl.store(target, first, mask=mask)
-            tl.store(target + HALF, second, mask=mask)
-        else:
-            head = (part - q_parts) * HEADS + tl.arange(0, HEADS)
-            mask = (head < kv_heads)[:, None] & (cols < HALF)[None, :]
-            cells = head[:, None] * dim + cols[None, :]
-            source = k + token * k_token + head[:, None] * k_head + cols[None, :]
-            first, second = _rotated(source, k_weight, cos, sin, mask, cols, eps, HALF, NORM)
-            target = k_cache + slot * (kv_heads * dim) + cells
-            tl.store(target, first, mask=mask)
-            tl.store(target + HALF, second, mask=mask)
+    if part < q_parts:
+        head = part * HEADS + tl.arange(0, HEADS)
+        mask = (head < heads)[:, None] & (cols < HALF)[None, :]
+        source = q + token * q_token + head[:, None] * q_head + cols[None, :]
+        first, second = _rotated(source, q_weight, positions + token, cos_sin, mask, cols, eps, HALF, NORM)
+        target = q_out + token * (heads * dim) + head[:, None] * dim + cols[None, :]
+        tl.store(target, first, mask=mask)
+        tl.store(target + HALF, second, mask=mask)
     else:
-        head = (part - q_parts - kv_parts) * HEADS + tl.arange(0, HEADS)
+        slot = tl.load(slots + token).to(tl.int64)
+        part -= q_parts
+        head = (part % kv_parts) * HEADS + tl.arange(0, HEADS)
         mask = (head < kv_heads)[:, None] & (cols < HALF)[None, :]
-        cells = head[:, None] * dim + cols[None, :]
-        source = v + token * v_token + head[:, None] * v_head + cols[None, :]
-        target = v_cache + slot * (kv_heads * dim) + cells
-        tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
-        tl.store(target + HALF, tl.load(source + HALF, mask=mask, other=0.0), mask=mask)
+        place = slot * (kv_heads * dim) + head[:, None] * dim + cols[None, :]
+        if part < kv_parts:
+            source = k + token * k_token + head[:, None] * k_head + cols[None, :]
+            first, second = _rotated(source, k_weight, positions + token, cos_sin, mask, cols, eps, HALF, NORM)
+            tl.store(k_cache + place, first, mask=mask)
+            tl.store(k_cache + place + HALF, second, mask=mask)
+        else:
+            source = v + token * v_token + head[:, None] * v_head + cols[None, :]
+            tl.store(v_cache + place, tl.load(source, mask=mask, other=0.0), mask=mask)
+            tl.store(v_cache + place + HALF, tl.load(source + HALF, mask=mask, other=0.0), mask=mask)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float] | None, positions: Tensor,

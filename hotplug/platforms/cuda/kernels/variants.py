@@ -86,6 +86,7 @@ VARIANTS: tuple[Variant, ...] = (
     *_linear("linear", {"in_features": 14336, "out_features": 4096}, 1),
     *_linear("linear", {"in_features": 2048, "out_features": 3072}, 1),
     *_linear("linear_silu_mul", {"in_features": 4096, "width": 14336}, 1, 16, 64),
+    Variant("linear_silu_mul", {"in_features": 4096, "width": 14336, "bias": False, "scheme": "none"}, PROMPTS),
     *_linear("logits", {"hidden": 4096, "vocab": LLAMA_VOCAB}, 1, 16, 64),
     *(Variant("moe_route", QWEN3_ROUTER, lens) for lens in (ONE, DECODES)),
     *(Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, lens) for lens in (ONE, DECODES, PROMPTS)),
