@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-PROGRAM = """
+DRIVER = """
 import json, sys, threading
-from dataclasses import dataclass, replace
-from typing import Any
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -42,7 +40,12 @@ driver.set_active(Driver())
 def count(**facts):
     compiled.append((threading.current_thread().name, facts["fn"].name))
 knobs.runtime.jit_cache_hook = count
-
+"""
+PROGRAM = (
+    DRIVER
+    + """
+from dataclasses import dataclass, replace
+from typing import Any
 from cuda_target import Interpreted, facts
 from fake_platforms import candidates
 from hotplug.core.config import EngineConfig
@@ -85,13 +88,34 @@ print(json.dumps({
     "launched": len(launched),
 }))
 """
+)
+GLUON = (
+    DRIVER
+    + """
+from hotplug.platforms.cuda.kernels.gated_hopper import gated
+from hotplug.platforms.cuda.kernels.linear_hopper import stream
+from hotplug.platforms.cuda.warmup import compile_launches
+
+def steps():
+    for rows in (1, 33, 64):
+        x, weight = torch.empty((rows, 1024), dtype=torch.bfloat16), torch.empty((512, 1024), dtype=torch.bfloat16)
+        stream(x, weight, None, gated=False, dtype=torch.bfloat16, rows=64, cols=128, stages=4, programs=8, warps=4)
+        gated(x, weight, None)
+
+with torch.device("meta"):
+    compile_launches(steps, torch.device("cpu"), enter=lambda gpu: None)
+    first = len(compiled)
+    compile_launches(steps, torch.device("cpu"), enter=lambda gpu: None)
+print(json.dumps({"compiled": compiled[:first], "again": compiled[first:], "launched": len(launched)}))
+"""
+)
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_moe_model"])
 def test_everything_that_a_start_launches_is_compiled_before_and_nothing_is_launched_meanwhile(
     model: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    found = run(request.getfixturevalue(model), tmp_path)
+    found = run(PROGRAM, tmp_path, str(request.getfixturevalue(model)))
     assert found["outcome"] == "done"
     assert found["before"] == []
     assert found["launched"] > 100
@@ -100,10 +124,17 @@ def test_everything_that_a_start_launches_is_compiled_before_and_nothing_is_laun
     assert found["again"] == []
 
 
-def run(model: Path, cache: Path) -> dict[str, Any]:
+def test_kernels_in_gluon_are_compiled_before_too(tmp_path: Path) -> None:
+    found = run(GLUON, tmp_path)
+    assert found["launched"] == 0
+    assert {name.rpartition(".")[2] for _, name in found["compiled"]} == {"_gated", "_stream"}
+    assert found["again"] == []
+
+
+def run(program: str, cache: Path, *arguments: str) -> dict[str, Any]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(model)]
+    command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

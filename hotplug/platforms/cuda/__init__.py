@@ -74,7 +74,7 @@ class CudaPlatform:
             kv_layouts=(KVLayout.NHD,),
             index_dtype="int32",
             exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER, ExecMode.COMPILE),
-            step_tokens=16384,
+            step_tokens=16384 + 512,  # as many of prompts while 512 requests decode beside them
             step_requests=256,
             asynchronous=True,
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from triton import AsyncCompileMode
+from triton.experimental.gluon.nvidia import hopper
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -90,6 +91,8 @@ def _kind(value: Any) -> Any:
         return value.dtype, value.data_ptr() % 16
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, tuple(value.block_shape), tuple(value.shape), tuple(value.strides), value.padding
+    if isinstance(value, hopper.TensorDescriptor):
+        return value.base.dtype, tuple(value.block_shape), value.layout, value.padding
     if isinstance(value, tuple | list):
         return tuple(map(_kind, value))
     return type(value), value
