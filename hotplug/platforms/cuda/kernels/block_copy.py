@@ -1,4 +1,7 @@
-"""KV blocks of all layers, copied in one launch."""
+"""KV blocks of all layers, copied in one launch: `ci/gpu/bench_swap.py` measures it.
+
+It runs between steps, is launched without overlap and never recorded: addresses are uploaded in its first call.
+"""
 
 from __future__ import annotations
 
