@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hotplug.core.ops.registry import Bucket, Op
@@ -20,7 +21,13 @@ def block_copy(sources: list[Tensor], targets: list[Tensor], pairs: Tensor) -> N
     """
     read, written = pairs.unbind(1)
     for source, target in zip(sources, targets, strict=True):
-        target[written] = source.index_select(0, read)  # which copies whole blocks; an index would go by elements
+        # index_select copies whole blocks; advanced indexing would go element by element
+        _indexable(target)[written] = _indexable(source).index_select(0, read)
+
+
+def _indexable(x: Tensor) -> Tensor:
+    """`x`, as bytes where it is one byte wide: PyTorch does not index FP8 on every device."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
 def _bucket(sources: list[Tensor], targets: list[Tensor], pairs: Tensor, *_: Any) -> Bucket:
