@@ -69,7 +69,7 @@ class Warm(Interpreted):
 
 def start(platform):
     config = EngineConfig(model=sys.argv[1], load_format="dummy", max_num_seqs=17, max_num_batched_tokens=32,
-                          max_model_len=256)
+                          max_model_len=256, swap_space="4MiB")
     return EngineCore(config, candidates=candidates(platform))
 
 platform = Warm()
@@ -77,7 +77,9 @@ core = start(platform)
 core.add(Request(id="first", prompt_token_ids=list(range(9)), sampling=SamplingParams(max_tokens=3, ignore_eos=True)))
 while core.has_work:
     core.step()
-names = {thread for thread, _ in compiled}
+swap = core._runner._swap
+swap.swap_out([(2, 1), (1, 3)])
+swap.swap_in([(3, 1)])
 first = len(compiled)
 second = start(Warm())
 print(json.dumps({
@@ -121,6 +123,7 @@ def test_everything_that_a_start_launches_is_compiled_before_and_nothing_is_laun
     assert found["launched"] > 100
     assert {thread for thread, _ in found["compiled"]} == {"hotplug-warm-up"}, found["compiled"]
     assert len(found["compiled"]) >= 12
+    assert any(name.endswith("_block_copy") for _, name in found["compiled"])
     assert found["again"] == []
 
 

@@ -16,6 +16,8 @@ from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, OutOfMemoryError
+from hotplug.core.ops.block_copy import block_copy
+from hotplug.core.ops.registry import Impl
 from hotplug.core.platform.base import DeviceInfo, KVLayout, MemoryInfo
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner import kv_memory
@@ -152,6 +154,27 @@ def test_a_platform_with_kv_memory_of_its_own_copies_each_block_once_a_way(start
     assert platform.copies == stats.blocks_swapped_out + stats.blocks_swapped_in > 0
 
 
+def test_the_plans_kernel_copies_all_layers_in_one_call(start):
+    calls: list[tuple[int, int, torch.dtype]] = []
+
+    def copy(sources: list[torch.Tensor], targets: list[torch.Tensor], pairs: torch.Tensor) -> None:
+        calls.append((len(sources), len(pairs), pairs.dtype))
+        block_copy(sources, targets, pairs)
+
+    facts = limits(shared_host_memory=True, accelerator=False, index_dtype="int32")
+    swapping = start(FakePlatform(facts=facts, kernels=[Impl("block_copy", "acme", copy)]), swap_space=40 * BLOCK)
+    (site,) = [s for s in swapping.report()["sites"] if s["op"] == "block_copy"]
+    assert (site["site"], site["provider"], site["facts"]["block_size"]) == ("swap", "acme", 16)
+    assert generate(swapping) == generate(start(FakePlatform(facts=SYNCHRONOUS), kv_cache_memory="4MiB"))
+    stats = swapping.stats()
+    assert {(count, dtype) for count, _, dtype in calls} == {(2 * 2, torch.int32)}
+    assert sum(n for _, n, _ in calls) == stats.blocks_swapped_out + stats.blocks_swapped_in > 0
+
+
+def test_without_a_swap_space_no_copy_is_planned(start):
+    assert "block_copy" not in {c.spec.op for c in start(FakePlatform(facts=SYNCHRONOUS)).bound.plan.choices}
+
+
 def test_a_host_pool_too_small_for_any_request_recomputes(start):
     swapping = start(FakePlatform(facts=SYNCHRONOUS), swap_space=2 * BLOCK, enable_prefix_cache=False)
     assert generate(swapping) == generate(start(FakePlatform(facts=SYNCHRONOUS), kv_cache_memory="4MiB"))
@@ -183,7 +206,7 @@ def test_blocks_pass_a_stage_smaller_than_their_number(monkeypatch):
     assert pieces == [(4, 2, 2, 5), (4, 2, 2, 5), (2, 2, 2, 5)] and len(space.stage) == 3
     kv = [(torch.randn(12, 5), torch.randn(12, 5)) for _ in range(2)]
     before = [(k.clone(), v.clone()) for k, v in kv]
-    swap = BlockSwap(kv, space, lambda source, target: target.copy_(source))
+    swap = BlockSwap(kv, space, lambda source, target: target.copy_(source), block_copy, torch.int32)
     swap.swap_out([(11 - i, 9 - i) for i in range(8)])
     for k, v in kv:
         k.zero_()
@@ -192,6 +215,7 @@ def test_blocks_pass_a_stage_smaller_than_their_number(monkeypatch):
     for (k, v), (old_k, old_v) in zip(kv, before, strict=True):
         for i in range(8):
             assert torch.equal(k[i + 1], old_k[11 - i]) and torch.equal(v[i + 1], old_v[11 - i])
+        assert not k[[0, 9, 10, 11]].any() and not v[[0, 9, 10, 11]].any()
 
 
 @pytest.mark.parametrize("size", ["1KiB", 2 * BLOCK - 1, 1])

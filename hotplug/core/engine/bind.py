@@ -34,6 +34,7 @@ from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.sample.sampler import Sampler
 from hotplug.core.scheduler.policy import SchedulingPolicy
 from hotplug.core.transfer.connector import KVConnector, KVFormat
+from hotplug.core.transfer.swap import BlockCopy
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.source import resolve as resolve_source
@@ -74,6 +75,8 @@ class Bound:
     """Times every call, where the configuration asks for it."""
     swap_blocks: int
     """Blocks of the swap space on the host, the null block among them; 0 without one."""
+    block_copy: BlockCopy | None
+    """The op that gathers and scatters them; None without a swap space."""
 
     def report(self) -> dict[str, Any]:
         """The plan and its surroundings as plain data (`hotplug explain --json`, `GET /debug/plan`)."""
@@ -169,7 +172,6 @@ def bind(
     )
     with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
         sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors)
-    plan.finish()
     kv_shape = KVShape(
         model_config.num_layers,
         model_config.num_kv_heads,
@@ -178,6 +180,9 @@ def bind(
         resolved.kv_layout,
         TORCH_DTYPES[resolved.kv_dtype],
     )
+    host_blocks = swap_blocks(kv_shape, config)
+    block_copy = _bind_swap(plan, kv_shape, resolved) if host_blocks else None
+    plan.finish()
     return Bound(
         config,
         selection,
@@ -194,8 +199,14 @@ def bind(
         policy,
         connector,
         tracer,
-        swap_blocks(kv_shape, config),
+        host_blocks,
+        block_copy,
     )
+
+
+def _bind_swap(plan: Plan, shape: KVShape, resolved: Resolved) -> BlockCopy:
+    return plan.bind("block_copy", "swap", resolved.dtype, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+                     block_size=shape.block_size, layout=str(shape.layout), kv_dtype=resolved.kv_dtype)  # fmt: skip
 
 
 def _scheme(config: EngineConfig, extension: Extension) -> QuantScheme | None:

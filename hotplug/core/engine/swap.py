@@ -12,6 +12,7 @@ from hotplug.core.errors import OutOfMemoryError
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.optional import HasKV, HasRuntime
 from hotplug.core.runner import kv_memory
+from hotplug.core.transfer.blocks import Copy
 from hotplug.core.transfer.swap import BlockSwap, SwapSpace
 
 
@@ -41,16 +42,33 @@ def make_space(bound: Bound) -> SwapSpace | None:
 
 def make_swap(bound: Bound, kv: list[KVBlocks], space: SwapSpace | None) -> BlockSwap | None:
     """What moves blocks between the caches and the swap space."""
-    if space is None:
+    if space is None or bound.block_copy is None:
         return None
     platform = bound.selection.platform
     if isinstance(platform, HasKV):
-        return BlockSwap(kv, space, platform.copy)
-    return BlockSwap(kv, space, _queue if isinstance(platform, HasRuntime) else _copy)
+        copy: Copy = platform.copy
+    else:
+        copy = _queue if isinstance(platform, HasRuntime) else _copy
+    return BlockSwap(kv, space, copy, bound.block_copy, bound.batch.index_dtype)
+
+
+def rehearse_swap(bound: Bound, kv: list[KVBlocks]) -> None:
+    """Swap a block out and in again on torch's meta device, if `bound` swaps: `kv` and the plan are on it."""
+    if bound.block_copy is None:
+        return
+    layers, sides, _, *inner = bound.kv_shape.tensor_shape(1)
+    space = SwapSpace(1, (layers, sides, *inner), bound.kv_shape.dtype, host=_nowhere, device=_nowhere)
+    swap = BlockSwap(kv, space, _copy, bound.block_copy, bound.batch.index_dtype)
+    swap.swap_out([(0, 0)])
+    swap.swap_in([(0, 0)])
 
 
 def _pageable(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(sizes), dtype=dtype)
+
+
+def _nowhere(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(sizes), dtype=dtype, device="meta")
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.executables import captured_shapes
+from hotplug.core.engine.swap import rehearse_swap
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasWarmup
@@ -45,7 +46,7 @@ class WarmUp:
 
 
 def rehearse(bound: Bound) -> None:
-    """Run the steps of an engine's start on torch's meta device, with the kernels that its plan chose."""
+    """Run the steps of an engine's start, and a swap, on torch's meta device, with the kernels that its plan chose."""
     selection = bound.selection
     here = Candidate(selection.platform.name, "", selection.platform, (selection.device,))
     name = f"{selection.platform.name}:{selection.device.index}"
@@ -65,3 +66,4 @@ def rehearse(bound: Bound) -> None:
     shapes = captured_shapes(twin)
     if shapes:
         capture.run_once(eager, twin.batch, twin.sampler, shapes)
+    rehearse_swap(twin, cache)

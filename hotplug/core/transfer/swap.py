@@ -23,6 +23,8 @@ Pairs = Sequence[tuple[int, int]]
 """(device block, host block)"""
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 """Memory of a shape and dtype."""
+BlockCopy = Callable[[list[Tensor], list[Tensor], Tensor], object]
+"""The op `block_copy`, as it was bound."""
 
 
 class SwapSpace:
@@ -50,45 +52,50 @@ class SwapSpace:
 
 
 class BlockSwap:
-    """Copies blocks between `kv`, one (keys, values) pair a layer, and a swap space.
+    """Copies blocks between `kv`, one (keys, values) pair a layer, and a swap space, whose stage they pass.
 
+    `block_copy` gathers them on the stage and scatters them from it, by ids of `index_dtype`; `copy` crosses the bus.
     `kv` is looked at anew in each call: a compiled step replaces its entries.
     Everything is queued on the current stream, in the order of the calls: a copy may outlast its call where `copy`
     does not wait, but not the start of what is launched after it.
     """
 
-    def __init__(self, kv: list[KVBlocks], space: SwapSpace, copy: Copy) -> None:
+    def __init__(
+        self, kv: list[KVBlocks], space: SwapSpace, copy: Copy, block_copy: BlockCopy, index_dtype: torch.dtype
+    ) -> None:
         self._kv = kv
         self._space = space
         self._copy = copy
+        self._block_copy = block_copy
+        self._index_dtype = index_dtype
+        self._staged = [side for layer in space.stage.unbind(1) for side in layer.unbind(1)]
+        """The stage as one [blocks, ...] a cache, in the order of `_caches`."""
 
     def swap_out(self, pairs: Pairs) -> None:
         """Copy blocks to the host."""
-        stage = self._space.stage
         for part in self._parts(pairs):
-            ids = self._index(part)
-            for layer, caches in enumerate(self._kv):
-                for side, cache in enumerate(caches):
-                    stage[: len(part), layer, side] = cache[ids]
-            for staged, (_, host) in zip(stage, part, strict=False):
+            moves = self._index([(block, at) for at, (block, _) in enumerate(part)])
+            self._block_copy(self._caches(), self._staged, moves)
+            for staged, (_, host) in zip(self._space.stage, part, strict=False):
                 self._copy(staged, self._space.block(host))
 
     def swap_in(self, pairs: Pairs) -> None:
         """Copy blocks back to the device."""
-        stage = self._space.stage
         for part in self._parts(pairs):
-            for staged, (_, host) in zip(stage, part, strict=False):
+            for staged, (_, host) in zip(self._space.stage, part, strict=False):
                 self._copy(self._space.block(host), staged)
-            ids = self._index(part)
-            for layer, caches in enumerate(self._kv):
-                for side, cache in enumerate(caches):
-                    cache[ids] = stage[: len(part), layer, side]
+            moves = self._index([(at, block) for at, (block, _) in enumerate(part)])
+            self._block_copy(self._staged, self._caches(), moves)
+
+    def _caches(self) -> list[Tensor]:
+        """Keys and values of every layer."""
+        return [cache for caches in self._kv for cache in caches]
 
     def _parts(self, pairs: Pairs) -> list[Pairs]:
         """What fits the stage at once."""
         size = len(self._space.stage)
         return [pairs[at : at + size] for at in range(0, len(pairs), size)]
 
-    def _index(self, pairs: Pairs) -> Tensor:
-        """int64 [n] device blocks, on the device."""
-        return torch.tensor([block for block, _ in pairs]).to(self._space.stage.device, non_blocking=True)
+    def _index(self, moves: Sequence[tuple[int, int]]) -> Tensor:
+        """[n, 2]: from which block to which, on the device."""
+        return torch.tensor(moves, dtype=self._index_dtype).to(self._space.stage.device, non_blocking=True)

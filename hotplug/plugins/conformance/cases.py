@@ -113,6 +113,19 @@ class Builder:
         k, v = (self._normal(tokens, *width, view=view) for _ in range(2))
         return Call((k, v, *caches, slots.to(self.index), facts["layout"]))
 
+    def _block_copy(self, facts: Any, lens: Lens, view: bool) -> Call:
+        """The sequences' blocks, some of them read twice, of three caches; with `view` both lists are slices."""
+        blocks = sum(-(-seq // facts["block_size"]) for _, seq in lens)
+        read = torch.randint(1, blocks + 2, (blocks,), generator=self.random)
+        written = torch.randperm(blocks + 2, generator=self.random)[:blocks] + 1
+        shape = self._caches(facts, 1)[0].shape[1:]
+        dtype = TORCH_DTYPES[facts["kv_dtype"]]
+        source, target = self._normal(blocks + 2, 3, *shape).to(dtype), torch.full((blocks + 3, 5, *shape), POISON)
+        sources, targets = list(source.unbind(1)), list(target.to(dtype).unbind(1)[1:4])
+        if not view:
+            sources, targets = [s.contiguous() for s in sources], [t.contiguous() for t in targets]
+        return Call((sources, targets, torch.stack((read, written), 1).to(self.index)))
+
     def _rope_kv_write(self, facts: Any, lens: Lens, view: bool) -> Call:
         q, k = self._heads(facts, lens, view)
         _, v, *written = self._kv_write(facts, lens, view).args

@@ -141,6 +141,8 @@ def to(value: Any, device: torch.device) -> Any:
         reach = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
         flat = value.as_strided((max(reach, 0),), (1,), 0).to(device, copy=True)
         return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, list):
+        return [to(item, device) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to(getattr(value, f.name), device) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)

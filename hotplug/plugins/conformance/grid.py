@@ -46,7 +46,7 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             for h, kv, dim in heads:
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim}
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // 2}
-        case "kv_write":
+        case "kv_write" | "block_copy":
             for (_, kv, dim), cache in itertools.product(heads, _caches(limits, quick)):
                 yield {"num_kv_heads": kv, "head_dim": dim, **cache}
         case "attention":

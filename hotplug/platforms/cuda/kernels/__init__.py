@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hotplug.platforms.cuda.kernels import dense, gated_hopper, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
+from hotplug.platforms.cuda.kernels.block_copy import block_copy
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.platforms.cuda.kernels.inputs import embed, prepare_step
 from hotplug.platforms.cuda.kernels.moe import grouped_mm, moe_experts
@@ -102,6 +103,7 @@ KERNELS = (
     Impl("silu_mul", "cuda.triton", silu_mul, rank=10),
     Impl("rope", "cuda.triton", rope, rank=10),
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
+    Impl("block_copy", "cuda.triton", block_copy, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
     *gathered_attention.KERNELS,
     Impl("embed", "cuda.triton", embed, rank=10),
