@@ -121,8 +121,11 @@ def test_a_warm_up_sees_every_size_of_step_before_the_first_runs(tiny_model: Pat
     assert {tokens for *_, tokens in rest} <= {tokens for *_, tokens in ahead}
 
 
-def test_a_warm_up_that_fails_is_reported_and_the_engine_starts(tiny_model: Path) -> None:
+def test_a_warm_up_that_fails_is_reported_and_the_engine_starts(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     core = start(tiny_model, Warms(fails=True))
+    assert "compiling them ahead failed: NotImplementedError: not here" in caplog.text
     assert core.report()["startup"]["warm_up"] == "NotImplementedError: not here"
     assert start(tiny_model, Records()).report()["startup"]["warm_up"] == "none"
 

@@ -64,6 +64,9 @@ class EngineCore:
             synchronizer(platform, device, bound.batch.device)()
         with phases("kernels"):
             warm_up.wait()
+            if warm_up.outcome not in ("none", "done"):
+                _logger.warning("kernels are made when first launched, since compiling them ahead failed: %s",
+                                warm_up.outcome)  # fmt: skip
         with phases("profile"):
             num_blocks, reserved = _num_blocks(bound)
         with phases("cache"):
