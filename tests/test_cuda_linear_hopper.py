@@ -1,6 +1,6 @@
-"""The few-row linear kernel for Hopper, compiled without a GPU: what its machine code must look like to be worth it.
+"""The linear kernels for Hopper, compiled without a GPU: what their machine code must look like to be worth it.
 
-Its results are checked on a GPU, in `tests/gpu/test_device_linear.py`.
+Their results are checked on a GPU, in `tests/gpu/test_device_linear.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from hotplug.vendor import Bucket, SiteSpec
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's compiler")
 
@@ -33,13 +35,16 @@ class Hopper:
     get_current_stream = staticmethod(lambda device: 0)
 
 driver.set_active(Hopper())
-from hotplug.platforms.cuda.kernels import linear_hopper, pdl
+from hotplug.platforms.cuda.kernels import gated_hopper, linear_hopper, pdl
 pdl.options = lambda device: {"PDL": True, "launch_pdl": True}
 case = json.loads(sys.argv[1])
-m, n, k, gated = case.pop("m"), case.pop("n"), case.pop("k"), case["gated"]
-case["dtype"] = getattr(torch, case["dtype"])
+m, n, k, gated = case.pop("m"), case.pop("n"), case.pop("k"), case.get("gated", True)
 x, weight = (torch.empty((rows, k), dtype=torch.bfloat16) for rows in (m, 2 * n if gated else n))
-kernel = linear_hopper.compile_for(x, weight, None, **case)
+if "dtype" in case:
+    case["dtype"] = getattr(torch, case["dtype"])
+    kernel = linear_hopper.compile_for(x, weight, None, **case)
+else:
+    kernel = gated_hopper.compile_for(x, weight, None, **case)
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(kernel.asm["cubin"])
@@ -49,6 +54,7 @@ early, late = kernel.asm["ptx"].split("griddepcontrol.wait", 1)
 copy = "cp.async.bulk.tensor.2d.shared"
 print(json.dumps({"stack": int(re.search(r"STACK:(\\d+)", usage)[1]), "shared": kernel.metadata.shared,
                   "early": early.count(copy), "late": late.count(copy), "wgmma": late.count("wgmma.mma_async"),
+                  "stores": late.count("cp.async.bulk.tensor.2d.global"),
                   "other reads before": len(re.findall(r"ld\\.global", early))}))
 """
 
@@ -88,6 +94,47 @@ def test_sums_stay_in_registers_and_the_ring_fits(gated: bool, rows: int, warps:
     assert found["stack"] == 0
     assert found["wgmma"] > 0
     assert found["shared"] <= SHARED
+
+
+def test_the_gated_product_keeps_its_sums_in_registers_and_asks_for_weights_before_it_waits() -> None:
+    found = compiled(json.dumps({"m": 2000, "n": 1024, "k": 4096}))
+    assert found["stack"] == 0
+    assert found["shared"] <= SHARED
+    assert (found["early"], found["other reads before"]) == (2 * 4, 0)  # gate's and up's, for four steps
+    assert found["late"] == 4 + 3  # x for those steps; all three in the loop
+    assert (found["wgmma"], found["stores"]) == (4, 1)  # a step is four products of 256 columns at once
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "dtype", "error"),
+    [(0, 128, 256, torch.bfloat16, ValueError), (8, 130, 256, torch.bfloat16, ValueError),
+     (8, 128, 260, torch.bfloat16, ValueError), (8, 128, 128, torch.bfloat16, ValueError),
+     (8, 128, 256, torch.float16, TypeError)],
+)  # fmt: skip
+def test_gated_products_that_it_cannot_make_are_refused(
+    m: int, n: int, k: int, dtype: torch.dtype, error: type[Exception]
+) -> None:
+    from hotplug.platforms.cuda.kernels.gated_hopper import gated
+
+    with pytest.raises(error):
+        gated(torch.zeros((m, k), dtype=dtype), torch.zeros((2 * n, k), dtype=dtype), None)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "width", "inputs", "reason"),
+    [("sm_90", "bfloat16", 14336, 4096, ""), ("sm_100", "bfloat16", 14336, 4096, "is for sm_90"),
+     ("sm_90", "float16", 14336, 4096, "in bfloat16"), ("sm_90", "bfloat16", 1000, 4096, "whole 128s"),
+     ("sm_90", "bfloat16", 256, 128, "from 256 on")],
+)  # fmt: skip
+def test_the_gated_product_claims_what_it_can_make(arch: str, dtype: str, width: int, inputs: int, reason: str) -> None:
+    from hotplug.platforms.cuda.kernels import KERNELS
+
+    (kernel,) = (k for k in KERNELS if k.provider == "cuda.hopper")
+    facts = {"in_features": inputs, "width": width, "bias": False, "scheme": "none"}
+    verdict = kernel.check(SiteSpec("linear_silu_mul", "layers.0.mlp.gate_up", dtype, arch, facts))
+    assert (verdict.ok, reason in verdict.reason) == (not reason, True)
+    assert kernel.accepts is not None
+    assert [kernel.accepts(Bucket(tokens, 1)) for tokens in (64, 1023, 1024, 16384)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The few-row linear kernel for Hopper against float64: every way that it deals out the work."""
+"""The kernels for Hopper against float64: every way that few rows are dealt out, and tiles that stick out."""
 
 from __future__ import annotations
 
@@ -37,5 +37,31 @@ def test_equals_the_product_in_float64_each_time(
     options = dict(zip(NAMES, config, strict=True))
     got = [stream(x, weight, bias, gated=gated, dtype=dtype, **options) for _ in range(3)]  # type: ignore[arg-type]
     assert got[0].dtype is dtype
+    assert float((got[0].double() - want).norm() / want.norm()) < 1e-2
+    assert all(torch.equal(got[0], other) for other in got)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "biased", "group"),
+    [
+        (1, 128, 256, False, 16),
+        (300, 1024, 1032, True, 16),
+        (1024, 14336, 4096, False, 16),
+        (5000, 3072, 2048, True, 4),
+    ],
+)
+def test_the_gated_product_of_many_rows_equals_it_in_float64(m: int, n: int, k: int, biased: bool, group: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is Hopper's")
+    from hotplug.platforms.cuda.kernels.gated_hopper import gated
+
+    torch.manual_seed(0)
+    x = torch.randn((m, k), device="cuda").bfloat16()
+    weight = torch.randn((2 * n, k), device="cuda").bfloat16() / k**0.5
+    bias = torch.randn(2 * n, device="cuda").bfloat16() if biased else None
+    both = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    want = F.silu(both[:, :n]) * both[:, n:]
+    torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")  # freed: what the result is made from
+    got = [gated(x, weight, bias, group=group) for _ in range(3)]
     assert float((got[0].double() - want).norm() / want.norm()) < 1e-2
     assert all(torch.equal(got[0], other) for other in got)
