@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotplug.platforms.cuda.kernels import dense, gathered_attention, linear
+from hotplug.platforms.cuda.kernels import dense, flashinfer_attention, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.platforms.cuda.kernels.inputs import embed, prepare_step
@@ -86,6 +86,7 @@ KERNELS = (
     Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
     *gathered_attention.KERNELS,
+    *flashinfer_attention.KERNELS,
     Impl("embed", "cuda.triton", embed, rank=10),
     Impl("prepare_step", "cuda.triton", prepare_step, rank=10),
     Impl("argmax", "cuda.triton", argmax, rank=10),
