@@ -89,7 +89,7 @@ class Planner:
             return
         if self._read is not None:
             self._read.synchronize()  # the last plan leaves the host from memory that this one overwrites
-        kind = self._kind
+        self._planned, kind = None, self._kind
         self.wrapper.plan(
             pages.query_start, pages.page_start, pages.pages, pages.last_page_len, kind.heads, kind.kv_heads, kind.dim,
             kind.block_size, causal=True, sm_scale=kind.scale, q_data_type=kind.dtype, logits_soft_cap=kind.soft_cap,
