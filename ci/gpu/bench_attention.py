@@ -25,7 +25,13 @@ import torch
 from torch import Tensor
 
 from hotplug.core.ops.attention import AttentionInputs, gather_kv
-from hotplug.platforms.cuda.kernels import decode_attention, gathered_attention, prefill_attention
+from hotplug.platforms.cuda.kernels import (
+    attention,
+    decode_attention,
+    flashinfer_attention,
+    gathered_attention,
+    prefill_attention,
+)
 from hotplug.platforms.cuda.kernels.decode_attention import DecodeConfig as D
 from hotplug.platforms.cuda.kernels.gathered_attention import chunks_of, gather
 from hotplug.platforms.cuda.kernels.prefill_attention import PrefillConfig as P
@@ -38,7 +44,8 @@ TOLERANCE = 1e-2
 """Norm of the error over the norm of the result: bfloat16 probabilities and results."""
 DEADLINE_S = 85.0
 PROCESSES = 12
-LIBRARIES = ("fa3", "flash")
+LIBRARIES = ("fa3", "flash", "flashinfer fa3", "flashinfer fa2")
+"""Built elsewhere; FlashInfer where it is first called, which takes minutes."""
 CAPACITY = 64
 """Entries of a block table beyond the context, as engines have them."""
 
@@ -217,14 +224,15 @@ def decode_cells(left: Callable[[], float]) -> Iterator[Cell]:
             yield cell
 
 
-def prefill_cells(left: Callable[[], float]) -> Iterator[Cell]:
+def prefill_cells(left: Callable[[], float], only: tuple[str, ...] = ("",)) -> Iterator[Cell]:
+    """Prompts by the candidates whose names begin as `only` says."""
     for layout, (heads, kv_heads, dim) in LAYOUTS.items():
         for name, lens in PREFILLS:
             cell = Cell(f"prefill {layout} {name}")
             pairs = sum(q * (s - q) + q * (q + 1) / 2 for q, s in lens)
             cell.rate = partial(lambda flops, us: f"{flops / us / 1e6:.0f} TFLOP/s", 4.0 * pairs * heads * dim)
             made: dict[int, Problem] = {}
-            for who, block, call in prefill_calls():
+            for who, block, call in (c for c in prefill_calls() if c[0].startswith(only)):
                 if left() < 3:
                     cell.results[who] = "no time"
                     continue
@@ -264,8 +272,15 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
         chunks = prepared(p)
         return attend(p.q, *gather(p.k_cache, p.v_cache, chunks), chunks, p.q.shape[-1] ** -0.5, None, None)
 
+    def flashinfer(backend: str, p: Problem) -> Tensor:
+        return flashinfer_attention.attention(
+            p.q, p.k_cache, p.v_cache, p.step, p.q.shape[-1] ** -0.5, None, "NHD", backend=backend
+        )
+
     yield "fa3", 64, partial(library, gathered_attention._fa3)
     yield "flash", 64, partial(library, gathered_attention._flash)
+    for backend in ("fa3", "fa2"):
+        yield f"flashinfer {backend}", 64, partial(flashinfer, backend)
     for config in GATHERED_CANDIDATES:
         yield f"gathered {label(0, config)[3:]}", 64, partial(gathered, config)
     for block, config in PREFILL_CANDIDATES:
@@ -274,10 +289,8 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
 
 def prepared(p: Problem) -> gathered_attention.Chunks:
     """The chunks of a step, made once for all layers, as the kernel does."""
-    if p.step.prepared is None:
-        p.step.prepared = chunks_of(p.step, p.k_cache.shape[1])
-    assert p.step.prepared is not None
-    chunks: gathered_attention.Chunks = p.step.prepared
+    chunks = attention.prepared(p.step, "gathered", partial(chunks_of, p.step, p.k_cache.shape[1]))
+    assert chunks is not None
     return chunks
 
 
@@ -358,6 +371,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true", help="print every candidate")
     parser.add_argument("--compile", type=int, help="only compile this share of the candidates")
+    parser.add_argument("--only", nargs="+", metavar="PREFIX",
+                        help="measure prompts alone, by candidates named so: fa3 flash flashinfer")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=DEADLINE_S)
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -370,10 +385,13 @@ def main() -> None:
     def left() -> float:
         return arguments.seconds - (time.monotonic() - began)
 
-    compile_all()
-    print(f"compiled after {time.monotonic() - began:.0f} s")
+    sources = [prefill_cells(left, tuple(arguments.only or ("",)))]
+    if not arguments.only:
+        compile_all()
+        print(f"compiled after {time.monotonic() - began:.0f} s")
+        sources = [features(), decode_cells(left), *sources]
     cells: list[Cell] = []
-    for source in (features(), decode_cells(left), prefill_cells(left)):  # fmt: skip
+    for source in sources:
         for cell in source:
             cells.append(cell)
             best = cell.best()

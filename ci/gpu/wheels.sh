@@ -1,5 +1,7 @@
 #!/bin/sh
-# Fetch what a GPU machine without a network lacks, as wheels for Python 3.12, into .whl/ (ignored by git).
+# Fetch what a GPU machine without a network lacks, as wheels for Python 3.12, into .whl/ (ignored by git). Arguments
+# are packages to fetch besides. FlashInfer, 11 MB, does without the other packages that it names:
+#   ci/gpu/wheels.sh flashinfer-python==0.6.1 apache-tvm-ffi==0.1.15.post2
 set -eu
 cd "$(dirname "$0")/../.."
 mkdir -p .whl

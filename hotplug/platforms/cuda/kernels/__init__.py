@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotplug.platforms.cuda.kernels import dense, gated_hopper, gathered_attention, linear
+from hotplug.platforms.cuda.kernels import dense, flashinfer_attention, gated_hopper, gathered_attention, linear
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.block_copy import block_copy
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
@@ -106,6 +106,7 @@ KERNELS = (
     Impl("block_copy", "cuda.triton", block_copy, rank=10),
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
     *gathered_attention.KERNELS,
+    *flashinfer_attention.KERNELS,
     Impl("embed", "cuda.triton", embed, rank=10),
     Impl("prepare_step", "cuda.triton", prepare_step, rank=10),
     Impl("argmax", "cuda.triton", argmax, rank=10),

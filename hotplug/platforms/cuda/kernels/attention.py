@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +13,8 @@ from torch import Tensor
 from hotplug.platforms.cuda.kernels.decode_attention import decode
 from hotplug.platforms.cuda.kernels.prefill_attention import prefill
 from hotplug.vendor import AttentionInputs
+
+Made = TypeVar("Made")
 
 
 @triton.jit
@@ -48,3 +53,13 @@ def attention(
     if decodes < len(step.seq_lens):
         prefill(q, k_cache, v_cache, step, out, scale, window, sinks, soft_cap)
     return out
+
+
+def prepared(step: AttentionInputs, kernel: str, make: Callable[[], Made]) -> Made:
+    """What `kernel` makes of a step, once for all its layers, which need not all have the same kernel."""
+    if step.prepared is None:
+        step.prepared = {}
+    if kernel not in step.prepared:
+        step.prepared[kernel] = make()
+    made: Made = step.prepared[kernel]
+    return made

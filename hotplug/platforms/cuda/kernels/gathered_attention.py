@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
+from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import decode
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict
 
@@ -73,9 +74,7 @@ def attention(
     decodes = step.num_decodes
     chunks = None
     if decodes < len(step.seq_lens):
-        if step.prepared is None:
-            step.prepared = (chunks_of(step, k_cache.shape[1]),)
-        (chunks,) = step.prepared
+        chunks = prepared(step, "gathered", partial(chunks_of, step, k_cache.shape[1]))
     if chunks is None:
         return paged_attention(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
     k, v = gather(k_cache, v_cache, chunks)
@@ -124,10 +123,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, scale: float, window
     return out
 
 
-def _plain(spec: SiteSpec, *, window: bool, soft_cap: bool, dtypes: tuple[str, ...]) -> Verdict:
-    """What no library here has, and what this one has not."""
+def plain(spec: SiteSpec, *, window: bool, soft_cap: bool, dtypes: tuple[str, ...]) -> Verdict:
+    """What no library of attention has here, and what this one has not."""
     if spec["layout"] != "NHD" or spec["kv_dtype"] != spec.dtype:
-        return Verdict(False, f"gathers NHD caches of {spec.dtype}, not {spec['layout']} of {spec['kv_dtype']}")
+        return Verdict(False, f"reads NHD caches of {spec.dtype}, not {spec['layout']} of {spec['kv_dtype']}")
     if spec.dtype not in dtypes:
         return Verdict(False, f"computes in {' or '.join(dtypes)}, not {spec.dtype}")
     if spec["head_dim"] > 256 or spec["head_dim"] % 8:
@@ -149,14 +148,14 @@ def _check_fa3(spec: SiteSpec) -> Verdict:
     except ImportError as e:
         return Verdict(False, f"no package of FlashAttention-3: {e}")
     halves = ("bfloat16",) if without["FLASHATTENTION_DISABLE_FP16"] else ("bfloat16", "float16")
-    return _plain(spec, window=not without["FLASHATTENTION_DISABLE_LOCAL"],
+    return plain(spec, window=not without["FLASHATTENTION_DISABLE_LOCAL"],
                   soft_cap=not without["FLASHATTENTION_DISABLE_SOFTCAP"], dtypes=halves)  # fmt: skip
 
 
 def _check_flash(spec: SiteSpec) -> Verdict:
     if not (torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()):
         return Verdict(False, "PyTorch sees no GPU or is built without FlashAttention")
-    return _plain(spec, window=True, soft_cap=False, dtypes=("bfloat16", "float16"))
+    return plain(spec, window=True, soft_cap=False, dtypes=("bfloat16", "float16"))
 
 
 def _chunked(bucket: Bucket) -> bool:
