@@ -212,6 +212,16 @@ def test_a_forced_kernel_for_some_shapes_shows_what_the_others_run() -> None:
     assert plan.choices[0].reason == "forced, other shapes to the reference"
 
 
+def test_what_a_forced_kernel_leaves_goes_to_the_other_kernels_by_rank() -> None:
+    one, many = kernel("one", accepts=lambda b: b.num_tokens == 1), kernel("many", rank=5)
+    plan = make_plan(one, many, kernel("worse"), force=("rms_norm=one",))
+    fn = plan.bind("rms_norm", "a", "float32", **WIDTH)
+    plan.finish()
+    assert providers(plan) == {"a": "one+many"}
+    assert plan.choices[0].reason == "forced, other shapes by rank"
+    assert [fn(torch.ones(rows, 8), torch.ones(8), 0.0) for rows in (1, 2)] == ["one", "many"]
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 

@@ -119,9 +119,7 @@ class Plan:
         if impl.accepts is None:
             self.choices.append(Choice(spec, provider, "forced", (), part_of))
             return self._observed(op, spec, provider, impl.fn)
-        both, reason = f"{provider}+{_fallback(op)}", f"forced, other shapes to {_FALLBACKS[_fallback(op)]}"
-        self.choices.append(Choice(spec, both, reason, (), part_of))
-        return self._by_shape(op, spec, impl, self._without_kernel(op, spec))
+        return self._bind_best(op, spec, part_of, forced=impl)
 
     def _ask(self, impl: Impl, spec: SiteSpec) -> Verdict:
         """The kernel's verdict; one that cannot be had is an error of the plan."""
@@ -135,22 +133,27 @@ class Plan:
             self._fault(f"kernel {impl.provider} refused without a reason", spec.site)
         return Verdict(ok, reason)
 
-    def _bind_best(self, op: Op, spec: SiteSpec, part_of: str) -> Fn:
+    def _bind_best(self, op: Op, spec: SiteSpec, part_of: str, forced: Impl | None = None) -> Fn:
+        """The best by rank; before them `forced`, a kernel for some step shapes."""
         able: list[Impl] = []
         rejected: list[Rejected] = []
         for impl in self.registry.impls(op.name):
+            if impl is forced:
+                continue
             verdict = self._ask(impl, spec)
             if verdict.ok:
                 able.append(impl)
             else:
                 rejected.append(Rejected(impl.provider, verdict.reason))
+        if forced is not None:
+            able.insert(0, forced)
         chain: list[Impl] = []  # candidates that may be called: all up to the first that takes every shape
         for impl in able:
             chain.append(impl)
             if impl.accepts is None:
                 break
         for first, second in itertools.pairwise(able[: len(chain) + 1]):
-            if first.rank == second.rank:
+            if first.rank == second.rank and first is not forced:
                 self._fault(
                     f"kernels {first.provider} and {second.provider} of {op.name} tie at rank {first.rank}; "
                     "one must yield, or use --force",
@@ -161,8 +164,10 @@ class Plan:
         fallback = _fallback(op)
         if not chain:
             reason = "no kernel claims it" if op.lower is None else "no kernel claims the fused op"
-        else:
+        elif forced is None:
             reason = f"rank {chain[0].rank}" + ("" if whole else f", other shapes to {_FALLBACKS[fallback]}")
+        else:
+            reason = "forced, other shapes " + ("by rank" if len(chain) > 1 else f"to {_FALLBACKS[fallback]}")
         provider = "+".join([i.provider for i in chain] + ([] if whole else [fallback]))
         self.choices.append(Choice(spec, provider, reason, tuple(rejected), part_of))
         fn = self._observed(op, spec, chain[-1].provider, chain[-1].fn) if whole else self._without_kernel(op, spec)

@@ -26,7 +26,7 @@ from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import decode
 from hotplug.platforms.cuda.kernels.gathered_attention import plain
 from hotplug.platforms.cuda.target import target
-from hotplug.vendor import AttentionInputs, Impl, SiteSpec, Verdict
+from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict
 
 HEAD_DIMS = (64, 128, 256)
 WORKSPACE = {"fa2": 384 << 20, "fa3": 1 << 20}
@@ -175,5 +175,8 @@ def _check(spec: SiteSpec) -> Verdict:
     return Verdict(not missing(), missing())
 
 
-KERNELS = (Impl("attention", "cuda.flashinfer", attention, check=_check, rank=RANK),)
-"""Takes every step: where it is forced, what it leaves is the Triton kernel's and not the reference's."""
+def _chunked(bucket: Bucket) -> bool:
+    return bucket.max_query_len > 1
+
+
+KERNELS = (Impl("attention", "cuda.flashinfer", attention, check=_check, accepts=_chunked, rank=RANK),)
