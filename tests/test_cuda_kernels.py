@@ -32,7 +32,7 @@ from hotplug.plugins.conformance.target import Trusted
 REGISTRY = builtin_registry()
 DTYPES = ("float32", "bfloat16")
 TRITON = ("cuda.triton", "cuda.few_rows")
-"""Providers that run anywhere; the others are libraries of GPU machines."""
+"""Providers that run anywhere; the others are libraries of GPU machines, or for one kind of GPU."""
 
 
 def label(value: Any) -> str | None:
@@ -63,9 +63,10 @@ def test_a_kernel_equals_its_reference(
     report = Report()
     ops(target(tmp_path, dtype, kernels=[kernel]), report)
     assert report.failures == []
-    if not report.cases and kernel.provider not in TRITON:
-        pytest.skip(f"a library's kernel, which is not here: {report.notes}")
-    assert report.data["cases"][f"{kernel.op} -> {kernel.provider}"] > 0, report.notes
+    ran = report.data.get("cases", {}).get(f"{kernel.op} -> {kernel.provider}", 0)
+    if not ran and kernel.provider not in TRITON:
+        pytest.skip(f"a library's kernel, which is not here, or one for steps that the kit has not: {report.notes}")
+    assert ran, report.notes
 
 
 def test_poison_is_what_new_memory_holds(poisoned: None) -> None:

@@ -48,9 +48,10 @@ def end_to_end(target: Target, report: Report) -> None:
     _scenario(target, report, "together", model, asked, expected, tokens, {})
     _scenario(target, report, "in chunks of 16 tokens", model, asked, expected, tokens, {"max_num_batched_tokens": 16})
     _scenario(target, report, "after a prefix hit", model, asked, expected, tokens, {}, again=True)
-    growing, longer = prompts(8, longest=12), 24 if quick else 64
+    block = min(target.limits.block_sizes)
+    growing, longer = prompts(8, longest=12), max(24 if quick else 64, block + block // 2)  # past their first block
     grown = generate(start(target, trusted(target, model)), growing, longer)
-    tight = _tight(target, model, len(growing) * longer)
+    tight = _tight(target, model, len(growing) * longer, block)
     swapping = {**tight, "swap_space": 2 * tight["kv_cache_memory"]}
     _scenario(target, report, "preempted", model, growing, grown, longer, tight)
     _scenario(target, report, "swapped", model, growing, grown, longer, swapping)
@@ -62,10 +63,10 @@ def end_to_end(target: Target, report: Report) -> None:
         _scenario(target, report, f"with {real.name}", real, few, want, tokens, {})
 
 
-def _tight(target: Target, model: Path, tokens: int) -> dict[str, Any]:
-    """A cache for half of so many tokens."""
-    shape = bind(config(target, model), meta=True, candidates=target.candidates).kv_shape
-    return {"kv_cache_memory": (2 + tokens // 2 // shape.block_size) * shape.block_bytes}
+def _tight(target: Target, model: Path, tokens: int, block: int) -> dict[str, Any]:
+    """A cache for half of so many tokens, in blocks of `block`."""
+    shape = bind(config(target, model, block_size=block), meta=True, candidates=target.candidates).kv_shape
+    return {"kv_cache_memory": (2 + tokens // 2 // block) * shape.block_bytes, "block_size": block}
 
 
 def _scenario(

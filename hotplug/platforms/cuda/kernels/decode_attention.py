@@ -56,7 +56,9 @@ def config_for(pairs: int, dim: int, width: int, capability: tuple[int, int]) ->
         return DecodeConfig(stages=7, programs=4)
     if pairs > 1024:
         return DecodeConfig(stages=6)
-    return DecodeConfig(keys=64 if pairs <= 256 else 32, stages=7)
+    if pairs > 512:
+        return DecodeConfig(warps=2)
+    return DecodeConfig(stages=7) if pairs <= 256 else DecodeConfig(keys=32, warps=2, stages=7)
 
 
 @triton.jit(do_not_specialize=["splits", "least", "window", "table_stride"])
