@@ -6,7 +6,6 @@ many parts a context has is decided on the device, from its length; the grid onl
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.softmax import accumulate, factors, logits, with_sink
-from hotplug.platforms.cuda.target import target
 from hotplug.vendor import AttentionInputs
 
 release, wait = pdl.release, pdl.wait
@@ -180,7 +178,7 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, o
     size, kv_heads = k_cache.shape[1:3]
     group, context, pairs = heads // kv_heads, step.block_table.shape[1] * size, requests * kv_heads
     config = config or config_for(pairs, dim, q.element_size(), gpu.capability(q.device))
-    splits = split_count(pairs, context, config, multiprocessors(target(q.device)))
+    splits = split_count(pairs, context, config, gpu.multiprocessors(q.device))
     partial = torch.empty((pairs * splits * group, dim) if splits > 1 else 0, dtype=torch.float32, device=q.device)
     sums = torch.empty(pairs * splits * group if splits > 1 else 0, dtype=torch.float32, device=q.device)
     cols = max(triton.next_power_of_2(dim), 16)
@@ -213,12 +211,6 @@ def rows_of(cache: Tensor, keys: int) -> Any:
     dim = cache.shape[-1]
     flat = cache.view(-1, cache.shape[-2] * dim)
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [keys, dim])
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; those of an H100 where the kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 _counters: dict[torch.device, Tensor] = {}

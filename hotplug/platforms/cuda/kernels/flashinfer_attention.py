@@ -24,9 +24,9 @@ from hotplug.platforms.cuda.kernels import gpu
 from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
 from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import decode
-from hotplug.platforms.cuda.kernels.gathered_attention import plain
+from hotplug.platforms.cuda.kernels.gathered_attention import chunked, plain
 from hotplug.platforms.cuda.target import target
-from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict
+from hotplug.vendor import AttentionInputs, Impl, SiteSpec, Verdict
 
 HEAD_DIMS = (64, 128, 256)
 WORKSPACE = {"fa2": 384 << 20, "fa3": 1 << 20}
@@ -175,8 +175,4 @@ def _check(spec: SiteSpec) -> Verdict:
     return Verdict(not missing(), missing())
 
 
-def _chunked(bucket: Bucket) -> bool:
-    return bucket.max_query_len > 1
-
-
-KERNELS = (Impl("attention", "cuda.flashinfer", attention, check=_check, accepts=_chunked, rank=RANK),)
+KERNELS = (Impl("attention", "cuda.flashinfer", attention, check=_check, accepts=chunked, rank=RANK),)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels import gpu, pdl
 from hotplug.platforms.cuda.kernels.linear_hopper import gate_sums, tile_layout
 
 TOKENS, OUTPUTS, COLS, STAGES, WARPS = 128, 128, 64, 4, 8
@@ -128,9 +128,9 @@ def _gated(x, weight, out, bias, M, N, K: gl.constexpr, PROGRAMS: gl.constexpr, 
     tma.store_wait(0)
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, group: int,
-               programs: int) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:  # fmt: skip
-    """What `gated` returns, and what it launches `_gated` with: arguments, options."""
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None,
+               group: int) -> tuple[Tensor, int, tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """What `gated` returns, and what it launches `_gated` with: programs, arguments, options."""
     m, k = x.shape
     n = weight.shape[0] // 2
     if x.dtype is not torch.bfloat16 or weight.dtype is not torch.bfloat16:
@@ -140,7 +140,8 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, group: int,
                          f"M = {m}, K = {k}, N = {n}")  # fmt: skip
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     operand, result = tile_layout(TOKENS, COLS), tile_layout(TOKENS, OUTPUTS)
-    return out, (
+    programs = gpu.multiprocessors(x.device)
+    return out, programs, (
         TensorDescriptor.from_tensor(x, [TOKENS, COLS], operand),
         TensorDescriptor.from_tensor(weight, [OUTPUTS, COLS], operand),
         TensorDescriptor.from_tensor(out, [TOKENS, OUTPUTS], result),
@@ -148,18 +149,18 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, group: int,
     ), {"num_warps": WARPS, **pdl.options(x.device)}  # fmt: skip
 
 
-def gated(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 16, programs: int = 132) -> Tensor:
+def gated(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 16) -> Tensor:
     """`x` [M, K] times `weight` [2N, K] transposed, gated: [M, N].
 
     bfloat16 with K a multiple of 8 from 256 on and N one of 128, on a device of compute capability 9.0; a program a
     multiprocessor. Raises TypeError and ValueError.
     """
-    out, arguments, options = _arguments(x, weight, bias, group, programs)
+    out, programs, arguments, options = _arguments(x, weight, bias, group)
     _gated[(programs,)](*arguments, **options)
     return out
 
 
-def compile_for(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 16, programs: int = 132) -> Any:
+def compile_for(x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 16) -> Any:
     """The compiled kernel of such a call of `gated`, which is not launched."""
-    _, arguments, options = _arguments(x, weight, bias, group, programs)
+    _, programs, arguments, options = _arguments(x, weight, bias, group)
     return _gated.warmup(*arguments, grid=(programs,), **options)

@@ -158,11 +158,12 @@ def _check_flash(spec: SiteSpec) -> Verdict:
     return plain(spec, window=True, soft_cap=False, dtypes=("bfloat16", "float16"))
 
 
-def _chunked(bucket: Bucket) -> bool:
+def chunked(bucket: Bucket) -> bool:
+    """Whether a step has prompt chunks, which libraries are for."""
     return bucket.max_query_len > 1
 
 
 KERNELS = (
-    Impl("attention", "cuda.fa3", partial(attention, _fa3), check=_check_fa3, accepts=_chunked, rank=20),
-    Impl("attention", "cuda.flash", partial(attention, _flash), check=_check_flash, accepts=_chunked, rank=5),
+    Impl("attention", "cuda.fa3", partial(attention, _fa3), check=_check_fa3, accepts=chunked, rank=20),
+    Impl("attention", "cuda.flash", partial(attention, _flash), check=_check_flash, accepts=chunked, rank=5),
 )  # fmt: skip

@@ -22,3 +22,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         return HOPPER
     return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; those of an H100 where kernels are interpreted or compiled without one."""
+    return _multiprocessors(target(device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
