@@ -192,6 +192,19 @@ def test_with_kernels_for_the_cache_nothing_is_copied_into_it(start, interpreted
         assert "aten::index_put" not in calls(graph)
 
 
+def test_inputs_are_described_as_tensors_of_their_own(start, interpreted):
+    """The caches are views of one allocation, which Inductor is not to know."""
+    core = start(Inductor(kernels=FUSED))
+    caches = [cache for blocks in core._executable._kv for cache in blocks]
+    assert len({cache.untyped_storage().data_ptr() for cache in caches}) == 1
+    assert any(cache.storage_offset() for cache in caches)
+    for graph in interpreted.values():
+        values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        assert {value.storage_offset() for value in values} == {0}
+        assert len({value.untyped_storage()._cdata for value in values}) == len(values)
+        assert [(v.shape, v.stride()) for v in values[-4:]] == [(c.shape, c.stride()) for c in caches]
+
+
 def test_without_a_kernel_each_cache_is_copied_into_the_given_one_at_the_end(start, interpreted):
     start(Inductor(kernels=()))
     for graph in interpreted.values():

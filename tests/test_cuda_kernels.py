@@ -45,10 +45,8 @@ heads, and no attention of float32, whose tiles are small (test_cuda_attention.p
 
 
 def kernel_cases() -> Iterator[Any]:
-    """Everything that a quick run of the kit asks: on a GPU, or in the slow suite; else with few heads."""
+    """What a quick run of the kit asks with few heads, and all of it: on a GPU, or in the slow suite."""
     for kernel, dtype, whole in itertools.product(KERNELS, DTYPES, (False, True)):
-        if HAS_GPU and not whole:
-            continue
         slow = not HAS_GPU and (whole or (kernel.op == "attention" and dtype == "float32"))
         yield pytest.param(kernel, dtype, whole, marks=pytest.mark.slow if slow else (),
                            id=f"{label(kernel)}-{dtype}{'-whole' * whole}")  # fmt: skip

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from hotplug.core.ops.attention import AttentionInputs, gather_kv
 from hotplug.platforms.cuda.kernels import (
-    attention,
     decode_attention,
     flashinfer_attention,
     gathered_attention,
     prefill_attention,
 )
+from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import DecodeConfig as D
 from hotplug.platforms.cuda.kernels.gathered_attention import chunks_of, gather
 from hotplug.platforms.cuda.kernels.prefill_attention import PrefillConfig as P
@@ -262,14 +262,14 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
 
     def gathered(config: P, p: Problem) -> Tensor:
         out = torch.empty_like(p.q)
-        chunks = prepared(p)
+        chunks = chunks_in(p)
         k, v = gather(p.k_cache, p.v_cache, chunks)
         prefill_attention.prefill(p.q, k, v, p.step, out, p.q.shape[-1] ** -0.5, None, None, None, chunks.key_start,
                                   config)  # fmt: skip
         return out
 
     def library(attend: gathered_attention.Attend, p: Problem) -> Tensor:
-        chunks = prepared(p)
+        chunks = chunks_in(p)
         return attend(p.q, *gather(p.k_cache, p.v_cache, chunks), chunks, p.q.shape[-1] ** -0.5, None, None)
 
     def flashinfer(backend: str, p: Problem) -> Tensor:
@@ -287,9 +287,9 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
         yield f"triton {label(block, config)}", block, partial(triton, config)
 
 
-def prepared(p: Problem) -> gathered_attention.Chunks:
+def chunks_in(p: Problem) -> gathered_attention.Chunks:
     """The chunks of a step, made once for all layers, as the kernel does."""
-    chunks = attention.prepared(p.step, "gathered", partial(chunks_of, p.step, p.k_cache.shape[1]))
+    chunks = prepared(p.step, "gathered", partial(chunks_of, p.step, p.k_cache.shape[1]))
     assert chunks is not None
     return chunks
 

@@ -13,4 +13,4 @@ unset TRITON_INTERPRET
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 exec "$sanitizer" --tool "${TOOL:-memcheck}" --error-exitcode 1 --report-api-errors no --print-limit 20 \
     "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider tests/test_cuda_kernels.py \
-    -k "equals_its_reference and bfloat16 or cells_past" "$@"
+    -k "(equals_its_reference and bfloat16 or cells_past) and not whole" "$@"

@@ -158,6 +158,7 @@ def lower(program: StepProgram, name: str) -> tuple[_Interface, fx.GraphModule]:
     module = exported.graph_module
     operators, sites = _call_kernels(module.graph, name)
     weights, inputs = _inputs(exported)
+    _apart([*weights, *inputs])
     _write_in_place(module.graph, inputs[NUM_INDICES:])
     kept = _merge_tied(module.graph, weights, program)
     module.graph.lint()
@@ -227,6 +228,18 @@ def _inputs(exported: torch.export.ExportedProgram) -> tuple[dict[fx.Node, str],
         else:
             raise PlatformError(f"a step program with a {spec.kind.name.lower()} input", where=str(spec.target))
     return weights, inputs
+
+
+def _apart(places: list[fx.Node]) -> None:
+    """Describe each input as a tensor with memory of its own, from its beginning.
+
+    The caches are views of one allocation. Told so, Inductor makes an operator that writes to two of them take a base
+    and offsets, copies the base before and after, and counts the offsets twice (torch 2.11); they do not overlap.
+    """
+    for node in places:
+        given = node.meta["val"]
+        if isinstance(given, Tensor):
+            node.meta["val"] = given.new_empty_strided(given.shape, given.stride())
 
 
 def _write_in_place(graph: fx.Graph, caches: list[fx.Node]) -> None:
