@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Made anew only when what it is made from changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-slow test-gpu bench-gpu lint format docs kernels kernels-check bench-cpu clean
+.PHONY: serve test test-slow test-gpu bench-gpu lint format docs kernels kernels-check bench-cpu bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -59,8 +59,11 @@ format: $(STAMP) ## let ruff format and repair what it can
 docs: $(STAMP) ## write docs/ops.md anew
 	$(BIN)/python ci/docs/ops.py
 
-bench-cpu: $(STAMP) ## the figures of one small model on this processor, against their bars
-	$(BIN)/python ci/bench/first_light.py $(ARGS)
+bench-cpu: $(STAMP) ## hotplug and its peers on this processor, one table (ARGS= for engines and repeats)
+	$(BIN)/python ci/bench/cpu.py $(ARGS)
+
+bench-peers: ## environments of the peers that bench-cpu measures (ARGS= for some of them: llama openvino vllm)
+	PYTHON=$(PYTHON) ci/bench/peers.sh $(ARGS)
 
 clean: ## remove the environment and all caches of tools; fetched models stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
