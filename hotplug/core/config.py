@@ -53,7 +53,9 @@ class EngineConfig:
     device: str = option("auto", "Platform to run on; auto takes the best one found")
     exec: Literal["auto", "eager", "capture", "compile"] = option(
         "auto", "How a step runs on the device; auto takes the platform's preference")  # fmt: skip
-    quantization: str | None = option(None, "Quantize weights as they load, by a plugin's scheme")
+    quantization: str | None = option(
+        None, "stored keeps a GGUF file's groups of weights; else a plugin's scheme, to quantize as weights load"
+    )
     force: tuple[str, ...] = option((), "Pin kernels: op=provider or site-pattern=provider; repeatable")
     trace_ops: bool = option(False, "Time every call of every op, by site and kernel; steps run eagerly and slower")
 

@@ -27,6 +27,7 @@ from hotplug.core.platform.features import Resolved, resolve
 from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.scheme import NONE, QuantScheme
+from hotplug.core.quant.stored import STORED, StoredScheme, stored_schemes
 from hotplug.core.runner import memory_guard
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.kv_memory import KVShape, swap_blocks, torch_device
@@ -125,18 +126,18 @@ def bind(
     limits = selection.platform.limits(selection.device)
     extension = gather()
     policy = extension.find("scheduling", config.scheduling, option="--scheduling")
-    scheme = _scheme(config, extension)
     connector = _connector(config, extension)
     path = resolve_source(config.model)
     checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models, extension.config_readers)
     model_config = checkpoint.config
+    scheme, table_scheme = _schemes(config, extension, checkpoint)
     resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype)
     max_model_len = _max_model_len(config, model_config)
 
     registry = builtin_registry()
     for op in extension.ops:
         registry.define(op)
-    if scheme is not None:
+    if scheme is not None and not isinstance(scheme, StoredScheme):  # whose op is built in
         registry.define(scheme.op)
     selection.platform.register(registry)
     device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
@@ -157,6 +158,7 @@ def bind(
         kv_dtype=resolved.kv_dtype,
         static_steps=resolved.exec_mode is not ExecMode.EAGER,
         scheme=scheme,
+        table_scheme=table_scheme,
         max_position=max_model_len,
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
@@ -209,11 +211,16 @@ def _bind_swap(plan: Plan, shape: KVShape, resolved: Resolved) -> BlockCopy:
                      block_size=shape.block_size, layout=str(shape.layout), kv_dtype=resolved.kv_dtype)  # fmt: skip
 
 
-def _scheme(config: EngineConfig, extension: Extension) -> QuantScheme | None:
+def _schemes(
+    config: EngineConfig, extension: Extension, checkpoint: Checkpoint
+) -> tuple[QuantScheme | None, StoredScheme | None]:
+    """How linear layers, and embedding and head, store their weights; None is floating point."""
     if config.quantization in (None, NONE):
-        return None
+        return None, None
+    if config.quantization == STORED:
+        return stored_schemes(checkpoint.formats)
     scheme: QuantScheme = extension.find("quantization", str(config.quantization), option="--quantization")
-    return scheme
+    return scheme, None
 
 
 def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat], KVConnector] | None:

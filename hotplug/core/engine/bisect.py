@@ -21,7 +21,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import HotplugError, RequestError
-from hotplug.core.ops.compare import Comparison, compare, describe, leaves
+from hotplug.core.ops.compare import Comparison, compare, describe, dtypes_through, leaves
 from hotplug.core.ops.registry import REFERENCE, Fact, Fn, Observe, Op, SiteSpec
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.request import Request, SamplingParams
@@ -245,7 +245,7 @@ def _instead(sites: Collection[str]) -> Observe:
 
 def _compared(spec: SiteSpec, checks: Sequence[tuple[str, Any, Any]]) -> list[tuple[str, Comparison]]:
     """Each tensor of what a kernel gave, by name, against the same of the reference."""
-    through = (spec.dtype, str(spec.facts.get("kv_dtype", "")))
+    through = dtypes_through(spec)
     found = []
     for name, actual, expected in checks:
         if isinstance(actual, nn.Parameter):

@@ -10,6 +10,7 @@ from torch import nn
 
 from hotplug.core.ops.registry import Fact, Fn
 from hotplug.core.quant.scheme import QuantScheme
+from hotplug.core.quant.stored import StoredScheme
 
 
 class Binder(Protocol):
@@ -33,6 +34,8 @@ class BuildContext:
     """Whether steps may run in static shapes, where kernels cannot read lengths on the host."""
     scheme: QuantScheme | None = None
     """How linear layers store their weights; None is plain floating point."""
+    table_scheme: StoredScheme | None = None
+    """How the embedding and the head store theirs."""
     max_position: int
     """Positions the rotary table must cover."""
 

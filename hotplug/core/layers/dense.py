@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.destination import Destination
 from hotplug.core.quant.scheme import NONE, QuantizedRows, QuantScheme
+from hotplug.core.quant.stored import StoredRows, StoredScheme
 
 
 class Embedding(nn.Module):
@@ -71,7 +72,8 @@ class QuantizedLinear(nn.Module):
             for shape, dtype in scheme.tensors(out_features, in_features).values()
         )
         self.bias = ctx.weight(out_features) if bias else None
-        self.op = ctx.bind(scheme.op.name, site, in_features=in_features, out_features=out_features, bias=bias)
+        facts = {"scheme": scheme.name} if isinstance(scheme, StoredScheme) else {}
+        self.op = ctx.bind(scheme.op.name, site, in_features=in_features, out_features=out_features, bias=bias, **facts)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x, *self.stored, self.bias)
@@ -79,7 +81,10 @@ class QuantizedLinear(nn.Module):
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
         """Places that quantize the checkpoint matrices that are stacked here, `sizes` rows each."""
         parts = zip(*(tensor.split(list(sizes)) for tensor in self.stored), strict=True)
-        return [QuantizedRows(self._scheme, part, self._in_features, self._dtype) for part in parts]
+        scheme = self._scheme
+        if isinstance(scheme, StoredScheme):
+            return [StoredRows(scheme, part, self._in_features) for part in parts]
+        return [QuantizedRows(scheme, part, self._in_features, self._dtype) for part in parts]
 
 
 def make_linear(

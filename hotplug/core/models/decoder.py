@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from hotplug.core.layers.attention import Attention, KVBlocks
 from hotplug.core.layers.context import BuildContext
-from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, LinearSiluMul, QuantizedLinear, RMSNorm
+from hotplug.core.layers.dense import AddRMSNorm, Linear, LinearSiluMul, QuantizedLinear, RMSNorm
 from hotplug.core.layers.destination import Destination
 from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.moe import SparseMLP, unstacked
 from hotplug.core.layers.rope import rotary_table
+from hotplug.core.layers.table import Head, make_embedding, table_place
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.weights.config import ModelConfig
 
@@ -66,16 +67,14 @@ class Decoder(nn.Module):
     def __init__(self, ctx: BuildContext, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = Embedding(ctx, "embed", config.vocab_size, config.hidden_size)
+        self.embed = make_embedding(ctx, "embed", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(ctx, config, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
         )
         self.norm = AddRMSNorm(ctx, "norm", config.hidden_size, config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self.head = self.embed.weight if tied else ctx.weight(config.vocab_size, config.hidden_size)
-        self.logits_op = ctx.bind(
-            "logits", "logits", hidden=config.hidden_size, vocab=config.vocab_size, bias=False, scheme="none"
-        )
+        tied = self.embed if config.tie_word_embeddings else None
+        self.head = Head(ctx, "logits", config.hidden_size, config.vocab_size, tied)
+        self._table_scheme = ctx.table_scheme
         self.register_buffer(
             "cos_sin", rotary_table(config.rope, config.head_dim, ctx.max_position, ctx.device), persistent=False
         )
@@ -98,17 +97,20 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 [num_rows, vocab] of hidden states [num_rows, hidden]."""
-        return self.logits_op(hidden, self.head, None)
+        return self.head(hidden)
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """Where each checkpoint tensor goes: its Hugging Face name and the parameter, or slice of one, it fills."""
-        yield "model.embed_tokens.weight", self.embed.weight
+        yield "model.embed_tokens.weight", self._table(self.embed.weight)
         yield "model.norm.weight", self.norm.weight
         if not self.config.tie_word_embeddings:
-            yield "lm_head.weight", self.head
+            yield "lm_head.weight", self._table(self.head.weight)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             yield from _layer_destinations(f"model.layers.{i}", layer)
+
+    def _table(self, weight: Tensor) -> Destination:
+        return table_place(self._table_scheme, weight, self.config.hidden_size)
 
     def named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A checkpoint tensor by the names of `destinations`: itself, or the several that it stacks."""

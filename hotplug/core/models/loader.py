@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.destination import Destination
 from hotplug.core.models.decoder import MODELS, Decoder
+from hotplug.core.quant.stored import StoredRows
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import DummyCheckpoint
+from hotplug.core.weights.stored import StoredMatrix
 
 DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 """Tensors that old checkpoints carry though they follow from the config."""
@@ -38,7 +41,7 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
     missing: dict[str, Destination] = dict(model.destinations())
     unknown: list[str] = []
     tied = model.config.tie_word_embeddings
-    for name, tensor in (part for given in checkpoint.tensors() for part in model.named(*given)):
+    for name, tensor in _parts(model, checkpoint):
         target = missing.pop(name, None)
         if target is None:
             derived = name.endswith(DERIVED_SUFFIXES) or (tied and name == "lm_head.weight")
@@ -48,12 +51,25 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
             raise WeightsError(
                 f"the shape is {list(tensor.shape)}, the config makes it {list(target.shape)}", where=name
             )
+        elif isinstance(tensor, StoredMatrix):
+            assert isinstance(target, StoredRows)
+            target.take(tensor)
         else:
             target.copy_(tensor)
     problems = [f"missing: {_some(list(missing))}"] if missing else []
     problems += [f"not part of {model.config.architecture}: {_some(unknown)}"] if unknown else []
     if problems:
         raise WeightsError("the checkpoint does not match its config", where=_files(checkpoint), why=problems)
+
+
+def _parts(model: Decoder, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | StoredMatrix]]:
+    """The checkpoint's tensors by the names of the model's places; in groups where a place takes them."""
+    keep = {name for name, place in model.destinations() if isinstance(place, StoredRows)}
+    for name, tensor in checkpoint.tensors(keep):
+        if isinstance(tensor, StoredMatrix):
+            yield name, tensor
+        else:
+            yield from model.named(name, tensor)
 
 
 def _fill(checkpoint: DummyCheckpoint, name: str, place: Destination) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hotplug.core.ops.registry import SiteSpec
+
 TOLERANCES = {
     "float64": 1e-9,
     "float32": 2e-4,
@@ -22,13 +24,14 @@ TOLERANCES = {
     "bfloat16": 4e-2,
     "float8_e4m3fn": 0.25,
     "fp8_e4m3": 0.25,
+    "int8": 4e-2,
 }
 """How far a result may be off, as a share of the element's own size plus the root mean square of its row.
 
 A product's error grows with its row, not with the element, so the row counts: an element near zero among large
 ones may be off by more than its own size. About a thousand units in the last place for float32, where kernels
 differ in the order of long sums; five to ten for the narrow dtypes, where they differ in what is rounded when.
-Integers and booleans must be equal.
+Integers and booleans must be equal. "int8" is for products whose kernels round to eight bits what they multiply with.
 """
 
 
@@ -90,6 +93,12 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from leaves(f"{name}.{field.name}", getattr(value, field.name))
+
+
+def dtypes_through(spec: SiteSpec) -> tuple[str, ...]:
+    """The dtypes that values of a call site go through, beside the tensors' own: `through` of `compare`."""
+    rounded = "int8" if spec.op in ("linear_stored", "logits_stored") else ""
+    return (spec.dtype, str(spec.facts.get("kv_dtype", "")), rounded)
 
 
 def describe(value: Any) -> list[str]:

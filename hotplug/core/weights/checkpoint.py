@@ -18,6 +18,8 @@ from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES, ConfigReader
 if TYPE_CHECKING:
     import torch
 
+    from hotplug.core.weights.stored import StoredMatrix
+
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
 
@@ -30,8 +32,16 @@ class Checkpoint(Protocol):
     @property
     def files(self) -> tuple[Path, ...]: ...
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and CPU tensor of each weight, one in memory at a time. Raises WeightsError."""
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """The format of each matrix by name, in lower case, where matrices may be in groups; else nothing."""
+        ...
+
+    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
+        """Name and CPU tensor of each weight, one in memory at a time. Raises WeightsError.
+
+        Matrices in groups whose names are in `keep` come as they are stored, all others in floating point.
+        """
         ...
 
 

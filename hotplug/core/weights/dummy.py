@@ -6,7 +6,7 @@ The names and shapes are those a real checkpoint of the architecture has.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,12 @@ class DummyCheckpoint:
     files: tuple[Path, ...]
     seed: int
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """No matrix is in groups."""
+        return {}
+
+    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names with CPU tensors of the config's dtype."""
         dtype = getattr(torch, self.config.dtype)
         for name, shape in parameter_shapes(self.config).items():

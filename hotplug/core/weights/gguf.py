@@ -1,12 +1,13 @@
 """A GGUF file as a checkpoint: its metadata as a ModelConfig, its tensors under Hugging Face names.
 
-Weights are dequantized here, at load; quantized execution is not this module's business.
+Weights are dequantized here, at load, but for matrices that the model keeps in their groups.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import parameter_shapes
 from hotplug.core.weights.gguf_config import gguf_config
 from hotplug.core.weights.gguf_file import GgufFile, GgufTensor
+from hotplug.core.weights.stored import StoredMatrix
 
 _CHUNK = 4096
 """Quantization blocks dequantized at once: the temporaries stay in cache and the threads keep busy."""
@@ -60,11 +62,25 @@ class GgufCheckpoint:
         }
         self._check()
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face names with CPU tensors: F16 and BF16 as stored, every other type as float32."""
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """The type of each matrix, in lower case, by Hugging Face name."""
+        return {name: tensor.kind.name.lower() for name, tensor in self._names.items() if len(tensor.shape) == 2}
+
+    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
+        """Hugging Face names with CPU tensors: F16 and BF16 as stored, every other type as float32.
+
+        Matrices in `keep` come in their groups, as views of the mapped file where rows need no other order.
+        """
+        formats = self.formats
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for name, tensor in self._names.items():
-                yield name, self._read(name, tensor, pool)
+                data = self._raw(name, tensor)
+                if name in keep and tensor.kind not in _PLAIN:
+                    rows = _view(data.reshape(tensor.shape[0], -1))
+                    yield name, StoredMatrix(formats[name], rows, torch.Size(tensor.shape))
+                else:
+                    yield name, dequantize(data, tensor.kind, pool).reshape(tensor.shape)
 
     def _check(self) -> None:
         path, expected = str(self.files[0]), parameter_shapes(self.config)
@@ -83,14 +99,22 @@ class GgufCheckpoint:
                     why=f"the metadata asks for {list(expected[name])}",
                 )
 
-    def _read(self, name: str, tensor: GgufTensor, pool: ThreadPoolExecutor) -> torch.Tensor:
+    def _raw(self, name: str, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, rows in Hugging Face order."""
         data = self._file.raw(tensor)
         if self._file.metadata["general.architecture"] == "llama":
             if ".q_proj." in name:
                 data = _unpermute(data, self.config.num_heads, tensor)
             elif ".k_proj." in name:
                 data = _unpermute(data, self.config.num_kv_heads, tensor)
-        return dequantize(data, tensor.kind, pool).reshape(tensor.shape)
+        return data
+
+
+def _view(data: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """A tensor of read-only bytes, without copying them; nobody writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(data)
 
 
 def hf_name(name: str, path: Path) -> str:

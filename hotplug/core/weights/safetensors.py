@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,12 @@ class SafetensorsCheckpoint:
         self.files = tuple(dict.fromkeys(self._where.values()))
         self._check()
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def formats(self) -> Mapping[str, str]:
+        """No matrix is in groups."""
+        return {}
+
+    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """Names as stored with CPU tensors, file by file."""
         for file in self.files:
             with _open(file) as shard:

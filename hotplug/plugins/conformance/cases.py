@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hotplug.core.ops.attention import AttentionInputs, kv_write
 from hotplug.core.ops.registry import Fact
+from hotplug.core.quant.stored import StoredScheme
 
 TORCH_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn,
@@ -64,6 +65,25 @@ class Builder:
 
     def _logits(self, facts: Any, lens: Lens, view: bool) -> Call:
         return self._linear({**facts, "in_features": facts["hidden"], "out_features": facts["vocab"]}, lens, view)
+
+    def _embed_stored(self, facts: Any, lens: Lens, view: bool) -> Call:
+        ids = self._ints(_tokens(lens), facts["vocab"])
+        return Call((ids, self._groups(facts["vocab"], facts["hidden"], facts["scheme"]), facts["hidden"]))
+
+    def _linear_stored(self, facts: Any, lens: Lens, view: bool) -> Call:
+        wide, out = facts["in_features"], facts["out_features"]
+        bias = self._normal(out) if facts["bias"] else None
+        return Call((self._normal(_tokens(lens), wide, view=view), self._groups(out, wide, facts["scheme"]), bias))
+
+    def _logits_stored(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return self._linear_stored(
+            {**facts, "in_features": facts["hidden"], "out_features": facts["vocab"]}, lens, view
+        )
+
+    def _groups(self, rows: int, columns: int, scheme: str) -> Tensor:
+        weight = torch.randn((rows, columns), generator=self.random) * columns**-0.5
+        (data,) = StoredScheme(scheme).quantize(weight)
+        return data
 
     def _silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
         return Call((self._normal(_tokens(lens), 2 * facts["width"], view=view),))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotplug.core.ops.compare import Comparison, compare, leaves
+from hotplug.core.ops.compare import Comparison, compare, dtypes_through, leaves
 from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Impl, Op, SiteSpec
 from hotplug.plugins.conformance.cases import Builder, Call, Lens
 from hotplug.plugins.conformance.faults import name_fault, name_stray_writes
@@ -108,7 +108,7 @@ def _accepts(op: Op, impl: Impl, call: Call) -> bool:
 def _worst(op: Op, spec: SiteSpec, call: Call, got: Any, want: Any) -> tuple[str, Comparison]:
     """The worst tensor among the results and the arguments, by name."""
     names = list(inspect.signature(op.reference).parameters)
-    through = (spec.dtype, str(spec.facts.get("kv_dtype", "")))
+    through = dtypes_through(spec)
     triples = [("output", got[0], want[0]), *zip(names, got[1], want[1], strict=False)]
     worst = ("output", Comparison(0.0))
     for name, actual, expected in triples:

@@ -1,0 +1,57 @@
+"""The vocabulary's tables: embedding and head, in floating point or in groups as the checkpoint stores them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hotplug.core.layers.context import BuildContext
+from hotplug.core.layers.dense import Embedding
+from hotplug.core.layers.destination import Destination
+from hotplug.core.quant.scheme import NONE
+from hotplug.core.quant.stored import StoredRows, StoredScheme
+
+
+class StoredEmbedding(nn.Module):
+    """`Embedding` with its table in groups."""
+
+    def __init__(self, ctx: BuildContext, scheme: StoredScheme, site: str, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self._hidden, self._dtype = hidden, ctx.dtype
+        self.weight = scheme.parameter(vocab, hidden, ctx.device)
+        self.op = ctx.bind("embed_stored", site, vocab=vocab, hidden=hidden, scheme=scheme.name)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.op(token_ids, self.weight, self._hidden).to(self._dtype)
+
+
+class Head(nn.Module):
+    """Hidden states [num_rows, hidden] to float32 scores [num_rows, vocab]; `tied` to an embedding or not."""
+
+    def __init__(
+        self, ctx: BuildContext, site: str, hidden: int, vocab: int, tied: Embedding | StoredEmbedding | None
+    ) -> None:
+        super().__init__()
+        scheme = ctx.table_scheme
+        if tied is not None:
+            self.weight = tied.weight
+        elif scheme is not None:
+            self.weight = scheme.parameter(vocab, hidden, ctx.device)
+        else:
+            self.weight = ctx.weight(vocab, hidden)
+        name, stored = ("logits", NONE) if scheme is None else ("logits_stored", scheme.name)
+        self.op = ctx.bind(name, site, hidden=hidden, vocab=vocab, bias=False, scheme=stored)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.op(hidden, self.weight, None)
+
+
+def make_embedding(ctx: BuildContext, site: str, vocab: int, hidden: int) -> Embedding | StoredEmbedding:
+    """The embedding as the context has tables stored."""
+    if ctx.table_scheme is None:
+        return Embedding(ctx, site, vocab, hidden)
+    return StoredEmbedding(ctx, ctx.table_scheme, site, vocab, hidden)
+
+
+def table_place(scheme: StoredScheme | None, weight: Tensor, hidden: int) -> Destination:
+    """Where the checkpoint's table of `weight`, an embedding's or a head's, goes."""
+    return weight if scheme is None else StoredRows(scheme, [weight], hidden)

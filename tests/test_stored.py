@@ -1,0 +1,156 @@
+"""Weights that stay in the groups of their checkpoint: formats, layers, loading, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from fake_platforms import FakePlatform, candidates, limits
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
+
+from hotplug.core.config import EngineConfig
+from hotplug.core.engine import bind as bind_module
+from hotplug.core.engine.core import EngineCore
+from hotplug.core.errors import ConfigError, FeatureError
+from hotplug.core.ops.stored import GROUP_BYTES, dequantize, embed_stored, linear_stored, logits_stored, scheme_of
+from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.request import Request, SamplingParams
+from hotplug.core.weights.checkpoint import open_checkpoint
+from hotplug.core.weights.stored import StoredMatrix
+
+FORMATS = sorted(GROUP_BYTES)
+DOWN, UP = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+def groups(scheme: str, rows: int = 5, columns: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random matrix in groups, and its values by the gguf package."""
+    weight = np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
+    data = gguf.quants.quantize(weight, Kind[scheme.upper()])
+    return torch.from_numpy(data), torch.from_numpy(gguf.quants.dequantize(data, Kind[scheme.upper()]))
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_groups_are_read_as_the_gguf_package_reads_them(scheme: str) -> None:
+    data, values = groups(scheme)
+    assert torch.equal(dequantize(data, scheme), values)
+    assert scheme_of(data, 96) == scheme
+
+
+def test_rows_of_no_format_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows of 21 bytes do not hold 32 weights"):
+        scheme_of(torch.zeros(3, 21, dtype=torch.uint8), 32)
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_a_scheme_keeps_what_it_can_hold(scheme: str) -> None:
+    _, values = groups(scheme)
+    ((shape, dtype),) = StoredScheme(scheme).tensors(5, 96).values()
+    (data,) = StoredScheme(scheme).quantize(values)
+    assert (tuple(data.shape), data.dtype) == (shape, dtype)
+    assert torch.allclose(dequantize(data, scheme), values, atol=0.02)
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_ops_are_those_of_the_dequantized_matrix(scheme: str) -> None:
+    data, values = groups(scheme)
+    x, bias = torch.randn(3, 96), torch.randn(5)
+    assert torch.equal(linear_stored(x, data, bias), torch.nn.functional.linear(x, values, bias))
+    assert logits_stored(x.bfloat16(), data, None).dtype is torch.float32
+    ids = torch.tensor([4, 0, 4])
+    assert torch.equal(embed_stored(ids, data, 96), values[ids])
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineCore]:
+    def make(path: Path, platform: FakePlatform | None = None, **options: Any) -> EngineCore:
+        found = platform or FakePlatform(facts=limits(quantization=("none", "*"), accelerator=False))
+        monkeypatch.setattr(bind_module, "discover", lambda: candidates(found))
+        return EngineCore(EngineConfig(model=str(path), max_model_len=64, kv_cache_memory="4MiB", **options))
+
+    return make
+
+
+def model(folder: Path, quant: Kind | None, *, tied: bool = False, **options: Any) -> Path:
+    shapes = tensor_shapes() | ({} if tied else {"output.weight": (VOCAB, HIDDEN)})
+    return write_gguf(folder / "model.gguf", random_tensors(shapes), quant=quant, **options)
+
+
+def tokens(core: EngineCore) -> list[int]:
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    core.add(Request(id="0", prompt_token_ids=[1, 5, 9, 2, 7], sampling=sampling))
+    found: list[int] = []
+    while core.has_work:
+        for delta in core.step():
+            found += delta.token_ids
+    return found
+
+
+@pytest.mark.parametrize("scheme", FORMATS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_are_those_of_the_dequantized_model(start, tmp_path: Path, scheme: str, tied: bool) -> None:
+    path = model(tmp_path, Kind[scheme.upper()], tied=tied)
+    kept = start(path, quantization="stored")
+    assert kept.report()["quantization"] == "stored"
+    assert {p.dtype for p in kept.bound.model.parameters() if p.dim() == 2} == {torch.uint8}
+    assert tokens(kept) == tokens(start(path))
+
+
+def test_tables_in_floating_point_stay_so(start, tmp_path: Path) -> None:
+    path = model(tmp_path, Kind.Q4_1, tied=True, others={"token_embd": Kind.F16})
+    kept = start(path, quantization="stored")
+    assert kept.bound.model.embed.weight.dtype is torch.float32
+    assert tokens(kept) == tokens(start(path))
+
+
+def test_only_what_is_kept_comes_in_groups(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(model(tmp_path, Kind.Q8_0))
+    assert checkpoint.formats[DOWN] == "q8_0"
+    found = dict(checkpoint.tensors({DOWN}))
+    assert isinstance(found[DOWN], StoredMatrix)
+    assert found[DOWN].shape == found[UP].shape[::-1]
+    assert isinstance(found[UP], torch.Tensor)
+    plain = dict(checkpoint.tensors())[DOWN]
+    assert torch.equal(dequantize(found[DOWN].data, "q8_0"), plain)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quant", "others", "has"),
+    [
+        (None, {}, "f32"),
+        (Kind.F16, {}, "f16"),
+        (Kind.Q5_0, {}, "q5_0"),
+        (Kind.Q8_0, {"ffn_down": Kind.Q4_0}, "q4_0, q8_0"),
+        (Kind.Q8_0, {"ffn_down": Kind.F16}, "f16, q8_0"),
+        (Kind.Q8_0, {"token_embd": Kind.Q4_0}, "q4_0, q8_0"),
+    ],
+)
+def test_files_of_other_or_several_formats_are_refused(
+    start, tmp_path: Path, quant: Kind | None, others: dict[str, Kind], has: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"does not store its matrices(.|\n)*it has {has}"):
+        start(model(tmp_path, quant, others=others), quantization="stored")
+
+
+def test_a_checkpoint_without_groups_is_refused(start, tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="it has floating point"):
+        start(tiny_model, quantization="stored", load_format="dummy")
+
+
+def test_a_platform_that_does_not_serve_it_is_refused(start, tmp_path: Path) -> None:
+    with pytest.raises(FeatureError, match="quantization stored is not among none"):
+        start(model(tmp_path, Kind.Q8_0), FakePlatform(facts=limits(quantization=("none",))), quantization="stored")
