@@ -79,7 +79,7 @@ def kernel(dim: int = 128, block: int = 64, dtype: str = "bfloat16", **config: A
     return compiled(json.dumps({"dim": dim, "block": block, "dtype": dtype, **config}))
 
 
-VARIANTS: list[dict[str, Any]] = [{}, {"turns": True}, {"dim": 64, "dtype": "float16"}, {"block": 128}]
+VARIANTS: list[dict[str, Any]] = [{}, {"dim": 64, "dtype": "float16"}, {"block": 128}]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -146,7 +146,6 @@ class Program:
         stages = config.stages
         self.full = {name: [Barrier(1) for _ in range(n)] for name, n in (("q", 2), ("k", stages), ("v", stages))}
         self.empty = {name: [Barrier(2 if name != "q" else 1) for _ in bars] for name, bars in self.full.items()}
-        self.turns = [Barrier(1), Barrier(1)]
         self.held: dict[tuple[str, int], Any] = {}
         self.copies: list[tuple[str, int, Any]] = []
         self.seen: list[list[Any]] = [[], []]
@@ -192,7 +191,7 @@ class Program:
                 done += 1
 
     def consume(self, half: int) -> Iterator[tuple[Barrier, int]]:
-        done = turn = 0
+        done = 0
         for taken, (place, before, length, last) in enumerate(self.items()):
             first = before + half * self.k.ROWS
             whole = self.k.whole_tiles.fn(first, last, self.config.keys)
@@ -209,20 +208,16 @@ class Program:
                 yield self.full["k"][slot], parity
             for j in (*range(1, whole), *range(max(whole, 1), last)):
                 slot, before_slot, after = self.slot(done)[0], self.slot(done - 1), self.slot(done + 1)
-                if self.config.turns:
-                    yield self.turns[half], (turn & 1) ^ (1 - half)
                 self.read(half, "q", half, place)
                 self.read(half, "k", slot, (place, j))
                 yield self.full["v"][before_slot[0]], before_slot[1]
                 self.read(half, "v", before_slot[0], (place, j - 1))
-                if self.config.turns:
-                    self.turns[1 - half].arrive()
                 self.empty["k"][slot].arrive()
                 if j + 1 < last:
                     yield self.full["k"][after[0]], after[1]
                 self.read(half, "v", before_slot[0], (place, j - 1))
                 self.empty["v"][before_slot[0]].arrive()
-                done, turn = done + 1, turn + 1
+                done += 1
             self.empty["q"][half].arrive()
             slot, parity = self.slot(done - 1)
             yield self.full["v"][slot], parity
@@ -250,15 +245,15 @@ class Program:
 REQUESTS = [(1, 1), (130, 130), (5, 700), (128, 128), (300, 1029), (64, 190), (0, 0), (257, 640)]
 
 
-@pytest.mark.parametrize(("keys", "stages", "turns"), [(128, 2, False), (128, 2, True), (64, 4, False), (128, 4, True)])
-def test_the_parts_of_a_program_wait_for_each_other_and_never_all_at_once(keys: int, stages: int, turns: bool) -> None:
+@pytest.mark.parametrize(("keys", "stages"), [(128, 2), (64, 4), (128, 4)])
+def test_the_parts_of_a_program_wait_for_each_other_and_never_all_at_once(keys: int, stages: int) -> None:
     from hotplug.platforms.cuda.kernels.prefill_hopper import HopperConfig
 
     for seed, programs in enumerate((1, 3, 7, 400) * 3):
         rng = random.Random(seed)
         seen: list[Any] = []
         for program in range(programs):
-            one = Program(HopperConfig(keys, stages, turns), REQUESTS, 2, program, programs)
+            one = Program(HopperConfig(keys, stages), REQUESTS, 2, program, programs)
             one.run(rng)
             assert one.seen[0] == one.seen[1]
             seen += [what for name, what in one.seen[0] if name == "v"]
@@ -302,9 +297,19 @@ def test_what_it_lacks_is_refused_by_name(changes: dict[str, Any], reason: str) 
 def test_steps_whose_chunks_fill_no_tile_are_left_to_the_triton_kernel() -> None:
     from hotplug.platforms.cuda.kernels.prefill_hopper import KERNELS
 
-    accepts = KERNELS[0].accepts
-    assert accepts is not None
-    assert [accepts(Bucket(8192, longest)) for longest in (1, 127, 128, 8192)] == [False, False, True, True]
+    short, whole = (kernel.accepts for kernel in KERNELS)
+    assert short is not None and whole is not None
+    lengths = (1, 127, 128, 2048, 2049, 8192)
+    assert [short(Bucket(8192, longest)) for longest in lengths] == [False, False, True, True, False, False]
+    assert [whole(Bucket(8192, longest)) for longest in lengths] == [False, False, True, True, True, True]
+
+
+def test_long_chunks_go_to_flash_attention_3_before_it_and_short_ones_after() -> None:
+    from hotplug.platforms.cuda.kernels import KERNELS
+
+    ranks = {kernel.provider: kernel.rank for kernel in KERNELS if kernel.op == "attention"}
+    assert ranks["cuda.hopper"] > ranks["cuda.fa3"] > ranks["cuda.hopper_long"] > ranks["cuda.triton"]
+    assert ranks["cuda.triton"] > ranks["cuda.flash"] > ranks["cuda.flashinfer"]  # which have to be forced
 
 
 @pytest.mark.parametrize(

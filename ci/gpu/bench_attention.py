@@ -36,7 +36,6 @@ from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import DecodeConfig as D
 from hotplug.platforms.cuda.kernels.gathered_attention import chunks_of, gather
 from hotplug.platforms.cuda.kernels.prefill_attention import PrefillConfig as P
-from hotplug.platforms.cuda.kernels.prefill_hopper import config_for as hopper_config
 
 LAYOUTS = {"8B": (32, 8, 128), "1B": (32, 8, 64), "30B-A3B": (32, 4, 128)}
 DECODES = ((1, 256), (1, 4096), (64, 1100), (256, 384), (8, 32000))
@@ -73,11 +72,6 @@ PREFILL_CANDIDATES = (
 GATHERED_CANDIDATES = (
     P(keys=128, stages=2, tma=True), P(keys=128, stages=2, tma=True, overlap=True), P(rows=64, warps=4, tma=True),
 )  # fmt: skip
-HOPPER_CANDIDATES: dict[str, dict[str, Any]] = {
-    "": {}, " turns": {"turns": True}, " grid": {"persistent": False},
-    " turns grid": {"turns": True, "persistent": False},
-}  # fmt: skip
-"""What differs from the configuration by head size."""
 
 
 @dataclass
@@ -284,14 +278,12 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
             p.q, p.k_cache, p.v_cache, p.step, p.q.shape[-1] ** -0.5, None, "NHD", backend=backend
         )
 
-    def hopper(changes: dict[str, Any], p: Problem) -> Tensor:
+    def hopper(p: Problem) -> Tensor:
         out = torch.empty_like(p.q)
-        config = hopper_config(p.q.shape[-1])._replace(**changes)
-        prefill_hopper.prefill(p.q, p.k_cache, p.v_cache, p.step, out, p.q.shape[-1] ** -0.5, config)
+        prefill_hopper.prefill(p.q, p.k_cache, p.v_cache, p.step, out, p.q.shape[-1] ** -0.5)
         return out
 
-    for name, changes in HOPPER_CANDIDATES.items():
-        yield f"hopper{name}", 64, partial(hopper, changes)
+    yield "hopper", 64, hopper
     yield "fa3", 64, partial(library, gathered_attention._fa3)
     yield "flash", 64, partial(library, gathered_attention._flash)
     for backend in ("fa3", "fa2"):

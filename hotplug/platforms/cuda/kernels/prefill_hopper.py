@@ -39,8 +39,8 @@ BLOCK = 64
 """Cells that a block of the cache has, or a multiple of it: what is copied of a tile at once is of one block."""
 REGISTERS = (24, 240)
 """Of a thread that copies, and of one that multiplies."""
-RANK = 15
-"""Above the Triton kernel's, below that of FlashAttention-3."""
+SHORT = 2048
+"""Queries of a chunk up to which this is faster than FlashAttention-3, which gathers the keys first."""
 
 
 class HopperConfig(NamedTuple):
@@ -49,10 +49,6 @@ class HopperConfig(NamedTuple):
     keys: int = 128
     stages: int = 2
     """Tiles of keys, and of values, in flight."""
-    turns: bool = False
-    """The warpgroups multiply in turns, so that the softmax of one runs beside the products of the other."""
-    persistent: bool = True
-    """A program a multiprocessor, which has many tiles of queries; else one a tile."""
 
 
 def config_for(dim: int) -> HopperConfig:
@@ -130,7 +126,7 @@ def _produce(q, k_rows, v_rows, ring_q, ring_k, ring_v, bars, block_table, query
              first_request, heads, requests, tiles, GROUP: gl.constexpr, DIM: gl.constexpr, SIZE: gl.constexpr,
              KEYS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr):  # fmt: skip
     """Ask for the queries, keys and values of the program's items, as the places for them get free."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     BOX: gl.constexpr = k_rows.block_shape[0]  # noqa: N806
     WIDE: gl.constexpr = k_rows.block_shape[1]  # noqa: N806
     boxes: gl.constexpr = STAGES * (KEYS // BOX) * (DIM // WIDE)
@@ -219,28 +215,23 @@ def _release(bar):
 
 @gluon.jit
 def _advance(queries, ring_k, ring_v, bars, done, weights, best, total, mixed, first, start, more, scale,
-             turn, HALF: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-             TURNS: gl.constexpr):  # fmt: skip
+             KEYS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
     """The first product of tile number `done`, and while its softmax runs the second one of the tile before.
 
     Its keys have been waited for. Those of the tile after it, if there are `more`, are between the softmax and the end
     of the second product, because ptxas, which would wait for the product first, moves nothing across a loop.
     """
-    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, turns = bars
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = bars
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     sums: gl.constexpr = mixed.type.layout
     ROWS: gl.constexpr = mixed.shape[0]  # noqa: N806
     slot = done % STAGES
     slot_v, parity_v = slot_of(done - 1, STAGES)
     slot_after, parity_after = slot_of(done + 1, STAGES)
-    if TURNS:
-        mbarrier.wait(turns.index(HALF), (turn & 1) ^ (1 - HALF))
     nothing = gl.zeros([ROWS, KEYS], gl.float32, mma)
     products = warpgroup_mma(queries, ring_k.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(slot_v), parity_v)
     mixed = warpgroup_mma(weights, ring_v.index(slot_v), mixed, is_async=True)
-    if TURNS:
-        mbarrier.arrive(turns.index(1 - HALF), count=1)
     products = warpgroup_mma_wait(1, deps=(products,))
     _release(k_empty.index(slot))
     if MASKED:
@@ -257,9 +248,9 @@ def _advance(queries, ring_k, ring_v, bars, done, weights, best, total, mixed, f
 @gluon.jit
 def _consume(ring_q, ring_k, ring_v, bars, out, query_start, seq_lens, scale, out_token, out_head, first_request, heads,
              requests, tiles, HALF: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-             ROWS: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
+             ROWS: gl.constexpr):  # fmt: skip
     """Attention of half the queries of each item. Tiles pass in the producer's order."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -269,7 +260,6 @@ def _consume(ring_q, ring_k, ring_v, bars, out, query_start, seq_lens, scale, ou
     dtype: gl.constexpr = ring_v.dtype
     done = 0
     taken = 0
-    turn = 0
     for n in range((items + programs - 1) // programs):
         item = nth_item(n, program, programs)
         if item < items:
@@ -301,17 +291,15 @@ def _consume(ring_q, ring_k, ring_v, bars, out, query_start, seq_lens, scale, ou
                 for j in range(1, whole):
                     weights, best, total, mixed = _advance(
                         queries, ring_k, ring_v, bars, done, weights, best, total, mixed, first, j * KEYS, j + 1 < last,
-                        scale, turn, HALF, KEYS, STAGES, False, TURNS,
+                        scale, KEYS, STAGES, False,
                     )  # fmt: skip
                     done += 1
-                    turn += 1
                 for j in range(max(whole, 1), last):
                     weights, best, total, mixed = _advance(
                         queries, ring_k, ring_v, bars, done, weights, best, total, mixed, first, j * KEYS, j + 1 < last,
-                        scale, turn, HALF, KEYS, STAGES, True, TURNS,
+                        scale, KEYS, STAGES, True,
                     )  # fmt: skip
                     done += 1
-                    turn += 1
                 _release(q_empty.index(HALF))
                 slot, parity = slot_of(done - 1, STAGES)
                 mbarrier.wait(v_full.index(slot), parity)
@@ -340,7 +328,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit(do_not_specialize=["first_request", "requests", "tiles", "table_stride"])
 def _prefill_hopper(q, k_rows, v_rows, out, block_table, query_start, seq_lens, scale, out_token, out_head,
                     table_stride, first_request, requests, tiles, heads: gl.constexpr, GROUP: gl.constexpr,
-                    SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+                    SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
                     COPIER: gl.constexpr, MULTIPLIER: gl.constexpr):  # fmt: skip
     """The tiles of 2 * ROWS queries of every head and request, from the last of each request on, dealt to the programs.
 
@@ -360,15 +348,14 @@ def _prefill_hopper(q, k_rows, v_rows, out, block_table, query_start, seq_lens, 
     v_full = _barriers(STAGES, 1)
     k_empty = _barriers(STAGES, 2)
     v_empty = _barriers(STAGES, 2)
-    turns = _barriers(2, 1)
     fence_async_shared()
     gl.thread_barrier()  # every thread sees the barriers before one is waited for
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize([
         (_consume, (ring_q, ring_k, ring_v, bars, out, query_start, seq_lens, scale, out_token, out_head,
-                    first_request, heads, requests, tiles, 0, DIM, KEYS, STAGES, ROWS, TURNS)),
+                    first_request, heads, requests, tiles, 0, DIM, KEYS, STAGES, ROWS)),
         (_consume, (ring_q, ring_k, ring_v, bars, out, query_start, seq_lens, scale, out_token, out_head,
-                    first_request, heads, requests, tiles, 1, DIM, KEYS, STAGES, ROWS, TURNS)),
+                    first_request, heads, requests, tiles, 1, DIM, KEYS, STAGES, ROWS)),
         (_produce, (q, k_rows, v_rows, ring_q, ring_k, ring_v, bars, block_table, query_start, seq_lens, table_stride,
                     first_request, heads, requests, tiles, GROUP, DIM, SIZE, KEYS, STAGES, ROWS)),
     ], [4, 1], [MULTIPLIER, COPIER])  # fmt: skip
@@ -396,14 +383,12 @@ def _arguments(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInput
     layout, layout_q = (gl.NVMMASharedLayout.get_default_for(shape, element) for shape in ([box, COLS], [ROWS, dim]))
     requests = len(step.seq_lens) - step.num_decodes
     tiles = triton.cdiv(step.max_query_len, 2 * ROWS)
-    programs = heads * requests * tiles
-    if config.persistent:
-        programs = min(programs, gpu.multiprocessors(q.device))
+    programs = min(heads * requests * tiles, gpu.multiprocessors(q.device))
     return programs, (
         TensorDescriptor.from_tensor(q.flatten(1), [ROWS, dim], layout_q), _boxes(k_cache, box, layout),
         _boxes(v_cache, box, layout), out, step.block_table, step.query_start, step.seq_lens, factors(scale, None)[0],
         out.stride(0), out.stride(1), step.block_table.stride(0), step.num_decodes, requests, tiles, heads,
-        heads // kv_heads, size, keys, config.stages, config.turns, *REGISTERS,
+        heads // kv_heads, size, keys, config.stages, *REGISTERS,
     ), {"num_warps": 4}  # fmt: skip
 
 
@@ -461,4 +446,11 @@ def _fills_a_tile(bucket: Bucket) -> bool:
     return bucket.max_query_len >= 2 * ROWS
 
 
-KERNELS = (Impl("attention", "cuda.hopper", attention, check=_check, accepts=_fills_a_tile, rank=RANK),)
+def _is_short(bucket: Bucket) -> bool:
+    return _fills_a_tile(bucket) and bucket.max_query_len <= SHORT
+
+
+KERNELS = (
+    Impl("attention", "cuda.hopper", attention, check=_check, accepts=_is_short, rank=25),
+    Impl("attention", "cuda.hopper_long", attention, check=_check, accepts=_fills_a_tile, rank=15),
+)
