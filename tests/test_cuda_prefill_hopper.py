@@ -289,9 +289,17 @@ def reason_of(arch: str = "sm_90", **changes: Any) -> str:
         ({"head_dim": 96}, "has heads of 64 or 128, not 96"), ({"block_size": 32}, "reads blocks of whole 64s, not 32"),
     ],
 )  # fmt: skip
-def test_what_it_lacks_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+def test_what_it_lacks_is_refused_by_name(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = reason_of(**changes)
     assert (reason in found) and bool(reason) == bool(found)
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter" in reason_of()
 
 
 def test_steps_whose_chunks_fill_no_tile_are_left_to_the_triton_kernel() -> None:

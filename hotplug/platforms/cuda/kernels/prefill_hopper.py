@@ -439,7 +439,8 @@ def _check(spec: SiteSpec) -> Verdict:
         return Verdict(False, f"has heads of {' or '.join(map(str, HEAD_DIMS))}, not {spec['head_dim']}")
     if spec["block_size"] % BLOCK:
         return Verdict(False, f"reads blocks of whole {BLOCK}s, not {spec['block_size']}")
-    return Verdict(True)
+    interpreted = triton.knobs.runtime.interpret
+    return Verdict(not interpreted, "is in Gluon, which Triton's interpreter does not run" if interpreted else "")
 
 
 def _fills_a_tile(bucket: Bucket) -> bool:
