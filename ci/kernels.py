@@ -266,7 +266,10 @@ def dump(record: Record, triton: str) -> str:
 
 
 def never_compiled(record: Record) -> list[str]:
-    """Kernels of the platform that no variant launches and no other kernel calls; `pdl` has parts of kernels only."""
+    """Kernels of the platform that no variant launches and no other kernel calls or gives to warps of its own.
+
+    `pdl` has parts of kernels only.
+    """
     from triton.runtime.jit import JITFunction
 
     from hotplug.platforms.cuda import kernels
@@ -278,7 +281,7 @@ def never_compiled(record: Record) -> list[str]:
             if isinstance(value, JITFunction) and value.__module__.startswith(kernels.__name__):
                 functions[value.__name__] = value
     called = {name for name in functions
-              if any(re.search(rf"\b{name}\(", f.src) for other, f in functions.items() if other != name)}  # fmt: skip
+              if any(re.search(rf"\b{name}[(,]", f.src) for k, f in functions.items() if k != name)}  # fmt: skip
     return sorted(functions.keys() - record.keys() - called)
 
 

@@ -30,6 +30,7 @@ from hotplug.platforms.cuda.kernels import (
     flashinfer_attention,
     gathered_attention,
     prefill_attention,
+    prefill_hopper,
 )
 from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import DecodeConfig as D
@@ -277,6 +278,12 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
             p.q, p.k_cache, p.v_cache, p.step, p.q.shape[-1] ** -0.5, None, "NHD", backend=backend
         )
 
+    def hopper(p: Problem) -> Tensor:
+        out = torch.empty_like(p.q)
+        prefill_hopper.prefill(p.q, p.k_cache, p.v_cache, p.step, out, p.q.shape[-1] ** -0.5)
+        return out
+
+    yield "hopper", 64, hopper
     yield "fa3", 64, partial(library, gathered_attention._fa3)
     yield "flash", 64, partial(library, gathered_attention._flash)
     for backend in ("fa3", "fa2"):

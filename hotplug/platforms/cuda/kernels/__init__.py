@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from hotplug.platforms.cuda.kernels import dense, flashinfer_attention, gated_hopper, gathered_attention, linear
+from hotplug.platforms.cuda.kernels import (
+    dense,
+    flashinfer_attention,
+    gated_hopper,
+    gathered_attention,
+    linear,
+    prefill_hopper,
+)
 from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.block_copy import block_copy
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
@@ -107,6 +114,7 @@ KERNELS = (
     Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
     *gathered_attention.KERNELS,
     *flashinfer_attention.KERNELS,
+    *prefill_hopper.KERNELS,
     Impl("embed", "cuda.triton", embed, rank=10),
     Impl("prepare_step", "cuda.triton", prepare_step, rank=10),
     Impl("argmax", "cuda.triton", argmax, rank=10),

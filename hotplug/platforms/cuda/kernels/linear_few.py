@@ -37,7 +37,7 @@ def _gemv(x, weight, bias, out, N, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl
     cols = tl.arange(0, COLS)
     there = (rows < N)[:, None]
     source = weight + rows[:, None].to(tl.int64) * K + cols[None, :]
-    more = N.to(tl.int64) * K  # from gate to up
+    more = tl.cast(N, tl.int64) * K  # from gate to up; one output makes N no tensor
     mask = there if EVEN else there & (cols < K)[None, :]
     value = tl.load(source, mask=mask, other=0.0)
     if GATED:

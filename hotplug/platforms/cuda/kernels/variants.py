@@ -86,6 +86,7 @@ VARIANTS: tuple[Variant, ...] = (
     *_linear("linear", {"in_features": 4096, "out_features": 6144}, 1, 16),
     *_linear("linear", {"in_features": 14336, "out_features": 4096}, 1),
     *_linear("linear", {"in_features": 2048, "out_features": 3072}, 1),
+    *_linear("linear", {"in_features": 64, "out_features": 1}, 1),  # a size of 1 is a constant to the compiler
     *_linear("linear_silu_mul", {"in_features": 4096, "width": 14336}, 1, 16, 64),
     Variant("linear_silu_mul", {"in_features": 4096, "width": 14336, "bias": False, "scheme": "none"}, PROMPTS),
     *_linear("logits", {"hidden": 4096, "vocab": LLAMA_VOCAB}, 1, 16, 64),
