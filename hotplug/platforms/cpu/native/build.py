@@ -43,19 +43,26 @@ def find_compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+def obstacle() -> str | None:
+    """Why nothing can be built here; None if it can."""
+    if sys.platform != "linux":
+        return f"the native kernels are built on Linux only, not on {sys.platform}"
+    if find_compiler() is None:
+        return "no C++ compiler found: neither $CXX nor g++, clang++ or c++"
+    return None
+
+
 def up_to_date(library: Path = LIBRARY) -> bool:
     """Whether the library is newer than everything it is made from."""
     inputs = [*SOURCES.iterdir(), Path(__file__)]
     return library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
 
 
-def build(library: Path = LIBRARY, compiler: str | None = None) -> Path:
-    """Compile every source, two at a time, and link `library`. Raises BuildError."""
-    compiler = compiler or find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler found: neither $CXX nor g++, clang++ or c++")
-    if sys.platform != "linux":
-        raise BuildError(f"the native kernels are built on Linux only, not on {sys.platform}")
+def build(library: Path = LIBRARY) -> Path:
+    """Compile every source side by side and link `library`. Raises BuildError."""
+    if why := obstacle():
+        raise BuildError(why)
+    compiler = str(find_compiler())
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = [path for path in sorted(SOURCES.glob("*.cpp")) if x86 or path.name not in X86]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -87,12 +94,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the native CPU kernels.")
     parser.add_argument("--output", type=Path, default=LIBRARY, help="where to put the library")
     parser.add_argument("--force", action="store_true", help="even if it is newer than its sources")
-    parser.add_argument("--optional", action="store_true", help="no compiler is no failure")
+    parser.add_argument("--optional", action="store_true", help="where nothing can be built, say so and succeed")
     args = parser.parse_args()
     if not args.force and up_to_date(args.output):
         return
-    if args.optional and find_compiler() is None:
-        print("native CPU kernels not built: no C++ compiler; PyTorch's kernels serve", file=sys.stderr)
+    if args.optional and (why := obstacle()):
+        print(f"native CPU kernels not built, PyTorch's serve: {why}", file=sys.stderr)
         return
     try:
         print(f"built {build(args.output)}")

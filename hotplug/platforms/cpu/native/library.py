@@ -17,6 +17,8 @@ VERSION = 1
 """`HP_VERSION` of the header that this package is written against."""
 PATH = Path(__file__).parent / "libhotplug_cpu.so"
 
+_BUILD = "`python -m hotplug.platforms.cpu.native.build` makes it"
+
 BASELINE = "portable"
 """The instruction set that every processor has."""
 
@@ -71,14 +73,14 @@ class Library:
 def _open(path: Path) -> Library | str:
     """The library, or why it cannot be had."""
     if not path.exists():
-        return f"{path.name} is not there: hotplug was installed without a C++ compiler (make native builds it)"
+        return f"{path.name} is not there: {_BUILD}"
     try:
         c = ctypes.CDLL(str(path))
         version = int(c.hp_version())
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
     if version != VERSION:
-        return f"{path.name} has version {version} where {VERSION} is needed (make native builds it anew)"
+        return f"{path.name} has version {version} where {VERSION} is needed; {_BUILD} anew"
     for name, (arguments, result) in _SIGNATURES.items():
         function = getattr(c, name)
         function.argtypes, function.restype = arguments, result

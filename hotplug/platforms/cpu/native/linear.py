@@ -100,14 +100,23 @@ def linear_silu_mul(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Te
 
 
 def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` [n, cols] times `weight` [rows, cols] transposed plus `bias` [rows], all float32; made for few rows of `x`."""
+    """`x` [n, cols] times `weight` [rows, cols] transposed plus `bias` [rows], all float32; made for small n."""
     rows, cols = weight.shape
     if weight.dtype != torch.float32 or not weight.is_cpu or (cols > 1 and weight.stride(1) != 1):
         raise ValueError(f"the weight must be float32 on the host with neighbouring inputs, not {_kind_of(weight)}")
     n, stride = _rows_of(x, cols)
     out = x.new_empty((n, rows))
     status = load().c.hp_linear_f32(
-        weight.data_ptr(), weight.stride(0), rows, cols, x.data_ptr(), n, stride, _bias(bias, rows), out.data_ptr(), rows
+        weight.data_ptr(),
+        weight.stride(0),
+        rows,
+        cols,
+        x.data_ptr(),
+        n,
+        stride,
+        _bias(bias, rows),
+        out.data_ptr(),
+        rows,
     )
     checked(status, "hp_linear_f32")
     return out
@@ -121,7 +130,7 @@ def _rows_of(x: Tensor, cols: int) -> tuple[int, int]:
     if width != cols:
         raise ValueError(f"activations have {width} columns where the weight has {cols} inputs")
     stride, step = x.stride()
-    if step != 1 and cols > 1:
+    if step != 1 and x.numel() > n:  # one column, or nothing, lies side by side whatever its stride says
         raise ValueError("the columns of the activations must lie side by side in memory")
     return n, stride
 

@@ -38,15 +38,17 @@ struct Activations {
     const int8_t* q;        // [n][32 groups], -127..127
     const float* scale;     // [n][groups]; NaN where the group holds a value that is not finite
     const float* sum;       // [n][groups] scale times the sum of q, which mins are multiplied with
-    const int32_t* q_sum;   // [n][groups] sum of q, which zero points are multiplied with
+    const int32_t* offset;  // [n][groups] minus the zero point times the sum of q
     int64_t groups;
 };
 
 struct Kernels {
     const char* name;
 
-    // One row of activations. A group whose largest magnitude is below 2^-118 becomes zero.
-    void (*quantize)(const float* x, int64_t groups, int8_t* q, float* scale, float* sum, int32_t* q_sum);
+    // One row of activations. A group whose largest magnitude is below 2^-118 becomes zero. `zero_point` is that of
+    // the tile function that will read the row.
+    void (*quantize)(const float* x, int64_t groups, int32_t zero_point, int8_t* q, float* scale, float* sum,
+                     int32_t* offset);
 
     // out[i][16] of one tile for activation rows first .. first + count; `bias` is 16 floats.
     using TileFn = void(const uint8_t* tile, const Activations& x, int64_t first, int64_t count, const float* bias,
@@ -62,7 +64,11 @@ struct Kernels {
     void (*linear_f32)(const float* w, int64_t w_stride, int64_t begin, int64_t end, int64_t cols, const float* x,
                        int64_t n, int64_t x_stride, const float* bias, float* out, int64_t out_stride);
 
+    // What the unsigned bytes that q8_0 multiplies with exceed the weights by, if it does not take signed ones.
+    int32_t q8_0_zero_point;
+
     TileFn* tile(int kind) const { return kind == kQ4_0 ? q4_0 : kind == kQ4_1 ? q4_1 : q8_0; }
+    int32_t zero_point(int kind) const { return kind == kQ4_0 ? 8 : kind == kQ4_1 ? 0 : q8_0_zero_point; }
 };
 
 extern const Kernels kPortable;

@@ -43,7 +43,8 @@ inline int32_t max_of(Ints v) {
     return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-void quantize(const float* x, int64_t groups, int8_t* q, float* scale, float* sum, int32_t* q_sum) {
+void quantize(const float* x, int64_t groups, int32_t zero_point, int8_t* q, float* scale, float* sum,
+              int32_t* offset) {
     const Ints magnitude = _mm256_set1_epi32(0x7fffffff), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (int64_t g = 0; g < groups; ++g, x += kGroup, q += kGroup) {
         Vec v[4];
@@ -59,25 +60,26 @@ void quantize(const float* x, int64_t groups, int8_t* q, float* scale, float* su
         if (!finite || largest < 0x1p-118f) {
             _mm256_storeu_si256(reinterpret_cast<Ints*>(q), _mm256_setzero_si256());
             scale[g] = sum[g] = finite ? 0.0f : __builtin_nanf("");
-            q_sum[g] = 0;
+            offset[g] = 0;
             continue;
         }
         const Vec inverse = _mm256_set1_ps(127.0f / largest);
         Ints n[4];
         for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-        const Ints total = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
+        const Ints sums = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
         const Ints bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
         _mm256_storeu_si256(reinterpret_cast<Ints*>(q), _mm256_permutevar8x32_epi32(bytes, order));
         scale[g] = largest / 127.0f;
-        q_sum[g] = sum_of(total);
-        sum[g] = scale[g] * static_cast<float>(q_sum[g]);
+        const int32_t total = sum_of(sums);
+        offset[g] = -zero_point * total;
+        sum[g] = scale[g] * static_cast<float>(total);
     }
 }
 
 // The scaled sums of one group and eight outputs onto `total`.
 template <int KIND>
 inline Vec accumulate(Vec total, Ints dot, Vec scale, Vec min, const Activations& x, int64_t at) {
-    if (KIND == kQ4_0) dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(8 * x.q_sum[at]));
+    if (KIND == kQ4_0) dot = _mm256_add_epi32(dot, _mm256_set1_epi32(x.offset[at]));
     if (KIND == kQ4_1) total = _mm256_fmadd_ps(min, _mm256_broadcast_ss(x.sum + at), total);
     return _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_broadcast_ss(x.scale + at)), _mm256_cvtepi32_ps(dot), total);
 }
@@ -142,9 +144,9 @@ inline void group(const uint8_t* group, int half, const Activations& x, int64_t 
 template <int KIND, int ROWS>
 inline void rows(const uint8_t* tile, const Activations& x, int64_t row, const float* bias, float* out,
                  int64_t out_stride) {
-    // A few rows read the weights from memory: both halves at once, so that they are read in order. More rows would
-    // not find enough registers that way, and find the tile in the cache anyway.
-    constexpr int kTogether = ROWS <= 2 ? 2 : 1;
+    // One row reads the weights from memory: both halves at once, so that they are read in order. More would not find
+    // registers enough that way, and find the tile in the cache anyway.
+    constexpr int kTogether = ROWS == 1 ? 2 : 1;
     for (int first = 0; first < 2; first += kTogether) {
         Vec total[kTogether][ROWS];
         for (int h = 0; h < kTogether; ++h) {
@@ -269,6 +271,6 @@ void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, in
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32};
+const Kernels kAvx2 = {"avx2", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0};
 
 }  // namespace hotplug

@@ -40,7 +40,6 @@ inline void load_group(const uint8_t* lines, Ints* w) {
 template <int KIND, int ROWS>
 inline void rows(const uint8_t* tile, const Activations& x, int64_t row, const float* bias, float* out,
                  int64_t out_stride) {
-    constexpr int kZeroPoint = KIND == kQ4_0 ? 8 : KIND == kQ8_0 ? 128 : 0;
     Vec total[ROWS];
     for (int r = 0; r < ROWS; ++r) total[r] = _mm512_loadu_ps(bias);
     for (int64_t g = 0; g < x.groups; ++g) {
@@ -54,7 +53,7 @@ inline void rows(const uint8_t* tile, const Activations& x, int64_t row, const f
             const int64_t at = (row + r) * x.groups + g;
             const int8_t* q = x.q + at * kGroup;
             // Two sums, because each step of a sum waits for the one before.
-            Ints even = _mm512_set1_epi32(-kZeroPoint * x.q_sum[at]), odd = _mm512_setzero_si512();
+            Ints even = KIND == kQ4_1 ? _mm512_setzero_si512() : _mm512_set1_epi32(x.offset[at]), odd = _mm512_setzero_si512();
 #pragma GCC unroll 8
             for (int l = 0; l < 8; l += 2) {
                 even = _mm512_dpbusd_epi32(even, w[l], broadcast4(q + 4 * l));
@@ -87,6 +86,6 @@ void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t coun
 }  // namespace
 
 // The rest is AVX2's: memory and division bound it.
-const Kernels kAvx512Vnni = {"avx512_vnni", nullptr, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, nullptr, nullptr};
+const Kernels kAvx512Vnni = {"avx512_vnni", nullptr, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, nullptr, nullptr, 128};
 
 }  // namespace hotplug

@@ -22,7 +22,8 @@ float half_to_float(const uint8_t* bytes) {
     return value;
 }
 
-void quantize(const float* x, int64_t groups, int8_t* q, float* scale, float* sum, int32_t* q_sum) {
+void quantize(const float* x, int64_t groups, int32_t zero_point, int8_t* q, float* scale, float* sum,
+              int32_t* offset) {
     for (int64_t g = 0; g < groups; ++g, x += kGroup, q += kGroup) {
         float largest = 0;
         bool finite = true;
@@ -40,7 +41,7 @@ void quantize(const float* x, int64_t groups, int8_t* q, float* scale, float* su
         }
         scale[g] = !finite ? NAN : zero ? 0.0f : largest / 127.0f;
         sum[g] = scale[g] * static_cast<float>(total);
-        q_sum[g] = total;
+        offset[g] = -zero_point * total;
     }
 }
 
@@ -68,8 +69,8 @@ void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t coun
                 }
             }
             for (int r = 0; r < kTile; ++r) {
-                const int32_t centred = KIND == kQ4_0 ? dot[r] - 8 * x.q_sum[at] : dot[r];
-                total[r] += half_to_float(group + 2 * r) * x.scale[at] * static_cast<float>(centred);
+                const float centred = static_cast<float>(dot[r] + x.offset[at]);
+                total[r] += half_to_float(group + 2 * r) * x.scale[at] * centred;
                 if (KIND == kQ4_1) total[r] += half_to_float(group + kScaleBytes + 2 * r) * x.sum[at];
             }
         }
@@ -100,6 +101,6 @@ void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, in
 
 }  // namespace
 
-const Kernels kPortable = {"portable", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32};
+const Kernels kPortable = {"portable", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0};
 
 }  // namespace hotplug

@@ -127,23 +127,25 @@ struct Grid {
 };
 
 // Activations in the workspace, quantized by all threads if there are many.
-bool quantize(State& s, const float* x, int64_t n, int64_t x_stride, int64_t cols, Activations& result) {
+bool quantize(State& s, const float* x, int64_t n, int64_t x_stride, int64_t cols, int kind,
+              Activations& result) {
     const int64_t groups = cols / kGroup, total = n * groups;
     auto* memory = static_cast<uint8_t*>(s.workspace.get(static_cast<size_t>(total) * (kGroup + 12)));
     if (memory == nullptr) return false;
     auto* q = reinterpret_cast<int8_t*>(memory);
     auto* scale = reinterpret_cast<float*>(memory + total * kGroup);
     auto* sum = scale + total;
-    auto* q_sum = reinterpret_cast<int32_t*>(sum + total);
+    auto* offset = reinterpret_cast<int32_t*>(sum + total);
+    const int32_t zero_point = s.kernels.zero_point(kind);
     Pool& pool = s.threads();
     const int64_t each = n * cols < 16384 ? n : std::max<int64_t>(1, n / (4 * pool.threads()));
     pool.run(divide_up(n, each), [&](int64_t item) {
         for (int64_t i = item * each; i < std::min(n, (item + 1) * each); ++i) {
             const int64_t at = i * groups;
-            s.kernels.quantize(x + i * x_stride, groups, q + at * kGroup, scale + at, sum + at, q_sum + at);
+            s.kernels.quantize(x + i * x_stride, groups, zero_point, q + at * kGroup, scale + at, sum + at, offset + at);
         }
     });
-    result = {q, scale, sum, q_sum, groups};
+    result = {q, scale, sum, offset, groups};
     return true;
 }
 
@@ -253,7 +255,7 @@ int hp_linear(int kind, const uint8_t* packed, int64_t rows, int64_t cols, const
     State& s = state();
     const std::lock_guard lock(s.mutex);
     Activations a;
-    if (!quantize(s, x, n, x_stride, cols, a)) return HP_OUT_OF_MEMORY;
+    if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
     const Grid grid(n, divide_up(rows, kTile), cols, s.threads().threads());
     s.threads().run(grid.items(), [&](int64_t item) {
         linear_item(s, kind, grid, item, packed, rows, a, bias, out, out_stride);
@@ -268,7 +270,7 @@ int hp_linear_silu_mul(int kind, const uint8_t* packed, int64_t width, int64_t c
     State& s = state();
     const std::lock_guard lock(s.mutex);
     Activations a;
-    if (!quantize(s, x, n, x_stride, cols, a)) return HP_OUT_OF_MEMORY;
+    if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
     const Grid grid(n, width / kTile, cols, s.threads().threads());
     s.threads().run(grid.items(), [&](int64_t item) {
         gated_item(s, kind, grid, item, packed, width, a, bias, out, out_stride);
