@@ -25,13 +25,21 @@ $(STAMP): pyproject.toml ci/constraints.txt
 	$(BIN)/pip install -q -c ci/constraints.txt -e '.[cpu,cuda,dev]'
 	@touch $@
 
-serve: $(STAMP) ## fetch the default model if needed and serve it (MODEL= HOST= PORT= ARGS=)
+# C++ kernels of the CPU platform, where there is a compiler; PyTorch's serve where there is none.
+NATIVE := hotplug/platforms/cpu/native
+$(NATIVE)/libhotplug_cpu.so: $(NATIVE)/build.py $(wildcard $(NATIVE)/src/*) | $(STAMP)
+	@$(BIN)/python -m hotplug.platforms.cpu.native.build --optional
+
+native: $(NATIVE)/libhotplug_cpu.so ## build the C++ kernels of the CPU platform
+.PHONY: native
+
+serve: $(STAMP) native ## fetch the default model if needed and serve it (MODEL= HOST= PORT= ARGS=)
 	$(BIN)/hotplug serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(STAMP) ## the test suite (ARGS= for pytest)
+test: $(STAMP) native ## the test suite (ARGS= for pytest)
 	$(BIN)/pytest -q -m 'not slow' $(ARGS)
 
-test-slow: $(STAMP) ## the long runs, which `make test` leaves out
+test-slow: $(STAMP) native ## the long runs, which `make test` leaves out
 	$(BIN)/pytest -q -m slow $(ARGS)
 
 test-gpu: ## on the GPU machine: kernels, models and conformance on the device (PYTHON= is the machine's own)
@@ -59,12 +67,17 @@ format: $(STAMP) ## let ruff format and repair what it can
 docs: $(STAMP) ## write docs/ops.md anew
 	$(BIN)/python ci/docs/ops.py
 
-bench-cpu: $(STAMP) ## hotplug and its peers on this processor, one table (ARGS= for engines and repeats)
+bench-cpu: $(STAMP) native ## hotplug and its peers on this processor, one table (ARGS= for engines and repeats)
 	$(BIN)/python ci/bench/cpu.py $(ARGS)
 
 bench-peers: ## environments of the peers that bench-cpu measures (ARGS= for some of them: llama openvino vllm)
 	PYTHON=$(PYTHON) ci/bench/peers.sh $(ARGS)
 
+bench-native: $(STAMP) native ## products of the C++ kernels beside PyTorch's, at one small model's shapes
+	$(BIN)/python ci/bench/cpu_linear.py $(ARGS)
+.PHONY: bench-native
+
 clean: ## remove the environment and all caches of tools; fetched models stay
+	rm -f $(NATIVE)/*.so
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hotplug.core.ops import attention as attention_op
-from hotplug.core.ops import moe, norm
+from hotplug.core.ops import dense, moe, norm
 from hotplug.core.ops import rope as rope_op
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.registry import Fact, SiteSpec, Verdict
 from hotplug.platforms.cpu import CpuPlatform
-from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, moe_experts, rms_norm, rope
+from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, linear, moe_experts, rms_norm, rope
+from hotplug.platforms.cpu.native.library import refusal
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -33,13 +34,28 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
-    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm, moe_experts}
+    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm, moe_experts, linear}
+
+
+@pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
+@FEW
+@given(
+    rows=st.integers(0, 16), cols=st.integers(1, 70), outs=st.integers(1, 40), bias=st.booleans(), flip=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_few_rows_equal_the_reference(rows: int, cols: int, outs: int, bias: bool, flip: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(cols, rows, generator=generator).T if flip else torch.randn(rows, cols, generator=generator)
+    weight = torch.randn(outs, cols, generator=generator)
+    offset = torch.randn(outs, generator=generator) if bias else None
+    assert_close(linear(x, weight, offset), dense.linear(x, weight, offset), rtol=1e-5, atol=1e-5)
 
 
 def test_the_platform_registers_its_kernels() -> None:
     registry = builtin_registry()
     CpuPlatform().register(registry)
-    assert registry.providers == {"reference", "cpu.sdpa", "cpu.index_copy", "cpu.joint", "cpu.fused", "cpu.by_expert"}
+    assert registry.providers == {"reference", "cpu.sdpa", "cpu.index_copy", "cpu.joint", "cpu.fused", "cpu.by_expert",
+                                  "cpu.native"}  # fmt: skip
 
 
 decode = st.integers(1, 20).map(lambda seq: (1, seq))

@@ -1,4 +1,4 @@
-"""CPU kernels on top of PyTorch: attention over gathered blocks with its fused kernel, lean small ops."""
+"""CPU kernels: attention over gathered blocks and lean small ops on top of PyTorch, products of few rows in C++."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotplug.vendor import AttentionInputs, Impl, SiteSpec, Verdict, gather_kv
+from hotplug.platforms.cpu.native.library import refusal
+from hotplug.platforms.cpu.native.linear import linear_float32
+from hotplug.platforms.cpu.native.stored import KERNELS as STORED_KERNELS
+from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict, gather_kv
+
+FEW_ROWS = 16
+"""Up to so many rows a product is bound by reading its weight."""
 
 
 @dataclass(slots=True)
@@ -144,6 +150,11 @@ def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, do
     return total.to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A float32 weight read at memory speed, which PyTorch's product of few rows is short of below AVX-512."""
+    return linear_float32(x if x.stride(-1) == 1 else x.contiguous(), weight, bias)
+
+
 def _token_major(spec: SiteSpec) -> Verdict:
     if spec["layout"] != "NHD":
         return Verdict(False, f"layout {spec['layout']} is not NHD")
@@ -172,10 +183,27 @@ def _whole_float32(spec: SiteSpec) -> Verdict:
     return Verdict(True)
 
 
+def _native_float32(spec: SiteSpec) -> Verdict:
+    if spec.dtype != "float32" or spec["scheme"] != "none":
+        return Verdict(False, f"reads plain weights in float32, not {spec['scheme']} ones in {spec.dtype}")
+    if reason := refusal():
+        return Verdict(False, reason)
+    if spec.arch != "avx2":
+        return Verdict(False, f"is faster than PyTorch's product with AVX2 only, not with {spec.arch}")
+    return Verdict(True)
+
+
+def _few_rows(bucket: Bucket) -> bool:
+    return bucket.num_tokens <= FEW_ROWS
+
+
 KERNELS = (
     Impl("attention", "cpu.sdpa", attention, check=_host_lengths, rank=10),
     Impl("kv_write", "cpu.index_copy", kv_write, check=_same_dtype, rank=10),
     Impl("rope", "cpu.joint", rope, check=_whole_float32, rank=10),
     Impl("rms_norm", "cpu.fused", rms_norm, rank=10),
     Impl("moe_experts", "cpu.by_expert", moe_experts, rank=10),
+    Impl("linear", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
+    Impl("logits", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
+    *STORED_KERNELS,
 )

@@ -1,0 +1,50 @@
+// The C interface of the native CPU kernels: plain types only, so that one build serves every Python and every torch.
+//
+// A weight is packed once (hp_pack) from the groups of a GGUF file and then multiplied (hp_linear). `kind` is the
+// number that GGUF gives a tensor's type: 2 = Q4_0, 3 = Q4_1, 8 = Q8_0. Strides count floats. Every call may come from
+// any thread; calls wait for each other. Results are float32.
+#pragma once
+
+#include <cstdint>
+
+#define HP_API extern "C" __attribute__((visibility("default")))
+
+// Raised when a signature, a packed layout or a meaning below changes; the loader refuses any other number.
+constexpr int HP_VERSION = 1;
+
+// What a call returns.
+enum hp_status : int {
+    HP_OK = 0,
+    HP_BAD_ARGUMENT = 1,   // an unknown kind, a size that is no multiple of the group, a negative count
+    HP_OUT_OF_MEMORY = 2,  // the workspace could not grow
+};
+
+HP_API int hp_version();
+
+// The instruction sets that this build holds and this processor runs, best first, separated by blanks.
+HP_API const char* hp_instruction_sets();
+// The one in use.
+HP_API const char* hp_instruction_set();
+// Use another of them, for tests and benchmarks.
+HP_API int hp_use_instruction_set(const char* name);
+
+// Threads that take part in a call, the caller among them. Starts the pool if there is none.
+HP_API int hp_threads();
+// Have `count` threads, at most one a physical core that this process may run on; returns how many there are.
+HP_API int hp_set_threads(int count);
+
+// Bytes of a packed weight of `rows` outputs and `cols` inputs, -1 for arguments that hp_pack refuses.
+HP_API int64_t hp_packed_bytes(int kind, int64_t rows, int64_t cols);
+// Pack the GGUF groups of a weight, `rows` x `cols` row by row, into `packed`, which is 32-byte aligned.
+HP_API int hp_pack(int kind, const uint8_t* groups, int64_t rows, int64_t cols, uint8_t* packed);
+
+// out[n][rows] = x[n][cols] times the packed weight transposed, plus bias[rows] unless it is null.
+HP_API int hp_linear(int kind, const uint8_t* packed, int64_t rows, int64_t cols, const float* x, int64_t n,
+                     int64_t x_stride, const float* bias, float* out, int64_t out_stride);
+// The same with 2 * width outputs of which the first half gates the second: out[n][width] = silu(gate) * up.
+// `width` is a multiple of 16.
+HP_API int hp_linear_silu_mul(int kind, const uint8_t* packed, int64_t width, int64_t cols, const float* x, int64_t n,
+                              int64_t x_stride, const float* bias, float* out, int64_t out_stride);
+// hp_linear of a float32 weight w[rows][cols], of any sizes; made for few rows of x.
+HP_API int hp_linear_f32(const float* w, int64_t w_stride, int64_t rows, int64_t cols, const float* x, int64_t n,
+                         int64_t x_stride, const float* bias, float* out, int64_t out_stride);

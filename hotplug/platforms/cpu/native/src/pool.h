@@ -1,0 +1,61 @@
+// The threads of the library: one a physical core that the process may run on, the caller among them.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace hotplug {
+
+// Runs the items of one call after the other; the caller must not enter `run` twice at once.
+//
+// Threads that wait for work spin for a bounded time, because the next product of a step follows within microseconds,
+// and sleep then. Whoever is awake takes items; a call ends when its items have, whether sleepers woke up or not.
+class Pool {
+public:
+    // `count` threads with the caller, at least one; no more than the cores found.
+    explicit Pool(int count);
+    // Stops the threads and waits for them.
+    ~Pool();
+
+    int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+    // f(item) for 0 <= item < items, each once, in any order and thread. Returns when all are done.
+    template <class F>
+    void run(int64_t items, const F& f) {
+        if (items == 1 || workers_.empty()) {
+            for (int64_t i = 0; i < items; ++i) f(i);
+        } else {
+            share([](const void* context, int64_t item) { (*static_cast<const F*>(context))(item); }, &f, items);
+        }
+    }
+
+    // How many threads a new pool has unless told otherwise: the physical cores the process may run on.
+    static int cores();
+
+private:
+    using Function = void (*)(const void* context, int64_t item);
+
+    void share(Function function, const void* context, int64_t items);
+    bool take_one();
+    void work();
+
+    // The call at hand. `left_` holds its number in the upper half and the items nobody has taken yet in the lower; a
+    // thread that takes one proves by the exchange that the call it read the fields of is still this one.
+    std::atomic<uint64_t> left_{0};
+    std::atomic<Function> function_{nullptr};
+    std::atomic<const void*> context_{nullptr};
+    std::atomic<int64_t> items_{0};
+    std::atomic<int64_t> done_{0};
+
+    std::atomic<bool> stop_{false};
+    std::atomic<int> sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+};
+
+}  // namespace hotplug
