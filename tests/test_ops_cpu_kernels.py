@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hotplug.core.ops import attention as attention_op
-from hotplug.core.ops import dense, moe, norm
+from hotplug.core.ops import dense, moe, norm, stored
 from hotplug.core.ops import rope as rope_op
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.registry import Fact, SiteSpec, Verdict
+from hotplug.core.ops.stored import GROUP_BYTES
+from hotplug.core.quant.stored import StoredScheme
 from hotplug.platforms.cpu import CpuPlatform
 from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, linear, moe_experts, rms_norm, rope
 from hotplug.platforms.cpu.native.library import refusal
+from hotplug.platforms.cpu.native.stored import linear_stored
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -34,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
-    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm, moe_experts, linear}
+    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm, moe_experts, linear, linear_stored}
 
 
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
@@ -49,6 +52,38 @@ def test_few_rows_equal_the_reference(rows: int, cols: int, outs: int, bias: boo
     weight = torch.randn(outs, cols, generator=generator)
     offset = torch.randn(outs, generator=generator) if bias else None
     assert_close(linear(x, weight, offset), dense.linear(x, weight, offset), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
+@FEW
+@given(
+    scheme=st.sampled_from(sorted(GROUP_BYTES)), rows=st.integers(0, 40), groups=st.integers(1, 5),
+    outs=st.integers(1, 40), bias=st.booleans(), flip=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_weights_in_groups_equal_the_reference_but_for_eight_bits_of_x(
+    scheme: str, rows: int, groups: int, outs: int, bias: bool, flip: bool, seed: int
+) -> None:
+    generator, cols = torch.Generator().manual_seed(seed), 32 * groups
+    x = torch.randn(cols, rows, generator=generator).T if flip else torch.randn(rows, cols, generator=generator)
+    (data,) = StoredScheme(scheme).quantize(torch.randn(outs, cols, generator=generator))
+    offset = torch.randn(outs, generator=generator) if bias else None
+    wanted = stored.linear_stored(x, data, offset)
+    for _ in range(2):  # packed, then found packed
+        found = linear_stored(x, data, offset)
+        assert found.shape == wanted.shape
+        assert float((found - wanted).norm()) <= 0.02 * float(wanted.norm()) + 1e-6
+
+
+def test_what_weights_in_groups_need_is_refused_by_name() -> None:
+    kernel = next(k for k in KERNELS if k.op == "linear_stored")
+    facts: dict[str, Fact] = {"in_features": 64, "out_features": 8, "bias": False}
+    for dtype, scheme, reason in (
+        ("bfloat16", "q8_0", "float32, not bfloat16"),
+        ("float32", "q6_k", "no kernel for q6_k"),
+    ):
+        verdict = kernel.check(SiteSpec("linear_stored", "s", dtype, "avx2", {**facts, "scheme": scheme}))
+        assert not verdict.ok
+        assert reason in verdict.reason
 
 
 def test_the_platform_registers_its_kernels() -> None:

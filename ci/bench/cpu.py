@@ -58,9 +58,16 @@ def engines(folder: Path, cores: int) -> list[Peer]:
     ours = {"model": str(folder / "Q4_1" / "model.gguf"), **limits}
     found = [
         Peer("hotplug float32", "hotplug", "", {**ours, "dtype": "float32"}),
-        *(Peer(f"hotplug {kind}", "hotplug", "", {**ours, "model": str(folder / kind / "model.gguf"),
-                                                  "dtype": "float32", "quantization": "stored"})
-          for kind in KINDS if kind != "F16"),
+        *(
+            Peer(
+                f"hotplug {kind}",
+                "hotplug",
+                "",
+                {**ours, "model": str(folder / kind / "model.gguf"), "dtype": "float32", "quantization": "stored"},
+            )
+            for kind in KINDS
+            if kind != "F16"
+        ),
         Peer("transformers", "transformers", "", {"model": str(folder / "hf")}),
         Peer("vllm", "vllm", "vllm", {"model": str(folder / "hf")}),
     ]
