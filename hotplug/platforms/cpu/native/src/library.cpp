@@ -236,7 +236,7 @@ int64_t hp_packed_bytes(int kind, int64_t rows, int64_t cols) {
 }
 
 int hp_pack(int kind, const uint8_t* groups, int64_t rows, int64_t cols, uint8_t* packed) {
-    if (!valid(kind, rows, cols) || reinterpret_cast<uintptr_t>(packed) % 32 != 0) return HP_BAD_ARGUMENT;
+    if (!valid(kind, rows, cols)) return HP_BAD_ARGUMENT;
     State& s = state();
     const std::lock_guard lock(s.mutex);
     const int64_t tiles = divide_up(rows, kTile), each = divide_up(tiles, 4 * s.threads().threads());
