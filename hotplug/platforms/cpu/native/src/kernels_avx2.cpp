@@ -14,7 +14,9 @@ namespace {
 using Vec = __m256;
 using Ints = __m256i;
 
-inline Vec load_halves(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load_halves(const uint8_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
 inline Ints load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Ints*>(p)); }
 
@@ -253,25 +255,25 @@ template <int OUTS>
 inline void all_rows_f32(const float* w, int64_t w_stride, int64_t cols, const float* x, int64_t n, int64_t x_stride,
                          const float* bias, float* out, int64_t out_stride) {
     int64_t i = 0;
-    for (; i + 3 <= n; i += 3) {
-        block_f32<OUTS, 3>(w, w_stride, i == 0, cols, x + i * x_stride, x_stride, bias, out + i * out_stride, out_stride);
+    for (; i + 3 <= n; i += 3, x += 3 * x_stride, out += 3 * out_stride) {
+        block_f32<OUTS, 3>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
     }
-    if (n - i == 2) {
-        block_f32<OUTS, 2>(w, w_stride, i == 0, cols, x + i * x_stride, x_stride, bias, out + i * out_stride, out_stride);
-    } else if (n - i == 1) {
-        block_f32<OUTS, 1>(w, w_stride, i == 0, cols, x + i * x_stride, x_stride, bias, out + i * out_stride, out_stride);
-    }
+    if (n - i == 2) block_f32<OUTS, 2>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
+    if (n - i == 1) block_f32<OUTS, 1>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
 }
 
 void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, int64_t cols, const float* x, int64_t n,
                 int64_t x_stride, const float* bias, float* out, int64_t out_stride) {
     if (n == 1) return linear_f32_one(w, w_stride, begin, end, cols, x, bias, out);
-    int64_t o = begin;
-    for (; o + 4 <= end; o += 4) {
-        all_rows_f32<4>(w + o * w_stride, w_stride, cols, x, n, x_stride, bias ? bias + o : nullptr, out + o, out_stride);
-    }
-    for (; o < end; ++o) {
-        all_rows_f32<1>(w + o * w_stride, w_stride, cols, x, n, x_stride, bias ? bias + o : nullptr, out + o, out_stride);
+    for (int64_t o = begin; o < end;) {
+        const float *mine = w + o * w_stride, *offsets = bias ? bias + o : nullptr;
+        if (end - o >= 4) {
+            all_rows_f32<4>(mine, w_stride, cols, x, n, x_stride, offsets, out + o, out_stride);
+            o += 4;
+        } else {
+            all_rows_f32<1>(mine, w_stride, cols, x, n, x_stride, offsets, out + o, out_stride);
+            o += 1;
+        }
     }
 }
 

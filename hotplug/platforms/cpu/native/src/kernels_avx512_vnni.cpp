@@ -12,7 +12,9 @@ namespace {
 using Vec = __m512;
 using Ints = __m512i;
 
-inline Vec load_halves(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load_halves(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 inline Ints load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
@@ -54,7 +56,8 @@ inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t 
             const int64_t at = (row + r) * x.groups + g;
             const int8_t* q = x.q + at * kGroup;
             // Two sums, because each step of a sum waits for the one before.
-            Ints even = KIND == kQ4_1 ? _mm512_setzero_si512() : _mm512_set1_epi32(x.offset[at]), odd = _mm512_setzero_si512();
+            Ints even = KIND == kQ4_1 ? _mm512_setzero_si512() : _mm512_set1_epi32(x.offset[at]);
+            Ints odd = _mm512_setzero_si512();
 #pragma GCC unroll 8
             for (int l = 0; l < 8; l += 2) {
                 even = _mm512_dpbusd_epi32(even, w[l], broadcast4(q + 4 * l));
