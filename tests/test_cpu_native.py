@@ -257,6 +257,19 @@ def test_tiles_of_a_stacked_weight_are_packed_in_place() -> None:
 
 
 @needs_library
+@each_isa
+@each_kind
+def test_tiles_may_lie_anywhere_in_memory(isa: str, kind: str) -> None:
+    library.load().use(isa)
+    raw, _ = quantized(kind, normal(0, 16, 64))
+    packed, x = pack(kind, raw, 16, 64), normal(1, 5, 64)
+    elsewhere = torch.empty(packed.tiles.numel() + 1, dtype=torch.uint8)[1:].view_as(packed.tiles)
+    moved = pack(kind, raw, 16, 64, out=elsewhere)
+    assert moved.tiles.data_ptr() % 2
+    assert np.array_equal(run(x, moved), run(x, packed))
+
+
+@needs_library
 def test_read_only_bytes_of_a_mapped_file_are_packed(tmp_path: Path) -> None:
     raw, _ = quantized("Q8_0", normal(0, 16, 64))
     raw.tofile(tmp_path / "weights")

@@ -189,7 +189,7 @@ def _native_float32(spec: SiteSpec) -> Verdict:
     if reason := refusal():
         return Verdict(False, reason)
     if spec.arch != "avx2":
-        return Verdict(False, f"is faster than PyTorch's product with AVX2 only, not with {spec.arch}")
+        return Verdict(False, f"is for processors with AVX2: PyTorch's product reads as fast with {spec.arch}")
     return Verdict(True)
 
 

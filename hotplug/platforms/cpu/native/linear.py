@@ -63,8 +63,6 @@ def pack(kind: str, raw: npt.NDArray[np.uint8], rows: int, cols: int, out: Tenso
         out = torch.empty(shape, dtype=torch.uint8)
     elif tuple(out.shape) != shape or out.dtype != torch.uint8 or not (out.is_cpu and out.is_contiguous()):
         raise ValueError(f"out must be contiguous uint8 of {list(shape)} on the host, not {_kind_of(out)}")
-    elif out.data_ptr() % GROUP:
-        raise ValueError(f"out must begin at a multiple of {GROUP} bytes")
     checked(load().c.hp_pack(KINDS[kind], raw.ctypes.data, rows, cols, out.data_ptr()), "hp_pack")
     return Packed(kind, rows, cols, out)
 

@@ -35,7 +35,8 @@ HP_API int hp_set_threads(int count);
 
 // Bytes of a packed weight of `rows` outputs and `cols` inputs, -1 for arguments that hp_pack refuses.
 HP_API int64_t hp_packed_bytes(int kind, int64_t rows, int64_t cols);
-// Pack the GGUF groups of a weight, `rows` x `cols` row by row, into `packed`, which is 32-byte aligned.
+// Pack the GGUF groups of a weight, `rows` x `cols` row by row, into `packed`. Aligned to 64 bytes it is
+// read fastest, as all else it may lie anywhere.
 HP_API int hp_pack(int kind, const uint8_t* groups, int64_t rows, int64_t cols, uint8_t* packed);
 
 // out[n][rows] = x[n][cols] times the packed weight transposed, plus bias[rows] unless it is null.

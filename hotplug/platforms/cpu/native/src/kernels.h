@@ -33,6 +33,15 @@ constexpr int64_t quants_offset(int kind) { return kind == kQ4_1 ? 2 * kScaleByt
 
 constexpr int64_t group_bytes(int kind) { return quants_offset(kind) + kTile * (kind == kQ8_0 ? kGroup : kGroup / 2); }
 
+// Asks memory for the `bytes` that lie kAhead after `p`: without it a core reads weights at half the speed, because the
+// processor's own prefetcher starts anew at each page. What lies beyond the end is asked for in vain.
+constexpr int64_t kAhead = 2048;
+
+static inline void prefetch(const void* p, int64_t bytes) {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(p) + kAhead;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+}
+
 // Activations as the kernels read them: int8 by group of a row, x = scale q.
 struct Activations {
     const int8_t* q;        // [n][32 groups], -127..127

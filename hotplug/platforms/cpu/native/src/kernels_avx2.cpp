@@ -14,9 +14,11 @@ namespace {
 using Vec = __m256;
 using Ints = __m256i;
 
-inline Vec load_halves(const uint8_t* p) { return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load_halves(const uint8_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
-inline Ints load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const Ints*>(p)); }
+inline Ints load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Ints*>(p)); }
 
 // Four bytes of activations for every output.
 inline Ints broadcast4(const int8_t* p) {
@@ -141,8 +143,9 @@ inline void group(const uint8_t* group, int half, const Activations& x, int64_t 
     }
 }
 
+// `fresh` says that the tile is not in the cache yet.
 template <int KIND, int ROWS>
-inline void rows(const uint8_t* tile, const Activations& x, int64_t row, const float* bias, float* out,
+inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t row, const float* bias, float* out,
                  int64_t out_stride) {
     // One row reads the weights from memory: both halves at once, so that they are read in order. More would not find
     // registers enough that way, and find the tile in the cache anyway.
@@ -153,6 +156,7 @@ inline void rows(const uint8_t* tile, const Activations& x, int64_t row, const f
             for (int r = 0; r < ROWS; ++r) total[h][r] = _mm256_loadu_ps(bias + 8 * (first + h));
         }
         for (int64_t g = 0; g < x.groups; ++g) {
+            if (fresh && first == 0) prefetch(tile + g * group_bytes(KIND), group_bytes(KIND));
             for (int h = 0; h < kTogether; ++h) {
                 group<KIND, ROWS>(tile + g * group_bytes(KIND), first + h, x, row, g, total[h]);
             }
@@ -167,11 +171,13 @@ template <int KIND>
 void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t count, const float* bias, float* out,
           int64_t out_stride) {
     int64_t i = 0;
-    for (; i + 4 <= count; i += 4) rows<KIND, 4>(tile, x, first + i, bias, out + i * out_stride, out_stride);
+    for (; i + 4 <= count; i += 4) {
+        rows<KIND, 4>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+    }
     switch (count - i) {
-        case 1: rows<KIND, 1>(tile, x, first + i, bias, out + i * out_stride, out_stride); break;
-        case 2: rows<KIND, 2>(tile, x, first + i, bias, out + i * out_stride, out_stride); break;
-        case 3: rows<KIND, 3>(tile, x, first + i, bias, out + i * out_stride, out_stride); break;
+        case 1: rows<KIND, 1>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
+        case 2: rows<KIND, 2>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
+        case 3: rows<KIND, 3>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
         default: break;
     }
 }
@@ -210,6 +216,7 @@ void linear_f32_one(const float* w, int64_t w_stride, int64_t begin, int64_t end
         Vec total[4] = {};
         int64_t c = 0;
         for (; c + 32 <= cols; c += 32) {
+            prefetch(a + c, 128);
             for (int j = 0; j < 4; ++j) {
                 total[j] = _mm256_fmadd_ps(_mm256_loadu_ps(a + c + 8 * j), _mm256_loadu_ps(x + c + 8 * j), total[j]);
             }
@@ -222,7 +229,7 @@ void linear_f32_one(const float* w, int64_t w_stride, int64_t begin, int64_t end
 
 // OUTS rows of w with ROWS of x: each vector that is loaded serves OUTS or ROWS products.
 template <int OUTS, int ROWS>
-inline void block_f32(const float* w, int64_t w_stride, int64_t cols, const float* x, int64_t x_stride,
+inline void block_f32(const float* w, int64_t w_stride, bool fresh, int64_t cols, const float* x, int64_t x_stride,
                       const float* bias, float* out, int64_t out_stride) {
     Vec total[OUTS][ROWS] = {};
     int64_t c = 0;
@@ -230,6 +237,7 @@ inline void block_f32(const float* w, int64_t w_stride, int64_t cols, const floa
         Vec b[ROWS];
         for (int r = 0; r < ROWS; ++r) b[r] = _mm256_loadu_ps(x + r * x_stride + c);
         for (int o = 0; o < OUTS; ++o) {
+            if (fresh && c % 16 == 0) prefetch(w + o * w_stride + c, 64);
             const Vec a = _mm256_loadu_ps(w + o * w_stride + c);
             for (int r = 0; r < ROWS; ++r) total[o][r] = _mm256_fmadd_ps(a, b[r], total[o][r]);
         }
@@ -247,25 +255,25 @@ template <int OUTS>
 inline void all_rows_f32(const float* w, int64_t w_stride, int64_t cols, const float* x, int64_t n, int64_t x_stride,
                          const float* bias, float* out, int64_t out_stride) {
     int64_t i = 0;
-    for (; i + 3 <= n; i += 3) {
-        block_f32<OUTS, 3>(w, w_stride, cols, x + i * x_stride, x_stride, bias, out + i * out_stride, out_stride);
+    for (; i + 3 <= n; i += 3, x += 3 * x_stride, out += 3 * out_stride) {
+        block_f32<OUTS, 3>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
     }
-    if (n - i == 2) {
-        block_f32<OUTS, 2>(w, w_stride, cols, x + i * x_stride, x_stride, bias, out + i * out_stride, out_stride);
-    } else if (n - i == 1) {
-        block_f32<OUTS, 1>(w, w_stride, cols, x + i * x_stride, x_stride, bias, out + i * out_stride, out_stride);
-    }
+    if (n - i == 2) block_f32<OUTS, 2>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
+    if (n - i == 1) block_f32<OUTS, 1>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
 }
 
 void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, int64_t cols, const float* x, int64_t n,
                 int64_t x_stride, const float* bias, float* out, int64_t out_stride) {
     if (n == 1) return linear_f32_one(w, w_stride, begin, end, cols, x, bias, out);
-    int64_t o = begin;
-    for (; o + 4 <= end; o += 4) {
-        all_rows_f32<4>(w + o * w_stride, w_stride, cols, x, n, x_stride, bias ? bias + o : nullptr, out + o, out_stride);
-    }
-    for (; o < end; ++o) {
-        all_rows_f32<1>(w + o * w_stride, w_stride, cols, x, n, x_stride, bias ? bias + o : nullptr, out + o, out_stride);
+    for (int64_t o = begin; o < end;) {
+        const float *mine = w + o * w_stride, *offsets = bias ? bias + o : nullptr;
+        if (end - o >= 4) {
+            all_rows_f32<4>(mine, w_stride, cols, x, n, x_stride, offsets, out + o, out_stride);
+            o += 4;
+        } else {
+            all_rows_f32<1>(mine, w_stride, cols, x, n, x_stride, offsets, out + o, out_stride);
+            o += 1;
+        }
     }
 }
 

@@ -12,9 +12,10 @@ namespace {
 using Vec = __m512;
 using Ints = __m512i;
 
-inline Vec load_halves(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load_halves(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
-// Groups are multiples of 32 bytes, not of 64.
 inline Ints load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
 inline Ints broadcast4(const int8_t* p) {
@@ -37,13 +38,15 @@ inline void load_group(const uint8_t* lines, Ints* w) {
     }
 }
 
+// `fresh` says that the tile is not in the cache yet.
 template <int KIND, int ROWS>
-inline void rows(const uint8_t* tile, const Activations& x, int64_t row, const float* bias, float* out,
+inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t row, const float* bias, float* out,
                  int64_t out_stride) {
     Vec total[ROWS];
     for (int r = 0; r < ROWS; ++r) total[r] = _mm512_loadu_ps(bias);
     for (int64_t g = 0; g < x.groups; ++g) {
         const uint8_t* group = tile + g * group_bytes(KIND);
+        if (fresh) prefetch(group, group_bytes(KIND));
         Ints w[8];
         load_group<KIND>(group + quants_offset(KIND), w);
         const Vec scale = load_halves(group);
@@ -53,7 +56,8 @@ inline void rows(const uint8_t* tile, const Activations& x, int64_t row, const f
             const int64_t at = (row + r) * x.groups + g;
             const int8_t* q = x.q + at * kGroup;
             // Two sums, because each step of a sum waits for the one before.
-            Ints even = KIND == kQ4_1 ? _mm512_setzero_si512() : _mm512_set1_epi32(x.offset[at]), odd = _mm512_setzero_si512();
+            Ints even = KIND == kQ4_1 ? _mm512_setzero_si512() : _mm512_set1_epi32(x.offset[at]);
+            Ints odd = _mm512_setzero_si512();
 #pragma GCC unroll 8
             for (int l = 0; l < 8; l += 2) {
                 even = _mm512_dpbusd_epi32(even, w[l], broadcast4(q + 4 * l));
@@ -71,16 +75,18 @@ template <int KIND>
 void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t count, const float* bias, float* out,
           int64_t out_stride) {
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8) rows<KIND, 8>(tile, x, first + i, bias, out + i * out_stride, out_stride);
+    for (; i + 8 <= count; i += 8) {
+        rows<KIND, 8>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+    }
     if (count - i >= 4) {
-        rows<KIND, 4>(tile, x, first + i, bias, out + i * out_stride, out_stride);
+        rows<KIND, 4>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
         i += 4;
     }
     if (count - i >= 2) {
-        rows<KIND, 2>(tile, x, first + i, bias, out + i * out_stride, out_stride);
+        rows<KIND, 2>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
         i += 2;
     }
-    if (count > i) rows<KIND, 1>(tile, x, first + i, bias, out + i * out_stride, out_stride);
+    if (count > i) rows<KIND, 1>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
 }
 
 }  // namespace

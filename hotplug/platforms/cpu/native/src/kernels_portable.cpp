@@ -93,8 +93,9 @@ void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, in
                 for (int j = 0; j < 8; ++j) part[j] += a[c + j] * b[c + j];
             }
             for (; c < cols; ++c) part[0] += a[c] * b[c];
-            const float total = ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
-            out[i * out_stride + o] = total + (bias ? bias[o] : 0.0f);
+            float total = bias ? bias[o] : 0.0f;
+            for (int j = 0; j < 4; ++j) total += part[j] + part[4 + j];
+            out[i * out_stride + o] = total;
         }
     }
 }

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <set>
 #include <string>
+#include <system_error>
 
 #include <pthread.h>
 #ifdef __linux__
@@ -84,7 +85,11 @@ Pool::Pool(int count) {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the program's own threads
     for (int i = 1; i < count; ++i) {
-        workers_.emplace_back([this] { work(); });
+        try {
+            workers_.emplace_back([this] { work(); });
+        } catch (const std::system_error&) {
+            break;  // the system has no threads left: those that there are do the work
+        }
         pin(workers_.back(), cores[i]);
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
