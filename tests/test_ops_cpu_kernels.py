@@ -68,10 +68,12 @@ def test_weights_in_groups_equal_the_reference_but_for_eight_bits_of_x(
     (data,) = StoredScheme(scheme).quantize(torch.randn(outs, cols, generator=generator))
     offset = torch.randn(outs, generator=generator) if bias else None
     wanted = stored.linear_stored(x, data, offset)
+    half_steps = (x.reshape(rows, groups, 32).abs().amax(-1) / 254).repeat_interleave(32, 1)
+    allowed = half_steps @ stored.dequantize(data, scheme).abs().T + 1e-4
     for _ in range(2):  # packed, then found packed
         found = linear_stored(x, data, offset)
         assert found.shape == wanted.shape
-        assert float((found - wanted).norm()) <= 0.02 * float(wanted.norm()) + 1e-6
+        assert bool(((found - wanted).abs() <= 1.001 * allowed).all())
 
 
 def test_what_weights_in_groups_need_is_refused_by_name() -> None:

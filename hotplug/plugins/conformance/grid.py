@@ -144,9 +144,9 @@ class Fuzz:
             "bias": pick((False, True)),
             "scheme": "none",
         }
-        if op in STORED_OPS:  # rows of whole groups
-            pool |= {"hidden": pick((32, 64, 160)), "in_features": pick((32, 64, 160, 576)),
-                     "scheme": pick(tuple(GROUP_BYTES))}  # fmt: skip
+        if op in STORED_OPS:  # rows of whole groups, and enough results for what rounding to eight bits may change
+            pool |= {"hidden": pick((32, 64, 160)), "in_features": pick((32, 64, 160, 576)), "vocab": pick((257, 1000)),
+                     "out_features": pick((33, 48, 256)), "scheme": pick(tuple(GROUP_BYTES))}  # fmt: skip
         return {name: pool[name] for name in names}
 
     def dtype(self) -> str:
