@@ -67,6 +67,8 @@ def test_ops_are_those_of_the_dequantized_matrix(scheme: str) -> None:
     assert logits_stored(x.bfloat16(), data, None).dtype is torch.float32
     ids = torch.tensor([4, 0, 4])
     assert torch.equal(embed_stored(ids, data, 96), values[ids])
+    assert embed_stored(ids[:0], data, 96).shape == (0, 96)
+    assert linear_stored(x[:0], data, bias).shape == (0, 5)
 
 
 # --- models ---------------------------------------------------------------------------------------

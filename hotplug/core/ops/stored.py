@@ -19,18 +19,18 @@ GROUP_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
 
 def dequantize(data: Tensor, scheme: str) -> Tensor:
     """Float32 [rows, columns] of groups `data` uint8 [rows, bytes of a row] in the format `scheme`."""
-    rows = data.shape[0]
-    groups = data.reshape(rows, -1, GROUP_BYTES[scheme])
+    rows, count = data.shape[0], data.shape[1] // GROUP_BYTES[scheme]
+    groups = data.reshape(rows, count, GROUP_BYTES[scheme])
     scale = groups[..., :2].contiguous().view(torch.float16).to(torch.float32)
     if scheme == "q8_0":
-        return (groups[..., 2:].contiguous().view(torch.int8) * scale).reshape(rows, -1)
+        return (groups[..., 2:].contiguous().view(torch.int8) * scale).reshape(rows, count * GROUP)
     start = 4 if scheme == "q4_1" else 2
     packed = groups[..., start:]
     weights = torch.cat((packed & 15, packed >> 4), -1)
     if scheme == "q4_0":
-        return ((weights.to(torch.int8) - 8) * scale).reshape(rows, -1)
+        return ((weights.to(torch.int8) - 8) * scale).reshape(rows, count * GROUP)
     least = groups[..., 2:4].contiguous().view(torch.float16).to(torch.float32)
-    return (weights * scale + least).reshape(rows, -1)
+    return (weights * scale + least).reshape(rows, count * GROUP)
 
 
 def scheme_of(data: Tensor, columns: int) -> str:
