@@ -129,7 +129,7 @@ def test_gated_products_that_it_cannot_make_are_refused(
 def test_the_gated_product_claims_what_it_can_make(arch: str, dtype: str, width: int, inputs: int, reason: str) -> None:
     from hotplug.platforms.cuda.kernels import KERNELS
 
-    (kernel,) = (k for k in KERNELS if k.provider == "cuda.hopper")
+    (kernel,) = (k for k in KERNELS if k.op == "linear_silu_mul" and k.provider == "cuda.hopper")
     facts = {"in_features": inputs, "width": width, "bias": False, "scheme": "none"}
     verdict = kernel.check(SiteSpec("linear_silu_mul", "layers.0.mlp.gate_up", dtype, arch, facts))
     assert (verdict.ok, reason in verdict.reason) == (not reason, True)
