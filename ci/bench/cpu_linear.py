@@ -107,6 +107,27 @@ def measure(found: dict[str, tuple[Call, int]], seconds: float, rounds: int) -> 
     return {name: statistics.median(series) for name, series in times.items()}
 
 
+def in_turn(calls_each: int = 300) -> str:
+    """One row of gate and up by itself and in turn with a product of PyTorch, whose threads want the same cores."""
+    x, weight = torch.randn(1, 576), torch.randn(1024, 576)
+    packed = native.Packed("Q4_1", 3072, 576, torch.zeros(native.packed_shape("Q4_1", 3072, 576), dtype=torch.uint8))
+
+    def series(*products: Call) -> str:
+        times = []
+        for _ in range(calls_each):
+            for product in products:
+                begin = time.perf_counter()
+                product()
+            times.append((time.perf_counter() - begin) * 1e6)  # of the last
+        return f"{statistics.median(times):.0f} us (90th percentile {statistics.quantiles(times, n=10)[-1]:.0f})"
+
+    def ours() -> object:
+        return native.linear(x, packed)
+
+    after = series(lambda: F.linear(x, weight), ours)
+    return f"Q4_1 576->3072, cached: {series(ours)}; after a product of PyTorch: {after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=lambda s: [int(n) for n in s.split(",")], default=list(ROWS))
@@ -139,6 +160,7 @@ def main() -> None:
                     f"| {2 * rows * cols * outs / t / 1e9:.0f} | {times['torch'] / t:.2f} |",
                     flush=True,
                 )
+    print(in_turn())
 
 
 if __name__ == "__main__":

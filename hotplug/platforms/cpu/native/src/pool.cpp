@@ -20,6 +20,8 @@
 namespace hotplug {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr auto kSpin = std::chrono::microseconds(200);
 
 void relax() {
@@ -28,6 +30,20 @@ void relax() {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
+}
+
+// Spins until `ready` or the time is up, and returns whether it is. The core goes to whoever else wants it meanwhile: a
+// caller that the system has put on a worker's core would otherwise wait for the worker to fall asleep.
+template <class Ready>
+bool wait_until(const Ready& ready, Clock::time_point end) {
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (ready()) return true;
+            relax();
+        }
+        std::this_thread::yield();
+    } while (Clock::now() < end);
+    return ready();
 }
 
 // The processors of one physical core, as the system lists them; the processor itself where it does not say.
@@ -118,7 +134,7 @@ void Pool::share(Function function, const void* context, int64_t items) {
     }
     while (take_one()) {
     }
-    while (done_.load(std::memory_order_acquire) != items) relax();
+    wait_until([&] { return done_.load(std::memory_order_acquire) == items; }, Clock::time_point::max());
 }
 
 bool Pool::take_one() {
@@ -138,18 +154,10 @@ bool Pool::take_one() {
 }
 
 void Pool::work() {
-    using Clock = std::chrono::steady_clock;
     while (!stop_.load(std::memory_order_relaxed)) {
         if (take_one()) continue;
-        const auto until = Clock::now() + kSpin;
-        bool found = false;
-        while (!found && Clock::now() < until) {
-            for (int i = 0; i < 32 && !found; ++i) {
-                relax();
-                found = (left_.load(std::memory_order_relaxed) & 0xffffffff) != 0;
-            }
-        }
-        if (found) continue;
+        const auto found = [this] { return (left_.load(std::memory_order_relaxed) & 0xffffffff) != 0; };
+        if (wait_until(found, Clock::now() + kSpin)) continue;
         std::unique_lock lock(mutex_);
         ++sleepers_;
         wake_.wait(lock, [this] { return stop_.load() || (left_.load() & 0xffffffff) != 0; });
