@@ -18,5 +18,7 @@ for name in ${*:-openvino llama vllm}; do
     "$python" -m venv ".peers/$name"
     # shellcheck disable=SC2086
     CMAKE_ARGS="$isa" ".peers/$name/bin/pip" install -q --no-cache-dir numpy $packages
+    # vLLM's CPU build draws a torchvision that does not go with its torch, and needs none for text.
+    [ "$name" = vllm ] && ".peers/$name/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
     touch ".peers/$name/.installed"
 done
