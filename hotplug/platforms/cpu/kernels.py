@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotplug.platforms.cpu.native.attention import KERNELS as ATTENTION_KERNELS
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.platforms.cpu.native.linear import linear_float32
 from hotplug.platforms.cpu.native.stored import KERNELS as STORED_KERNELS
@@ -205,5 +206,6 @@ KERNELS = (
     Impl("moe_experts", "cpu.by_expert", moe_experts, rank=10),
     Impl("linear", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
     Impl("logits", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
+    *ATTENTION_KERNELS,
     *STORED_KERNELS,
 )

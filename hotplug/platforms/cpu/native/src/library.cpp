@@ -14,6 +14,7 @@
 #include <cpuid.h>
 #endif
 
+#include "attention.h"
 #include "kernels.h"
 #include "pack.h"
 #include "pool.h"
@@ -291,4 +292,19 @@ int hp_linear_f32(const float* w, int64_t w_stride, int64_t rows, int64_t cols, 
                              out, out_stride);
     });
     return HP_OK;
+}
+
+int hp_attention(const hp_attention_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    const AttentionKernels* kernels = nullptr;
+#if defined(__x86_64__)
+    if (std::strcmp(s.kernels.name, kAvx2.name) == 0) kernels = &kAttentionAvx2;
+    if (std::strcmp(s.kernels.name, kAvx512Vnni.name) == 0) {
+        kernels = call->dim % kAttentionAvx512.lanes == 0 ? &kAttentionAvx512 : &kAttentionAvx2;
+    }
+#endif
+    if (kernels == nullptr) return HP_BAD_ARGUMENT;
+    const Allocate allocate = [](void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); };
+    return attention(*call, *kernels, s.threads(), allocate, &s.workspace);
 }
