@@ -22,6 +22,7 @@ from hotplug.platforms.cpu import CpuPlatform
 from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, linear, moe_experts, rms_norm, rope
 from hotplug.platforms.cpu.native.attention import attention as native_attention
 from hotplug.platforms.cpu.native.library import refusal
+from hotplug.platforms.cpu.native.rope import rope_kv_write
 from hotplug.platforms.cpu.native.stored import linear_stored
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
@@ -39,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
     here = {attention, kv_write, rope, rms_norm, moe_experts, linear, linear_stored}
-    elsewhere = {native_attention}  # tests/test_cpu_native_attention.py
+    elsewhere = {native_attention, rope_kv_write}  # tests/test_cpu_native_attention.py, tests/test_cpu_native_rope.py
     assert {k.fn for k in KERNELS} == here | elsewhere
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hotplug.platforms.cpu.native.attention import KERNELS as ATTENTION_KERNELS
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.platforms.cpu.native.linear import linear_float32
+from hotplug.platforms.cpu.native.rope import KERNELS as ROPE_KERNELS
 from hotplug.platforms.cpu.native.stored import KERNELS as STORED_KERNELS
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict, gather_kv
 
@@ -207,5 +208,6 @@ KERNELS = (
     Impl("linear", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
     Impl("logits", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
     *ATTENTION_KERNELS,
+    *ROPE_KERNELS,
     *STORED_KERNELS,
 )

@@ -35,6 +35,7 @@ _SIGNATURES = {
     "hp_linear_silu_mul": ((c_int, c_void_p, *_PRODUCT), c_int),
     "hp_linear_f32": ((c_void_p, c_int64, *_PRODUCT), c_int),
     "hp_attention": ((c_char_p,), c_int),
+    "hp_rope_kv_write": ((c_char_p,), c_int),
 }
 _STATUS = {1: "it refuses the arguments", 2: "out of memory"}
 

@@ -73,3 +73,24 @@ struct hp_attention_call {
 };
 // HP_BAD_ARGUMENT without AVX2, for a dim that is no multiple of 8 or above 256, and for a step that leaves its tensors.
 HP_API int hp_attention(const hp_attention_call* call);
+
+// Rotation of queries and keys by halves and the write of keys and values into a paged cache, all float32, as
+// `rope_kv_write` in hotplug/core/ops/rope_kv_write.py defines it. Strides as above.
+struct hp_rope_kv_write_call {
+    const float* q;            // [tokens][heads][dim]
+    const float* k;            // [tokens][kv_heads][dim]
+    const float* v;            // as k
+    const float* cos_sin;      // [max_position][rotary_dim], contiguous: cosines, then sines
+    const int64_t* positions;  // [tokens]
+    const int64_t* slots;      // [tokens] block * block_size + offset
+    float* out;                // [tokens][heads][dim], contiguous: the rotated queries
+    float* k_cache;            // [num_blocks][block_size][kv_heads][dim] by its strides
+    float* v_cache;
+    int64_t tokens, heads, kv_heads, dim, rotary_dim, max_position;
+    int64_t q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+    int64_t k_cache_block_stride, k_cache_token_stride, k_cache_head_stride;
+    int64_t v_cache_block_stride, v_cache_token_stride, v_cache_head_stride;
+    int64_t num_blocks, block_size;
+};
+// HP_BAD_ARGUMENT for a position or a slot that there is none of; nothing is written then.
+HP_API int hp_rope_kv_write(const hp_rope_kv_write_call* call);

@@ -18,6 +18,7 @@
 #include "kernels.h"
 #include "pack.h"
 #include "pool.h"
+#include "rope.h"
 
 namespace hotplug {
 namespace {
@@ -307,4 +308,10 @@ int hp_attention(const hp_attention_call* call) {
     if (kernels == nullptr) return HP_BAD_ARGUMENT;
     const Allocate allocate = [](void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); };
     return attention(*call, *kernels, s.threads(), allocate, &s.workspace);
+}
+
+int hp_rope_kv_write(const hp_rope_kv_write_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return rope_kv_write(*call, s.threads());
 }
