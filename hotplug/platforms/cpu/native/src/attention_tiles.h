@@ -104,10 +104,20 @@ void product(const float* a, int64_t a_stride, int64_t rows, const float* const*
     }
 }
 
-// scores[r][j] of R rows for `count` keys, a multiple of 4, as scalar products; asks for their values meanwhile.
+// Asks memory for the head at `p`. The processor's own prefetcher does not follow heads that lie apart.
+inline void ask(const float* p, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(p + d);
+}
+
+// scores[r][j] of R rows for `count` keys, a multiple of 4, as scalar products; asks for what is `soon` read meanwhile,
+// two heads a key.
 template <int R>
-inline void dots_of(const float* q, int64_t dim, const float* const* keys, int64_t count, float* scores) {
+inline void dots_of(const float* q, int64_t dim, const float* const* keys, int64_t count, const float* const* soon,
+                    float* scores) {
     for (int64_t j = 0; j < count; j += 4) {
+        if (soon != nullptr) {
+            for (int64_t i = 2 * j; i < 2 * j + 8; ++i) ask(soon[i], dim);
+        }
         Vec sum[R][4];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -132,13 +142,14 @@ inline void dots_of(const float* q, int64_t dim, const float* const* keys, int64
     }
 }
 
-void dots(const float* q, int64_t rows, int64_t dim, const float* const* keys, int64_t count, float* scores) {
+void dots(const float* q, int64_t rows, int64_t dim, const float* const* keys, int64_t count,
+          const float* const* soon, float* scores) {
     while (rows >= 3) {
-        dots_of<3>(q, dim, keys, count, scores);
-        rows -= 3, q += 3 * dim, scores += 3 * kKeys;
+        dots_of<3>(q, dim, keys, count, soon, scores);
+        rows -= 3, q += 3 * dim, scores += 3 * kKeys, soon = nullptr;
     }
-    if (rows == 2) dots_of<2>(q, dim, keys, count, scores);
-    if (rows == 1) dots_of<1>(q, dim, keys, count, scores);
+    if (rows == 2) dots_of<2>(q, dim, keys, count, soon, scores);
+    if (rows == 1) dots_of<1>(q, dim, keys, count, soon, scores);
 }
 
 // to[d][j] = keys[j][d] for j < count, a multiple of 8.
@@ -248,7 +259,7 @@ void attend(const AttentionCall& c, const AttentionRows& rows, int64_t begin, in
     alignas(64) float scores[kMaxAttentionRows * kKeys], turned[kMaxHeadDim * kKeys], wide[2][kKeys * kMaxHeadDim];
     alignas(64) static const float nothing[kMaxHeadDim] = {};
     float own_top[kMaxAttentionRows], own_sum[kMaxAttentionRows], keep[kMaxAttentionRows];
-    const float *keys[kKeys], *values[kKeys], *turned_rows[kMaxHeadDim];
+    const float *keys[kKeys], *values[kKeys], *soon[2 * kKeys], *turned_rows[kMaxHeadDim];
     const int64_t count = rows.rows(), dim = c.dim;
     float* mixed = part != nullptr ? part->mixed : own;
     float* top = part != nullptr ? part->top : own_top;
@@ -277,7 +288,15 @@ void attend(const AttentionCall& c, const AttentionRows& rows, int64_t begin, in
         const int64_t step = few ? 4 : kLanes * kColumns, padded = (n + step - 1) / step * step;
         for (int64_t j = n; j < padded; ++j) keys[j] = nothing;
         if (few) {
-            dots(q, count, dim, keys, padded, scores);
+            // The values of this tile and the keys of the next; what a narrow cache holds is converted by now.
+            const bool whole = c.cache_kind == 0 && n == kKeys;
+            if (whole) {
+                const int64_t next = end - begin - kKeys < kKeys ? end - begin - kKeys : kKeys;
+                heads_of(c, k_at, blocks, begin + kKeys, next, nullptr, soon + kKeys);
+                for (int64_t j = next; j < kKeys; ++j) soon[kKeys + j] = values[j];
+                for (int64_t j = 0; j < kKeys; ++j) soon[j] = values[j];
+            }
+            dots(q, count, dim, keys, padded, whole ? soon : nullptr, scores);
         } else {
             transpose(keys, padded, dim, turned);
             product(q, dim, count, turned_rows, padded, dim, nullptr, scores, kKeys);
