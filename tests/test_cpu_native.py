@@ -440,7 +440,7 @@ def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "VERSION", 99)
     library._open.cache_clear()
-    assert "libhotplug_cpu.so has version 1 where 99 is needed" in str(library.refusal())
+    assert "libhotplug_cpu.so has version 2 where 99 is needed" in str(library.refusal())
     library._open.cache_clear()
 
 

@@ -20,7 +20,9 @@ from hotplug.core.ops.stored import GROUP_BYTES
 from hotplug.core.quant.stored import StoredScheme
 from hotplug.platforms.cpu import CpuPlatform
 from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, linear, moe_experts, rms_norm, rope
+from hotplug.platforms.cpu.native.attention import attention as native_attention
 from hotplug.platforms.cpu.native.library import refusal
+from hotplug.platforms.cpu.native.rope import rope_kv_write
 from hotplug.platforms.cpu.native.stored import linear_stored
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
@@ -37,7 +39,9 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
-    assert {k.fn for k in KERNELS} == {attention, kv_write, rope, rms_norm, moe_experts, linear, linear_stored}
+    here = {attention, kv_write, rope, rms_norm, moe_experts, linear, linear_stored}
+    elsewhere = {native_attention, rope_kv_write}  # tests/test_cpu_native_attention.py, tests/test_cpu_native_rope.py
+    assert {k.fn for k in KERNELS} == here | elsewhere
 
 
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotplug.platforms.cpu.native.attention import KERNELS as ATTENTION_KERNELS
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.platforms.cpu.native.linear import linear_float32
+from hotplug.platforms.cpu.native.rope import KERNELS as ROPE_KERNELS
 from hotplug.platforms.cpu.native.stored import KERNELS as STORED_KERNELS
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict, gather_kv
 
@@ -205,5 +207,7 @@ KERNELS = (
     Impl("moe_experts", "cpu.by_expert", moe_experts, rank=10),
     Impl("linear", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
     Impl("logits", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
+    *ATTENTION_KERNELS,
+    *ROPE_KERNELS,
     *STORED_KERNELS,
 )

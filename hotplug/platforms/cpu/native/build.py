@@ -26,6 +26,8 @@ LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,-s")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_VNNI = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 X86 = {
+    "attention_avx2.cpp": _AVX2,
+    "attention_avx512.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     "kernels_avx2.cpp": _AVX2,
     # GCC 12 takes the undefined operand of its own intrinsics for a mistake.
     "kernels_avx512_vnni.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hotplug.vendor import PlatformError
 
-VERSION = 1
+VERSION = 2
 """`HP_VERSION` of the header that this package is written against."""
 PATH = Path(__file__).parent / "libhotplug_cpu.so"
 
@@ -34,6 +34,8 @@ _SIGNATURES = {
     "hp_linear": ((c_int, c_void_p, *_PRODUCT), c_int),
     "hp_linear_silu_mul": ((c_int, c_void_p, *_PRODUCT), c_int),
     "hp_linear_f32": ((c_void_p, c_int64, *_PRODUCT), c_int),
+    "hp_attention": ((c_char_p,), c_int),
+    "hp_rope_kv_write": ((c_char_p,), c_int),
 }
 _STATUS = {1: "it refuses the arguments", 2: "out of memory"}
 

@@ -1,6 +1,6 @@
 // The C interface of the native CPU kernels: plain types only, so that one build serves every Python and every torch.
 //
-// A weight is packed once (hp_pack) from the groups of a GGUF file and then multiplied (hp_linear). `kind` is the
+// Products: a weight is packed once (hp_pack) from the groups of a GGUF file and then multiplied (hp_linear). `kind` is the
 // number that GGUF gives a tensor's type: 2 = Q4_0, 3 = Q4_1, 8 = Q8_0. Strides count floats. Every call may come from
 // any thread; calls wait for each other. Results are float32.
 #pragma once
@@ -10,7 +10,7 @@
 #define HP_API extern "C" __attribute__((visibility("default")))
 
 // Raised when a signature, a packed layout or a meaning below changes; the loader refuses any other number.
-constexpr int HP_VERSION = 1;
+constexpr int HP_VERSION = 2;
 
 // What a call returns.
 enum hp_status : int {
@@ -49,3 +49,48 @@ HP_API int hp_linear_silu_mul(int kind, const uint8_t* packed, int64_t width, in
 // hp_linear of a float32 weight w[rows][cols], of any sizes; made for few rows of x.
 HP_API int hp_linear_f32(const float* w, int64_t w_stride, int64_t rows, int64_t cols, const float* x, int64_t n,
                          int64_t x_stride, const float* bias, float* out, int64_t out_stride);
+
+// Paged attention, as `attention` in hotplug/core/ops/attention.py defines it. Everything is on the host; strides count
+// elements, and a head's values lie side by side. Requests' lengths are read from here alone.
+struct hp_attention_call {
+    const float* q;  // [tokens][heads][dim]
+    const void* k;   // [num_blocks][block_size][kv_heads][dim] by its strides
+    const void* v;
+    float* out;                  // [tokens][heads][dim], contiguous; rows of no request become zero
+    const int64_t* block_table;  // [requests][table_blocks]
+    const int64_t* query_start;  // [requests + 1]
+    const int64_t* seq_lens;     // [requests]
+    const float* sinks;          // [heads] or null
+    int64_t tokens, q_token_stride, q_head_stride;
+    int64_t k_block_stride, k_token_stride, k_head_stride;
+    int64_t v_block_stride, v_token_stride, v_head_stride;
+    int64_t table_stride, table_blocks, requests;
+    int64_t heads, kv_heads, dim, num_blocks, block_size;
+    int64_t cache_kind;  // 0 = float32, 1 = bfloat16, 2 = float16
+    int64_t window;      // positions that a query sees, its own among them; 0 = all
+    double scale;
+    double soft_cap;  // 0 = none
+};
+// HP_BAD_ARGUMENT without AVX2, for a dim that is no multiple of 8 or above 256, and for a step that leaves its tensors.
+HP_API int hp_attention(const hp_attention_call* call);
+
+// Rotation of queries and keys by halves and the write of keys and values into a paged cache, all float32, as
+// `rope_kv_write` in hotplug/core/ops/rope_kv_write.py defines it. Strides as above.
+struct hp_rope_kv_write_call {
+    const float* q;            // [tokens][heads][dim]
+    const float* k;            // [tokens][kv_heads][dim]
+    const float* v;            // as k
+    const float* cos_sin;      // [max_position][rotary_dim], contiguous: cosines, then sines
+    const int64_t* positions;  // [tokens]
+    const int64_t* slots;      // [tokens] block * block_size + offset
+    float* out;                // [tokens][heads][dim], contiguous: the rotated queries
+    float* k_cache;            // [num_blocks][block_size][kv_heads][dim] by its strides
+    float* v_cache;
+    int64_t tokens, heads, kv_heads, dim, rotary_dim, max_position;
+    int64_t q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+    int64_t k_cache_block_stride, k_cache_token_stride, k_cache_head_stride;
+    int64_t v_cache_block_stride, v_cache_token_stride, v_cache_head_stride;
+    int64_t num_blocks, block_size;
+};
+// HP_BAD_ARGUMENT for a position or a slot that there is none of; nothing is written then.
+HP_API int hp_rope_kv_write(const hp_rope_kv_write_call* call);

@@ -14,9 +14,11 @@
 #include <cpuid.h>
 #endif
 
+#include "attention.h"
 #include "kernels.h"
 #include "pack.h"
 #include "pool.h"
+#include "rope.h"
 
 namespace hotplug {
 namespace {
@@ -291,4 +293,25 @@ int hp_linear_f32(const float* w, int64_t w_stride, int64_t rows, int64_t cols, 
                              out, out_stride);
     });
     return HP_OK;
+}
+
+int hp_attention(const hp_attention_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    const AttentionKernels* kernels = nullptr;
+#if defined(__x86_64__)
+    if (std::strcmp(s.kernels.name, kAvx2.name) == 0) kernels = &kAttentionAvx2;
+    if (std::strcmp(s.kernels.name, kAvx512Vnni.name) == 0) {
+        kernels = call->dim % kAttentionAvx512.lanes == 0 ? &kAttentionAvx512 : &kAttentionAvx2;
+    }
+#endif
+    if (kernels == nullptr) return HP_BAD_ARGUMENT;
+    const Allocate allocate = [](void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); };
+    return attention(*call, *kernels, s.threads(), allocate, &s.workspace);
+}
+
+int hp_rope_kv_write(const hp_rope_kv_write_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return rope_kv_write(*call, s.threads());
 }
