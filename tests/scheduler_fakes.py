@@ -274,5 +274,6 @@ class FakeEngine:
         assert (plan.num_tokens >= 1).all()
         if not config.mixed_steps:
             assert plan.num_decodes in (0, len(plan.rows)), "a mixed step"
+        assert plan.samples[:-1].all(), "something is planned after a prefill that is not planned to its end"
         if not config.chunked_prefill:
             assert plan.samples.all(), "a chunk of a prompt"

@@ -5,6 +5,14 @@ takes a step's results in the order of the plans. It decides what runs and owns 
 device and knows no text. Steps execute on the device in the order planned, so KV of a planned step counts
 as written for every later plan, and for what is admitted in the same one (see `StepPlan`).
 
+A prefix is computed once, also by requests that arrive together. Prefills are planned one after the other in the order
+of admission, and nobody is admitted while one is unfinished; the full blocks of a chunk can be shared from its plan on.
+So whoever is admitted finds every full block that those before it compute of the prefix they share: none of these is
+still to be planned. Followers wait in the queue, not on a request: when the first of them is preempted or aborted, the
+next in the queue is admitted on the blocks planned so far and computes the others itself. Nothing here can deadlock,
+and nobody waits longer than without the cache. What a request still computes alone is the block in which it parts from
+the others, its last token, and what was evicted before its turn.
+
 Hot path: a steady decode step costs a fixed number of NumPy calls; only rows that start, end, fill or need
 a block are looped over. `ci/bench/scheduler.py` measures it: schedule and update of 256 decoding rows within
 0.25 ms on one core, without making the deltas.
@@ -243,10 +251,11 @@ class Scheduler:
             self._preempt(max(batch.running(), key=lambda seq: seq.key))
 
     def _admit(self, builder: StepBuilder) -> None:
-        """Start waiting requests, best first, while rows, budget and blocks last."""
+        """Start waiting requests, best first, while rows, budget and blocks last and no prefill is unfinished."""
         chunk = self.config.max_num_batched_tokens
         while (
             (budget := chunk - builder.num_tokens) > 0
+            and not self._prefilling  # it may be about to compute what they share
             and self._batch.num_free
             and builder.num_requests < self._most_requests
         ):
