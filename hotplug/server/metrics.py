@@ -100,7 +100,7 @@ class EngineMetrics(Collector):
             ("preemptions", "Requests put back into the queue for want of KV blocks", stats.preemptions),
             ("kv_blocks_swapped_out", "KV blocks copied to the host for preempted requests", stats.blocks_swapped_out),
             ("kv_blocks_swapped_in", "KV blocks copied back to the device", stats.blocks_swapped_in),
-            ("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens),
+            ("prompt_tokens", "Prompt tokens of requests that began to answer", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated", stats.generated_tokens),
             ("unplanned_recompiles", "Step shapes compiled while serving, beyond those planned", stats.recompiles),
         ):

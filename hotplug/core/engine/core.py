@@ -15,7 +15,7 @@ from hotplug.core.engine.executables import captured, captured_shapes, compiled,
 from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
 from hotplug.core.engine.warmup import WarmUp
-from hotplug.core.errors import ConfigError, RequestError
+from hotplug.core.errors import ConfigError, EngineDeadError, RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
@@ -82,6 +82,7 @@ class EngineCore:
         self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)
         self._ahead = int(bound.limits.asynchronous)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._failure = ""
         kv = KVManager(
             _kv_group(bound),
             num_blocks=num_blocks,
@@ -140,7 +141,8 @@ class EngineCore:
         return self._scheduler.has_work or bool(self._in_flight)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError or QueueFullError; the engine goes on."""
+        """Queue a request. Raises RequestError or QueueFullError, after which the engine goes on, or EngineDeadError."""
+        self._require_alive()
         self._check_token_ids(request)
         self._scheduler.add(request)
 
@@ -168,10 +170,20 @@ class EngineCore:
         """Plan and launch one step, and return what the oldest in flight added to which request.
 
         On an asynchronous device one step stays in flight: its results come with the next call.
-        Raises OutOfMemoryError, after which the engine must not go on.
+        Raises OutOfMemoryError, or whatever a kernel raises; after that, and after an interrupt, EngineDeadError: blocks
+        that other requests would share may hold what the step was to compute and did not.
         """
-        with self._step_guard:
-            return self._step()
+        self._require_alive()
+        try:
+            with self._step_guard:
+                return self._step()
+        except BaseException as e:
+            self._failure = f"{type(e).__name__}: {e}"
+            raise
+
+    def _require_alive(self) -> None:
+        if self._failure:
+            raise EngineDeadError("a step failed", why=self._failure, hint="Start a new engine.")
 
     def _step(self) -> list[TokenDelta]:
         plan = self._scheduler.schedule()
