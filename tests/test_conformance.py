@@ -69,6 +69,19 @@ def test_a_wrong_kernel_also_shows_in_the_tokens(kind: Any, tmp_path: Path) -> N
     assert "hotplug bisect" in result.failures[0]
 
 
+def test_a_step_that_reads_before_all_is_written_shows_where_a_prefix_is_shared(tmp_path: Path) -> None:
+    (result,) = examine(wrong.SeesItsOwnWritesOnly, tmp_path, "end_to_end")
+    assert result.failures
+    assert all("differ from the references' sharing a prefix" in failure for failure in result.failures)
+
+
+def test_every_declared_mode_is_run_end_to_end(tmp_path: Path) -> None:
+    (result,) = examine(wrong.BakesInTheFirstStep, tmp_path, "end_to_end")
+    assert result.data["modes"] == ["eager", "capture"]
+    assert result.failures
+    assert all("exec capture" in failure and "--only executables" in failure for failure in result.failures)
+
+
 def outcomes(results: list[Result]) -> dict[str, Any]:
     return {r.name: r.failures or r.outcome for r in results}
 

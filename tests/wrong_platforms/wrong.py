@@ -72,6 +72,33 @@ class WritesOneSlotLate(Right):
         return slots + 1
 
 
+class SeesItsOwnWritesOnly(Right):
+    """A request reads what others write in the same step as it was before: its step writes and reads in turn."""
+
+    def __init__(self) -> None:
+        self.before: dict[int, tuple[Any, Any]] = {}
+        self.written: Sequence[int] = ()
+
+    def kv_write(self, k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, layout: str) -> Any:
+        self.before[k_cache.data_ptr()] = k_cache.clone(), v_cache.clone()
+        self.num_written = len(slots)
+        return super().kv_write(k, v, k_cache, v_cache, slots, layout)
+
+    def attention(self, q: Any, k_cache: Any, v_cache: Any, step: Any, *args: Any) -> Any:
+        if len(q) == self.num_written:  # the last layer may have fewer queries than tokens
+            self.written = step.query_lens_host
+        self.own = iter(self.written)
+        return super().attention(q, k_cache, v_cache, step, *args)
+
+    def kv_of(self, k_cache: Any, v_cache: Any, table: Any, seq_len: int, layout: str) -> Any:
+        import torch
+
+        old = gather_kv(*self.before[k_cache.data_ptr()], table, seq_len, layout)
+        new = gather_kv(k_cache, v_cache, table, seq_len, layout)
+        start = seq_len - next(self.own)
+        return tuple(torch.cat((a[:start], b[start:])) for a, b in zip(old, new, strict=True))
+
+
 class PairsNeighbours(Right):
     def rope(self, q: Any, k: Any, positions: Any, cos_sin: Any) -> Any:
         import torch

@@ -141,7 +141,7 @@ class EngineCore:
         return self._scheduler.has_work or bool(self._in_flight)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError or QueueFullError, after which the engine goes on, or EngineDeadError."""
+        """Queue a request. Raises RequestError or QueueFullError, and goes on; EngineDeadError after a failed step."""
         self._require_alive()
         self._check_token_ids(request)
         self._scheduler.add(request)
@@ -170,8 +170,8 @@ class EngineCore:
         """Plan and launch one step, and return what the oldest in flight added to which request.
 
         On an asynchronous device one step stays in flight: its results come with the next call.
-        Raises OutOfMemoryError, or whatever a kernel raises; after that, and after an interrupt, EngineDeadError: blocks
-        that other requests would share may hold what the step was to compute and did not.
+        Raises OutOfMemoryError, or whatever a kernel raises; after that, and after an interrupt, EngineDeadError:
+        blocks that other requests would share may lack what the step was to write.
         """
         self._require_alive()
         try:

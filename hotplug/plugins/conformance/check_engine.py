@@ -1,11 +1,8 @@
-"""Whole models: the references' greedy tokens, however requests are scheduled and steps are executed."""
+"""Engines of whole models: captured and compiled steps, and what the platform declares."""
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hotplug.core.config import EngineConfig
@@ -16,11 +13,10 @@ from hotplug.core.platform.base import DTYPES, KV_DTYPES, ExecMode, Feature
 from hotplug.core.platform.optional import HasCompile
 from hotplug.core.request import Request, SamplingParams
 from hotplug.plugins.conformance.engine_runs import (
-    Output,
+    artifacts,
     config,
     first_difference,
     generate,
-    op_by_op,
     prompts,
     small_model,
     start,
@@ -30,65 +26,6 @@ from hotplug.plugins.conformance.report import Report, Skipped
 from hotplug.plugins.conformance.target import Target
 
 RANDOM_STEPS = 1000
-
-
-def end_to_end(target: Target, report: Report) -> None:
-    """Greedy tokens are the references': alone, together, in chunks, after a prefix hit, preempted, with a window.
-
-    A request is preempted twice over: to compute its KV again, and to find it in the swap space.
-    """
-    quick = target.options.quick
-    tokens = 8 if quick else 32
-    model, sliding = small_model(target.folder), small_model(target.folder, window=24)
-    asked = prompts(5 if quick else 8)
-    expected = generate(start(target, trusted(target, model)), asked, tokens)
-    windowed = generate(start(target, trusted(target, sliding)), asked, tokens)
-    one_by_one = {"max_num_seqs": 1}
-    _scenario(target, report, "one after the other", model, asked, expected, tokens, one_by_one)
-    _scenario(target, report, "together", model, asked, expected, tokens, {})
-    _scenario(target, report, "in chunks of 16 tokens", model, asked, expected, tokens, {"max_num_batched_tokens": 16})
-    _scenario(target, report, "after a prefix hit", model, asked, expected, tokens, {}, again=True)
-    block = min(target.limits.block_sizes)
-    growing, longer = prompts(8, longest=12), max(24 if quick else 64, block + block // 2)  # past their first block
-    grown = generate(start(target, trusted(target, model)), growing, longer)
-    tight = _tight(target, model, len(growing) * longer, block)
-    swapping = {**tight, "swap_space": 2 * tight["kv_cache_memory"]}
-    _scenario(target, report, "preempted", model, growing, grown, longer, tight)
-    _scenario(target, report, "swapped", model, growing, grown, longer, swapping)
-    _scenario(target, report, "with a sliding window", sliding, asked, windowed, tokens, {})
-    if target.options.model is not None:
-        real = Path(target.options.model)
-        few = {name: ids[:40] for name, ids in list(asked.items())[:4]}
-        want = generate(start(target, trusted(target, real)), few, tokens)
-        _scenario(target, report, f"with {real.name}", real, few, want, tokens, {})
-
-
-def _tight(target: Target, model: Path, tokens: int, block: int) -> dict[str, Any]:
-    """A cache for half of so many tokens, in blocks of `block`."""
-    shape = bind(config(target, model, block_size=block), meta=True, candidates=target.candidates).kv_shape
-    return {"kv_cache_memory": (2 + tokens // 2 // block) * shape.block_bytes, "block_size": block}
-
-
-def _scenario(
-    target: Target, report: Report, words: str, model: Path, asked: Mapping[str, Sequence[int]],
-    expected: Mapping[str, Output], tokens: int, options: dict[str, Any], *, again: bool = False,
-) -> None:  # fmt: skip
-    core = start(target, config(target, model, exec=op_by_op(target), **options))
-    found = generate(core, asked, tokens)
-    if again:
-        hits = core.stats().prefix_hits
-        found = generate(core, asked, tokens)
-        if core.stats().prefix_hits == hits:
-            raise RuntimeError("the second run of the same prompts met no cached prefix")
-    if words == "preempted" and not core.stats().preemptions:
-        raise RuntimeError("the cache was too large for anything to be preempted")
-    if words == "swapped" and not core.stats().blocks_swapped_in:
-        raise RuntimeError("nothing was swapped out and in again")
-    report.cases += len(asked)
-    difference = first_difference(found, expected, target.limits.dtypes[0])
-    if difference:
-        report.fail(f"greedy tokens differ from the references' {words}: {difference}; "
-                    f"`hotplug bisect MODEL --platform {target.platform.name}` finds the kernel")  # fmt: skip
 
 
 def executables(target: Target, report: Report) -> None:
@@ -101,16 +38,9 @@ def executables(target: Target, report: Report) -> None:
     eager = (
         config(target, model, exec="eager") if ExecMode.EAGER in target.limits.exec_modes else trusted(target, model)
     )
-    before = os.environ.get("HOTPLUG_CACHE")
-    os.environ["HOTPLUG_CACHE"] = str(target.folder / "artifacts")
-    try:
+    with artifacts(target):
         for mode in modes:
             _mode(target, report, mode, eager, config(target, model, exec=str(mode)))
-    finally:
-        if before is None:
-            del os.environ["HOTPLUG_CACHE"]
-        else:
-            os.environ["HOTPLUG_CACHE"] = before
 
 
 def _mode(target: Target, report: Report, mode: ExecMode, eager: EngineConfig, whole: EngineConfig) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import torch
 
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine.bind import bind
 from hotplug.core.engine.core import EngineCore
+from hotplug.core.errors import FeatureError
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.weights.dummy import parameter_shapes
@@ -70,9 +74,36 @@ def config(target: Target, model: Path, **options: Any) -> EngineConfig:
     return EngineConfig(**{**fixed, **options})
 
 
-def op_by_op(target: Target) -> str:
-    """Op by op where the platform can: other modes may bind other kernels, and have a check of their own."""
-    return "eager" if ExecMode.EAGER in target.limits.exec_modes else "auto"
+def modes(target: Target) -> list[ExecMode]:
+    """The execution modes that the platform declares, op by op first: what fails there fails in the others too."""
+    return sorted(target.limits.exec_modes, key=lambda mode: mode is not ExecMode.EAGER)
+
+
+def smallest_block(target: Target, model: Path, mode: ExecMode) -> int:
+    """The least of the declared block sizes that steps of this mode serve. Raises the last refusal if none is."""
+    for size in (sizes := sorted(target.limits.block_sizes)):
+        try:
+            bind(config(target, model, block_size=size, exec=str(mode)), meta=True, candidates=target.candidates)
+        except FeatureError:
+            if size == sizes[-1]:
+                raise
+        else:
+            break
+    return size
+
+
+@contextmanager
+def artifacts(target: Target) -> Iterator[None]:
+    """While it lasts, compiled steps are kept in the target's own folder."""
+    before = os.environ.get("HOTPLUG_CACHE")
+    os.environ["HOTPLUG_CACHE"] = str(target.folder / "artifacts")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HOTPLUG_CACHE"]
+        else:
+            os.environ["HOTPLUG_CACHE"] = before
 
 
 def trusted(target: Target, model: Path, **options: Any) -> EngineConfig:
@@ -112,6 +143,13 @@ def prompts(count: int, *, longest: int = 100, seed: int = 3) -> dict[str, list[
     rng = random.Random(seed)
     lengths = [1, longest, *(rng.randint(2, longest) for _ in range(count))][:count]
     return {str(i): [rng.randrange(1, VOCAB) for _ in range(length)] for i, length in enumerate(lengths)}
+
+
+def with_prefix(length: int, count: int, *, seed: int = 5) -> dict[str, list[int]]:
+    """Prompts of one prefix of `length` tokens and 1 to `count` tokens of their own."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(1, VOCAB) for _ in range(length)]
+    return {str(i): shared + [rng.randrange(1, VOCAB) for _ in range(i + 1)] for i in range(count)}
 
 
 def first_difference(got: Mapping[str, Output], want: Mapping[str, Output], dtype: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hotplug.core.errors import ConfigError, nearest
 from hotplug.plugins.conformance.check_comm import collectives
-from hotplug.plugins.conformance.check_engine import end_to_end, executables, features
+from hotplug.plugins.conformance.check_end_to_end import end_to_end
+from hotplug.plugins.conformance.check_engine import executables, features
 from hotplug.plugins.conformance.check_kv import kv
 from hotplug.plugins.conformance.check_leaks import leaks
 from hotplug.plugins.conformance.check_ops import honesty, ops
