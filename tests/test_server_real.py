@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
 import psutil
 import pytest
+from served import Served
 from server_cases import *  # noqa: F403 - the cases run here against the real engine
 
 GIB = 2**30
-
-
-class Served:
-    """A running `hotplug serve`."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "hotplug.cli", "serve", *arguments, "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.url = self._ready_url()
-
-    def _ready_url(self) -> str:
-        for line in self.process.stdout:
-            if line.startswith("ready"):
-                return line.split()[1]
-        raise AssertionError(f"the server ended with {self.process.wait()} before it was ready")
-
-    def metric(self, name: str) -> float:
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if line.startswith(f"{name} "):
-                return float(line.split()[1])
-        raise AssertionError(f"no metric {name}")
-
-    def until_idle(self, seconds: float = 30.0) -> None:
-        """Wait until no request runs or waits; fails after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while self.metric("hotplug_requests_running") + self.metric("hotplug_requests_waiting"):
-            assert time.monotonic() < deadline, "requests are still in the engine"
-            time.sleep(0.05)
-
-    def peak_rss(self) -> int:
-        """Bytes, summed over the front end and the engine process."""
-        parent = psutil.Process(self.process.pid)
-        return sum(_peak(p.pid) for p in [parent, *parent.children(recursive=True)])
-
-    def stop(self) -> int:
-        self.process.terminate()
-        try:
-            return self.process.wait(30)
-        finally:
-            self.process.kill()
-
-
-def _peak(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 @pytest.fixture(scope="module")
