@@ -42,6 +42,10 @@ test: $(STAMP) native ## the test suite (ARGS= for pytest)
 test-slow: $(STAMP) native ## the long runs, which `make test` leaves out
 	$(BIN)/pytest -q -m slow $(ARGS)
 
+soak: $(STAMP) native ## 500 random requests through a server of MODEL: nothing fails, leaks or drifts (ARGS='--exec MODE')
+	$(BIN)/python ci/bench/soak.py $(MODEL) $(ARGS)
+.PHONY: soak
+
 test-gpu: ## on the GPU machine: kernels, models and conformance on the device (PYTHON= is the machine's own)
 	$(PYTHON) -m pytest -q tests/gpu tests/test_cuda_kernels.py $(ARGS)
 	$(PYTHON) -m hotplug.cli conform --platform cuda --quick
