@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,10 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from prompts import PROMPTS
 from reference_model import write_hf_folder
+from served import Served
 
 from hotplug.cli.bench_engine import decode_rate, measure, random_prompts
 from hotplug.cli.bench_serve import Load, drive
@@ -204,39 +202,18 @@ def _timed(methods: tuple[tuple[type, str], ...]) -> Iterator[list[float]]:
 
 def serving_memory() -> Figure:
     """Peak resident memory of `hotplug serve`, all processes, under a load that fills the KV cache."""
-    command = [sys.executable, "-m", "hotplug.cli", "serve", "smollm2", "--port", "0", "--dtype", "float32",
-               "--kv-cache-memory", KV_CACHE]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    server = Served("smollm2", "--dtype", "float32", "--kv-cache-memory", KV_CACHE)
     try:
-        url = _wait_ready(server)
         prompts = random_prompts(1000, LOAD_REQUESTS, LOAD_PROMPT, seed=0)
-        load = Load(url=url, api_key=None, model="smollm2", prompts=prompts, output_len=8, concurrency=BATCH)
+        load = Load(url=server.url, api_key=None, model="smollm2", prompts=prompts, output_len=8, concurrency=BATCH)
         outcome = asyncio.run(drive(load))
         if outcome.errors:
             raise SystemExit(f"requests failed: {dict(outcome.errors)}")
-        family = [server.pid, *(p.pid for p in psutil.Process(server.pid).children(recursive=True))]
-        peak = sum(_peak_rss(pid) for pid in family)
+        processes, peak = len(server.processes), server.peak_rss()
     finally:
-        server.terminate()
-        server.wait()
-    return Figure(f"peak memory while serving, KV cache {KV_CACHE}, {len(family)} processes", peak / 2**30, "GiB", 3.0,
+        server.stop()
+    return Figure(f"peak memory while serving, KV cache {KV_CACHE}, {processes} processes", peak / 2**30, "GiB", 3.0,
                   False)  # fmt: skip
-
-
-def _wait_ready(server: subprocess.Popen[str]) -> str:
-    assert server.stdout is not None
-    for line in server.stdout:
-        if match := re.match(r"ready\s+(\S+)", line):
-            return match[1]
-    raise SystemExit(f"the server ended with code {server.wait()}")
-
-
-def _peak_rss(pid: int) -> int:
-    """Bytes; Linux keeps the high-water mark of each process. Shared pages count once a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert match is not None
-    return int(match[1]) * 1024
 
 
 if __name__ == "__main__":
