@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from cpu_engines.variants import write_variant
+from cpu_engines.worker import peak_rss
 from cpu_engines.workloads import FIGURES, STRIDE, WORKLOADS, Asked, Source, figures
 
 from hotplug.core.weights.checkpoint import find_gguf, open_checkpoint
@@ -101,6 +103,17 @@ def test_a_worker_answers_for_an_engine_in_another_process(tiny_model: Path, sou
         assert worker.rss() > 50e6
     finally:
         worker.stop()
+
+
+def test_the_peak_of_memory_is_that_of_an_engines_processes_together():
+    before = peak_rss()
+    code = "x = bytearray(b'x' * (64 << 20)); print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+        assert peak_rss() - before > 64 << 20
+    finally:
+        child.communicate(b"\n")
 
 
 def test_an_engine_that_fails_is_told_of_and_left_out(capsys, source: Source):
