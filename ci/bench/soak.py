@@ -39,8 +39,6 @@ from hotplug.core.text.tokenizer import load_tokenizer
 from hotplug.core.weights.source import resolve
 
 MIB = 2**20
-PATIENCE = 600.0
-"""Seconds that an answer may take on a busy machine."""
 PROBES, PROBE_TOKENS = 3, 48
 
 
@@ -56,10 +54,10 @@ class Outcome:
     output_tokens: int = 0
 
 
-async def send(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
+async def send(client: httpx.AsyncClient, case: Case, patience: float, outcome: Outcome) -> None:
     """Send one request and check what comes."""
     try:
-        async with asyncio.timeout(case.leave_after or PATIENCE):
+        async with asyncio.timeout(case.leave_after or patience):
             if case.stream:
                 await _stream(client, case, outcome)
             else:
@@ -67,7 +65,7 @@ async def send(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
                 _check_whole(case, answer.status_code, answer.json(), outcome)
     except TimeoutError:
         if case.leave_after is None:
-            outcome.faults.append(f"no answer within {PATIENCE:.0f} s: {case.content[:300]}")
+            outcome.faults.append(f"no answer within {patience:.0f} s: {case.content[:300]}")
         else:
             outcome.counts["left"] += 1
     except (httpx.HTTPError, ValueError, KeyError, AssertionError) as e:
@@ -127,17 +125,17 @@ def _check_ends(case: Case, reasons: list[str], usage: dict[str, int], outcome: 
     outcome.counts["answered"] += 1
 
 
-async def load(server: Served, requests: Iterator[Case], concurrency: int, outcome: Outcome) -> None:
-    """Send all requests, `concurrency` at a time, each on a connection of its own when its client goes away."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-    async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE, limits=limits) as client:
+async def load(server: Served, requests: Iterator[Case], args: argparse.Namespace, outcome: Outcome) -> None:
+    """Send all requests, `args.concurrency` at a time."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.concurrency)
+    async with httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits) as client:
 
         async def work() -> None:
             for case in requests:
-                await send(client, case, outcome)
+                await send(client, case, args.patience, outcome)
                 outcome.rss.append(server.rss())
 
-        await asyncio.gather(*(work() for _ in range(concurrency)))
+        await asyncio.gather(*(work() for _ in range(args.concurrency)))
 
 
 def greedy(server: Served, model: str) -> list[str]:
@@ -145,7 +143,7 @@ def greedy(server: Served, model: str) -> list[str]:
     answers = []
     for prompt in PROMPTS[:PROBES]:
         body = {"model": model, "prompt": prompt, "max_tokens": PROBE_TOKENS, "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=600)
         answers.append(answer.raise_for_status().json()["choices"][0]["text"])
     return answers
 
@@ -163,9 +161,9 @@ def soak(args: argparse.Namespace, server: Served, vocab: int) -> tuple[Outcome,
     first, outcome = greedy(server, name), Outcome()
     requests = cases(name, vocab, plan["max_model_len"], args.requests, longest=args.longest, seed=args.seed)
     begin = time.perf_counter()
-    asyncio.run(load(server, itertools.islice(requests, args.settle), args.concurrency, outcome))
+    asyncio.run(load(server, itertools.islice(requests, args.settle), args, outcome))
     settled, before = max(outcome.rss), held(server)
-    asyncio.run(load(server, requests, args.concurrency, outcome))
+    asyncio.run(load(server, requests, args, outcome))
     seconds = time.perf_counter() - begin
     fault = outcome.faults.append
     try:
@@ -205,6 +203,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--longest", type=int, default=2000, help="tokens of the longest prompt")
     parser.add_argument("--concurrency", type=int, default=24, help="requests on the way at once")
+    parser.add_argument("--patience", type=float, default=900, help="seconds that an answer may take on a busy machine")
     parser.add_argument("--settle", type=int, default=100, help="requests until memory must be flat")
     parser.add_argument("--growth", type=int, default=64, help="MiB by which it may grow after that")
     parser.add_argument("--kv-cache-memory", default="192MiB")
@@ -215,7 +214,7 @@ def main() -> None:
     vocab = load_tokenizer(resolve(args.model)).vocab_size
     with tempfile.NamedTemporaryFile("w", prefix="soak-", suffix=".log") as log:
         server = Served(
-            args.model, "--exec", args.exec, "--kv-cache-memory", args.kv_cache_memory, "--scheduling", "priority",
+            args.model, "--exec", args.exec, "--kv-cache-memory", args.kv_cache_memory,
             "--max-num-seqs", args.max_num_seqs, *serve, log=log,
         )  # fmt: skip
         try:
