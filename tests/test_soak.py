@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
-from soak_requests import BAD, cases
+import soak
+from soak_requests import BAD, Case, cases
 
 from hotplug.platforms.cpu import CpuPlatform
 
@@ -25,7 +30,7 @@ def test_sixty_random_requests_leave_nothing_behind(tiny_model: Path, mode: str)
     figures = json.loads(done.stdout)
     assert figures["exec"] == mode
     assert sum(figures["requests"].values()) == 60
-    assert figures["prefix_cache_hits"] > 0
+    assert figures["preemptions"] > 0 and figures["prefix_cache_hits"] > 0
 
 
 def test_requests_are_of_every_kind_and_the_same_for_a_seed() -> None:
@@ -41,3 +46,51 @@ def test_requests_are_of_every_kind_and_the_same_for_a_seed() -> None:
     assert sum(case.stream for case in made) > 150
     assert sum(case.leaves for case in made) > 50
     assert any(case.leave_at is not None for case in made) and any(case.leave_after is not None for case in made)
+
+
+def event(**choice: object) -> str:
+    return "data: " + json.dumps({"choices": [{"index": 0, "finish_reason": None, **choice}]}) + "\n\n"
+
+
+END = event(finish_reason="length")
+USAGE = 'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": %d}}\n\n'
+DONE = "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "fault"),
+    [
+        (200, event() + END + USAGE % 4 + DONE, ""),
+        (200, event() + END + USAGE % 4, "the stream is not whole"),
+        (200, event() + USAGE % 4 + DONE, "choices that ended: []"),
+        (200, event() + END + event() + USAGE % 4 + DONE, "goes on after its end"),
+        (200, event() + event(finish_reason="error") + USAGE % 4 + DONE, "finish reasons ['error']"),
+        (200, event() + 'data: {"error": {"message": "dead"}}\n\n', "an error in the stream"),
+        (200, event() + END + USAGE % 3 + DONE, "3 tokens, not 4 to 4"),
+        (500, "oh", "status 500"),
+    ],
+)
+def test_a_stream_that_is_not_what_was_asked_for_is_a_fault(status: int, text: str, fault: str) -> None:
+    outcome, case = soak.Outcome(), Case("/v1/completions", "{}", stream=True, most=4, least=4)
+
+    async def ask() -> None:
+        answers = httpx.MockTransport(lambda request: httpx.Response(status, text=text))
+        async with httpx.AsyncClient(transport=answers, base_url="http://soak") as client:
+            await soak.send(client, case, outcome)
+
+    asyncio.run(ask())
+    if fault:
+        assert fault in outcome.faults[0]
+    else:
+        assert (outcome.faults, outcome.counts) == ([], {"answered": 1})
+
+
+def test_a_server_that_hangs_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*args: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(soak, "send", never)
+    server = SimpleNamespace(url="http://soak", rss=lambda: 0)
+    args = argparse.Namespace(concurrency=2, patience=0.05)
+    with pytest.raises(TimeoutError, match="no request has ended"):
+        asyncio.run(soak.load(server, iter(["a", "b"]), args, soak.Outcome()))

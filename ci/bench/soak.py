@@ -54,20 +54,17 @@ class Outcome:
     output_tokens: int = 0
 
 
-async def send(client: httpx.AsyncClient, case: Case, patience: float, outcome: Outcome) -> None:
+async def send(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
     """Send one request and check what comes."""
     try:
-        async with asyncio.timeout(case.leave_after or patience):
+        async with asyncio.timeout(case.leave_after):
             if case.stream:
                 await _stream(client, case, outcome)
             else:
                 answer = await _post(client, case)
                 _check_whole(case, answer.status_code, answer.json(), outcome)
     except TimeoutError:
-        if case.leave_after is None:
-            outcome.faults.append(f"no answer within {patience:.0f} s: {case.content[:300]}")
-        else:
-            outcome.counts["left"] += 1
+        outcome.counts["left"] += 1
     except (httpx.HTTPError, ValueError, KeyError, AssertionError) as e:
         outcome.faults.append(f"{type(e).__name__}: {e}: {case.content[:300]}")
 
@@ -126,16 +123,28 @@ def _check_ends(case: Case, reasons: list[str], usage: dict[str, int], outcome: 
 
 
 async def load(server: Served, requests: Iterator[Case], args: argparse.Namespace, outcome: Outcome) -> None:
-    """Send all requests, `args.concurrency` at a time."""
+    """Send all requests, `args.concurrency` at a time. Raises TimeoutError when none ends for too long."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.concurrency)
     async with httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits) as client:
 
         async def work() -> None:
             for case in requests:
-                await send(client, case, args.patience, outcome)
+                await send(client, case, outcome)
                 outcome.rss.append(server.rss())
 
-        await asyncio.gather(*(work() for _ in range(args.concurrency)))
+        workers = [asyncio.create_task(work()) for _ in range(args.concurrency)]
+        try:
+            while pending := [worker for worker in workers if not worker.done()]:
+                ended = len(outcome.rss)
+                await asyncio.wait(pending, timeout=args.patience)
+                if len(outcome.rss) == ended and not all(worker.done() for worker in pending):
+                    raise TimeoutError(f"no request has ended for {args.patience:.0f} s")
+            for worker in workers:
+                worker.result()  # raises what it has met
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
 
 def greedy(server: Served, model: str) -> list[str]:
@@ -203,7 +212,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--longest", type=int, default=2000, help="tokens of the longest prompt")
     parser.add_argument("--concurrency", type=int, default=24, help="requests on the way at once")
-    parser.add_argument("--patience", type=float, default=900, help="seconds that an answer may take on a busy machine")
+    parser.add_argument("--patience", type=float, default=300, help="seconds in which one request at least ends")
     parser.add_argument("--settle", type=int, default=100, help="requests until memory must be flat")
     parser.add_argument("--growth", type=int, default=64, help="MiB by which it may grow after that")
     parser.add_argument("--kv-cache-memory", default="192MiB")
@@ -215,12 +224,12 @@ def main() -> None:
     with tempfile.NamedTemporaryFile("w", prefix="soak-", suffix=".log") as log:
         server = Served(
             args.model, "--exec", args.exec, "--kv-cache-memory", args.kv_cache_memory,
-            "--max-num-seqs", args.max_num_seqs, *serve, log=log,
+            "--scheduling", "priority", "--max-num-seqs", args.max_num_seqs, *serve, log=log,
         )  # fmt: skip
         try:
             outcome, figures = soak(args, server, vocab)
-        except (httpx.HTTPError, psutil.Error) as e:
-            raise SystemExit(f"the server is gone: {e}\n{Path(log.name).read_text()[-3000:]}") from e
+        except (httpx.HTTPError, psutil.Error, TimeoutError) as e:
+            raise SystemExit(f"the server is gone or hangs: {e}\n{Path(log.name).read_text()[-3000:]}") from e
         finally:
             code = server.stop()
         if code:
