@@ -94,3 +94,8 @@ def test_a_server_that_hangs_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None
     args = argparse.Namespace(concurrency=2, patience=0.05)
     with pytest.raises(TimeoutError, match="no request has ended"):
         asyncio.run(soak.load(server, iter(["a", "b"]), args, soak.Outcome()))
+
+
+def test_memory_that_comes_and_goes_is_no_drift_and_what_stays_is() -> None:
+    assert soak.drift([100, 900, *[100] * 8, 950, 100]) == 0
+    assert soak.drift([100 + 10 * i for i in range(8)]) == 60
