@@ -70,7 +70,7 @@ def _chosen(scenarios: Sequence[_Scenario], target: Target, mode: ExecMode) -> S
     """All of them, or in a quick run of a further mode those that differ most in what a step holds."""
     if not target.options.quick or mode is modes(target)[0]:
         return scenarios
-    return [s for s in scenarios if s.words in ("together", "after a prefix hit", "sharing a prefix", "preempted")]
+    return [s for s in scenarios if s.words in ("together", "sharing a prefix", "preempted")]
 
 
 def _run(target: Target, report: Report, scenario: _Scenario, mode: ExecMode, expected: Mapping[str, Output]) -> None:
