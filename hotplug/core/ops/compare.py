@@ -97,7 +97,7 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 def dtypes_through(spec: SiteSpec) -> tuple[str, ...]:
     """The dtypes that values of a call site go through, beside the tensors' own: `through` of `compare`."""
-    rounded = "int8" if spec.op in ("linear_stored", "logits_stored") else ""
+    rounded = "int8" if spec.op in ("linear_stored", "linear_stored_silu_mul", "logits_stored") else ""
     return (spec.dtype, str(spec.facts.get("kv_dtype", "")), rounded)
 
 

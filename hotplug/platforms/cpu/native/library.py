@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hotplug.vendor import PlatformError
 
-VERSION = 2
+VERSION = 3
 """`HP_VERSION` of the header that this package is written against."""
 PATH = Path(__file__).parent / "libhotplug_cpu.so"
 
@@ -34,9 +34,11 @@ _SIGNATURES = {
     "hp_linear": ((c_int, c_void_p, *_PRODUCT), c_int),
     "hp_linear_silu_mul": ((c_int, c_void_p, *_PRODUCT), c_int),
     "hp_linear_f32": ((c_void_p, c_int64, *_PRODUCT), c_int),
-    "hp_attention": ((c_char_p,), c_int),
-    "hp_rope_kv_write": ((c_char_p,), c_int),
-}
+} | dict.fromkeys(
+    ("hp_attention", "hp_rope_kv_write", "hp_rms_norm", "hp_silu_mul", "hp_embed", "hp_prepare_step", "hp_argmax",
+     "hp_sample"),
+    ((c_char_p,), c_int),
+)  # fmt: skip
 _STATUS = {1: "it refuses the arguments", 2: "out of memory"}
 
 

@@ -21,6 +21,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "rows.h"
+
 namespace hotplug {
 
 constexpr int kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8;  // GGUF's numbers
@@ -75,6 +77,8 @@ struct Kernels {
 
     // What the unsigned bytes that q8_0 multiplies with exceed the weights by, if it does not take signed ones.
     int32_t q8_0_zero_point;
+
+    const RowKernels* rows;
 
     TileFn* tile(int kind) const { return kind == kQ4_0 ? q4_0 : kind == kQ4_1 ? q4_1 : q8_0; }
     int32_t zero_point(int kind) const { return kind == kQ4_0 ? 8 : kind == kQ4_1 ? 0 : q8_0_zero_point; }

@@ -279,6 +279,7 @@ void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, in
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0};
+const Kernels kAvx2 = {"avx2", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0,
+                       &kRowsAvx2};
 
 }  // namespace hotplug

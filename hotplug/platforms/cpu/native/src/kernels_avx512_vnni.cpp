@@ -92,6 +92,7 @@ void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t coun
 }  // namespace
 
 // The rest is AVX2's: memory and division bound it.
-const Kernels kAvx512Vnni = {"avx512_vnni", nullptr, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, nullptr, nullptr, 128};
+const Kernels kAvx512Vnni = {"avx512_vnni", nullptr, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, nullptr, nullptr, 128,
+                             &kRowsAvx512};
 
 }  // namespace hotplug

@@ -19,6 +19,8 @@
 #include "pack.h"
 #include "pool.h"
 #include "rope.h"
+#include "sampling.h"
+#include "step.h"
 
 namespace hotplug {
 namespace {
@@ -70,6 +72,9 @@ private:
     std::unique_ptr<uint8_t, Free> data_;
     size_t size_ = 0;
 };
+
+// `Allocate` of a Buffer.
+void* grow(void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); }
 
 // All state of the library. Calls hold the mutex, so that they share threads and workspace one after the other. Never
 // destroyed: threads may still look at it while the process ends.
@@ -306,12 +311,43 @@ int hp_attention(const hp_attention_call* call) {
     }
 #endif
     if (kernels == nullptr) return HP_BAD_ARGUMENT;
-    const Allocate allocate = [](void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); };
-    return attention(*call, *kernels, s.threads(), allocate, &s.workspace);
+    return attention(*call, *kernels, s.threads(), grow, &s.workspace);
 }
 
 int hp_rope_kv_write(const hp_rope_kv_write_call* call) {
     State& s = state();
     const std::lock_guard lock(s.mutex);
-    return rope_kv_write(*call, s.threads());
+    return rope_kv_write(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_rms_norm(const hp_rms_norm_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return rms_norm(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_silu_mul(const hp_silu_mul_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return silu_mul(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_embed(const hp_embed_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return embed(*call, s.threads());
+}
+
+int hp_prepare_step(const hp_prepare_step_call* call) { return prepare_step(*call); }
+
+int hp_argmax(const hp_argmax_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return argmax(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_sample(const hp_sample_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return sample(*call, *s.kernels.rows, s.threads(), grow, &s.workspace);
 }

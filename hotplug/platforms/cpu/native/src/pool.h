@@ -33,10 +33,23 @@ public:
         }
     }
 
+    // f(begin, end) for parts of 0 <= row < rows of `cost` elements of light work each: what one thread does in the time
+    // that it takes to wake another stays in one part.
+    template <class F>
+    void run_rows(int64_t rows, int64_t cost, const F& f) {
+        const int64_t each = kWorthWaking / (cost < 1 ? 1 : cost) + 1;
+        run((rows + each - 1) / each, [&](int64_t item) {
+            const int64_t begin = item * each;
+            f(begin, begin + each < rows ? begin + each : rows);
+        });
+    }
+
     // How many threads a new pool has unless told otherwise: the physical cores the process may run on.
     static int cores();
 
 private:
+    static constexpr int64_t kWorthWaking = 16384;
+
     using Function = void (*)(const void* context, int64_t item);
 
     void share(Function function, const void* context, int64_t items);
