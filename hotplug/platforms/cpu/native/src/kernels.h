@@ -44,6 +44,22 @@ static inline void prefetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
 }
 
+// The tile after the one at hand, asked for while that one is multiplied with all rows but the first.
+struct Next {
+    const uint8_t *at, *end;
+    int64_t bytes;  // at a time
+
+    // `tile` is the one at hand; there are `times` to ask.
+    Next(const uint8_t* tile, int64_t tile_bytes, int64_t times)
+        : at(tile + tile_bytes), end(at + tile_bytes), bytes(times > 0 ? (tile_bytes / 64 / times + 1) * 64 : 0) {}
+
+    void ask() {
+        if (at >= end) return;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+        at += bytes;
+    }
+};
+
 // Activations as the kernels read them: int8 by group of a row, x = scale q.
 struct Activations {
     const int8_t* q;        // [n][32 groups], -127..127

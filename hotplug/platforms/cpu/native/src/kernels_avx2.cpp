@@ -143,10 +143,10 @@ inline void group(const uint8_t* group, int half, const Activations& x, int64_t 
     }
 }
 
-// `fresh` says that the tile is not in the cache yet.
+// `fresh` says that the tile may not be in the cache yet.
 template <int KIND, int ROWS>
-inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t row, const float* bias, float* out,
-                 int64_t out_stride) {
+inline void rows(const uint8_t* tile, bool fresh, Next& next, const Activations& x, int64_t row, const float* bias,
+                 float* out, int64_t out_stride) {
     // One row reads the weights from memory: both halves at once, so that they are read in order. More would not find
     // registers enough that way, and find the tile in the cache anyway.
     constexpr int kTogether = ROWS == 1 ? 2 : 1;
@@ -156,7 +156,11 @@ inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t 
             for (int r = 0; r < ROWS; ++r) total[h][r] = _mm256_loadu_ps(bias + 8 * (first + h));
         }
         for (int64_t g = 0; g < x.groups; ++g) {
-            if (fresh && first == 0) prefetch(tile + g * group_bytes(KIND), group_bytes(KIND));
+            if (fresh && first == 0) {
+                prefetch(tile + g * group_bytes(KIND), group_bytes(KIND));
+            } else {
+                next.ask();
+            }
             for (int h = 0; h < kTogether; ++h) {
                 group<KIND, ROWS>(tile + g * group_bytes(KIND), first + h, x, row, g, total[h]);
             }
@@ -170,14 +174,17 @@ inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t 
 template <int KIND>
 void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t count, const float* bias, float* out,
           int64_t out_stride) {
+    // Four rows go over the tile twice, once for each half.
+    Next next(tile, x.groups * group_bytes(KIND), ((count + 3) / 4 * 2 - 1) * x.groups);
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
-        rows<KIND, 4>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+        rows<KIND, 4>(tile, i == 0, next, x, first + i, bias, out + i * out_stride, out_stride);
     }
+    float* rest = out + i * out_stride;
     switch (count - i) {
-        case 1: rows<KIND, 1>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
-        case 2: rows<KIND, 2>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
-        case 3: rows<KIND, 3>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
+        case 1: rows<KIND, 1>(tile, i == 0, next, x, first + i, bias, rest, out_stride); break;
+        case 2: rows<KIND, 2>(tile, i == 0, next, x, first + i, bias, rest, out_stride); break;
+        case 3: rows<KIND, 3>(tile, i == 0, next, x, first + i, bias, rest, out_stride); break;
         default: break;
     }
 }

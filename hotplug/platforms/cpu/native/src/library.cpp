@@ -117,20 +117,15 @@ constexpr int64_t kCachedActivations = 1 << 17;  // bytes of activations that an
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a product is divided: items of some activation rows times some tiles.
+// How a product is divided: items of some activation rows times a tile, tile by tile.
 struct Grid {
-    int64_t n, tiles, rows_each, tiles_each;
+    int64_t n, tiles, rows_each;
 
-    Grid(int64_t n, int64_t tiles, int64_t cols, int threads) : n(n), tiles(tiles) {
-        rows_each = std::clamp(kCachedActivations / cols / 8 * 8, int64_t{16}, kMaxRows);
-        rows_each = std::min(rows_each, n);
-        const int64_t blocks = divide_up(n, rows_each);
-        const int64_t wanted = std::max<int64_t>(1, divide_up(4 * threads, blocks));  // items of a block of rows
-        tiles_each = divide_up(tiles, std::min(wanted, tiles));
+    Grid(int64_t n, int64_t tiles, int64_t cols) : n(n), tiles(tiles) {
+        rows_each = std::min(n, std::clamp(kCachedActivations / cols / 8 * 8, int64_t{16}, kMaxRows));
     }
 
-    int64_t across() const { return divide_up(tiles, tiles_each); }
-    int64_t items() const { return divide_up(n, rows_each) * across(); }
+    int64_t items() const { return divide_up(n, rows_each) * tiles; }
 };
 
 // Activations in the workspace, quantized by all threads if there are many.
@@ -164,39 +159,33 @@ void tile_bias(const float* bias, int64_t first, int64_t rows, float* out) {
 
 void linear_item(const State& s, int kind, const Grid& grid, int64_t item, const uint8_t* packed, int64_t rows,
                  const Activations& x, const float* bias, float* out, int64_t out_stride) {
-    const int64_t begin = item / grid.across() * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
-    const int64_t first = item % grid.across() * grid.tiles_each, last = std::min(first + grid.tiles_each, grid.tiles);
-    const int64_t tile_bytes = x.groups * group_bytes(kind);
+    const int64_t begin = item / grid.tiles * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
+    const int64_t t = item % grid.tiles, tile_bytes = x.groups * group_bytes(kind);
     alignas(64) float offsets[kTile];
-    for (int64_t t = first; t < last; ++t) {
-        tile_bias(bias, t * kTile, rows, offsets);
-        float* target = out + begin * out_stride + t * kTile;
-        if ((t + 1) * kTile <= rows) {
-            s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, target, out_stride);
-            continue;
-        }
-        alignas(64) float padded[kMaxRows * kTile];
-        s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, padded, kTile);
-        for (int64_t i = 0; i < count; ++i) {
-            std::memcpy(target + i * out_stride, padded + i * kTile, static_cast<size_t>(rows - t * kTile) * 4);
-        }
+    tile_bias(bias, t * kTile, rows, offsets);
+    float* target = out + begin * out_stride + t * kTile;
+    if ((t + 1) * kTile <= rows) {
+        s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, target, out_stride);
+        return;
+    }
+    alignas(64) float padded[kMaxRows * kTile];
+    s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, padded, kTile);
+    for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(target + i * out_stride, padded + i * kTile, static_cast<size_t>(rows - t * kTile) * 4);
     }
 }
 
 void gated_item(const State& s, int kind, const Grid& grid, int64_t item, const uint8_t* packed, int64_t width,
                 const Activations& x, const float* bias, float* out, int64_t out_stride) {
-    const int64_t begin = item / grid.across() * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
-    const int64_t first = item % grid.across() * grid.tiles_each, last = std::min(first + grid.tiles_each, grid.tiles);
-    const int64_t tile_bytes = x.groups * group_bytes(kind);
+    const int64_t begin = item / grid.tiles * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
+    const int64_t t = item % grid.tiles, tile_bytes = x.groups * group_bytes(kind);
     alignas(64) float offsets[kTile], gate[kMaxRows * kTile], up[kMaxRows * kTile];
-    for (int64_t t = first; t < last; ++t) {
-        tile_bias(bias, t * kTile, 2 * width, offsets);
-        s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, gate, kTile);
-        tile_bias(bias, width + t * kTile, 2 * width, offsets);
-        s.kernels.tile(kind)(packed + (grid.tiles + t) * tile_bytes, x, begin, count, offsets, up, kTile);
-        for (int64_t i = 0; i < count; ++i) {
-            s.kernels.silu_mul(gate + i * kTile, up + i * kTile, out + (begin + i) * out_stride + t * kTile);
-        }
+    tile_bias(bias, t * kTile, 2 * width, offsets);
+    s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, gate, kTile);
+    tile_bias(bias, width + t * kTile, 2 * width, offsets);
+    s.kernels.tile(kind)(packed + (grid.tiles + t) * tile_bytes, x, begin, count, offsets, up, kTile);
+    for (int64_t i = 0; i < count; ++i) {
+        s.kernels.silu_mul(gate + i * kTile, up + i * kTile, out + (begin + i) * out_stride + t * kTile);
     }
 }
 
@@ -264,7 +253,7 @@ int hp_linear(int kind, const uint8_t* packed, int64_t rows, int64_t cols, const
     const std::lock_guard lock(s.mutex);
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
-    const Grid grid(n, divide_up(rows, kTile), cols, s.threads().threads());
+    const Grid grid(n, divide_up(rows, kTile), cols);
     s.threads().run(grid.items(), [&](int64_t item) {
         linear_item(s, kind, grid, item, packed, rows, a, bias, out, out_stride);
     });
@@ -279,7 +268,7 @@ int hp_linear_silu_mul(int kind, const uint8_t* packed, int64_t width, int64_t c
     const std::lock_guard lock(s.mutex);
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
-    const Grid grid(n, width / kTile, cols, s.threads().threads());
+    const Grid grid(n, width / kTile, cols);
     s.threads().run(grid.items(), [&](int64_t item) {
         gated_item(s, kind, grid, item, packed, width, a, bias, out, out_stride);
     });
@@ -292,7 +281,7 @@ int hp_linear_f32(const float* w, int64_t w_stride, int64_t rows, int64_t cols, 
     if (n == 0) return HP_OK;
     State& s = state();
     const std::lock_guard lock(s.mutex);
-    const int64_t each = std::max<int64_t>(4, divide_up(divide_up(rows, 4 * s.threads().threads()), 4) * 4);
+    const int64_t each = 16;  // outputs of an item
     s.threads().run(divide_up(rows, each), [&](int64_t item) {
         s.kernels.linear_f32(w, w_stride, item * each, std::min(rows, (item + 1) * each), cols, x, n, x_stride, bias,
                              out, out_stride);

@@ -13,7 +13,8 @@ namespace hotplug {
 // Runs the items of one call after the other; the caller must not enter `run` twice at once.
 //
 // Threads that wait for work spin for a bounded time, because the next product of a step follows within microseconds,
-// and sleep then. Whoever is awake takes items; a call ends when its items have, whether sleepers woke up or not.
+// and sleep then. Whoever is awake takes items, many while there are many left and one at the end, so that all end
+// together though items be small; a call ends when its items have, whether sleepers woke up or not.
 class Pool {
 public:
     // `count` threads with the caller, at least one; no more than the cores found.
@@ -29,7 +30,10 @@ public:
         if (items == 1 || workers_.empty()) {
             for (int64_t i = 0; i < items; ++i) f(i);
         } else {
-            share([](const void* context, int64_t item) { (*static_cast<const F*>(context))(item); }, &f, items);
+            const auto call = [](const void* context, int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
+            };
+            share(call, &f, items);
         }
     }
 
@@ -50,21 +54,24 @@ public:
 private:
     static constexpr int64_t kWorthWaking = 16384;
 
-    using Function = void (*)(const void* context, int64_t item);
+    using Function = void (*)(const void* context, int64_t begin, int64_t end);
 
     void share(Function function, const void* context, int64_t items);
-    bool take_one();
+    bool take_some();
     void work();
 
     // The call at hand. `left_` holds its number in the upper half and the items nobody has taken yet in the lower; a
-    // thread that takes one proves by the exchange that the call it read the fields of is still this one.
-    std::atomic<uint64_t> left_{0};
+    // thread that takes some proves by the exchange that the call it read the fields of is still this one.
+    alignas(64) std::atomic<uint64_t> left_{0};
     std::atomic<Function> function_{nullptr};
     std::atomic<const void*> context_{nullptr};
     std::atomic<int64_t> items_{0};
-    std::atomic<int64_t> done_{0};
+    int64_t share_ = 1;  // of what is left, of which a thread takes one
 
-    std::atomic<bool> stop_{false};
+    // Apart from what the others look at, because the caller waits for it.
+    alignas(64) std::atomic<int64_t> done_{0};
+
+    alignas(64) std::atomic<bool> stop_{false};
     std::atomic<int> sleepers_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
