@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from hotplug.platforms.cpu.native.library import checked, load, refusal
+from hotplug.platforms.cpu.native.library import call, refusal
 from hotplug.vendor import Impl, SiteSpec, Verdict
 
 _silu_mul_call = struct.Struct("@2P3q").pack
@@ -21,9 +21,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, width))
-    call = _silu_mul_call(gate_up.data_ptr(), out.data_ptr(), tokens, width, gate_up.stride(0))
-    if status := load().c.hp_silu_mul(call):
-        checked(status, "hp_silu_mul")
+    call("hp_silu_mul", _silu_mul_call(gate_up.data_ptr(), out.data_ptr(), tokens, width, gate_up.stride(0)))
     return out
 
 
@@ -41,12 +39,10 @@ def rows_of_table(token_ids: Tensor, table: Tensor, hidden: int, kind: int) -> T
         raise ValueError("tokens must be int64, the CPU platform's index dtype")
     token_ids = token_ids.contiguous()
     out = torch.empty((len(token_ids), hidden))
-    call = _embed_call(
+    call("hp_embed", _embed_call(
         token_ids.data_ptr(), table.data_ptr(), out.data_ptr(), len(token_ids), table.shape[0], hidden,
         table.stride(0) * table.element_size(), kind,
-    )  # fmt: skip
-    if status := load().c.hp_embed(call):
-        checked(status, "hp_embed")
+    ))  # fmt: skip
     return out
 
 

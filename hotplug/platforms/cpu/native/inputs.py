@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from hotplug.platforms.cpu.native.library import checked, load, refusal
+from hotplug.platforms.cpu.native.library import call, refusal
 from hotplug.vendor import Impl, SiteSpec, Verdict
 
 _call = struct.Struct("@11P7q").pack
@@ -39,12 +39,10 @@ def prepare_step(
     lens = torch.empty(requests, dtype=torch.int64)
     table = torch.empty((requests, num_blocks), dtype=torch.int64)
     out_tokens, positions, slots = out.unbind()
-    call = _call(
+    call("hp_prepare_step", _call(
         *(x.data_ptr() for x in (*given, block_tables, out_tokens, positions, slots, lens, table)),
         tokens, requests, min(batch, len(last_tokens)), max_blocks, block_tables.stride(0), block_size, num_blocks,
-    )  # fmt: skip
-    if status := load().c.hp_prepare_step(call):
-        checked(status, "hp_prepare_step")
+    ))  # fmt: skip
     return out_tokens, positions, slots, lens, table
 
 

@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from hotplug.platforms.cpu.native.library import checked, load, refusal
+from hotplug.platforms.cpu.native.library import call, refusal
 from hotplug.vendor import Impl, SiteSpec, Verdict
 
 _call = struct.Struct("@5P4qd").pack
@@ -32,13 +32,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor | None, out: Tensor, eps: float) -> None:
-    call = _call(
+    call("hp_rms_norm", _call(
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(),
         0 if total is None else total.data_ptr(), out.data_ptr(),
         *x.shape, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-    )  # fmt: skip
-    if status := load().c.hp_rms_norm(call):
-        checked(status, "hp_rms_norm")
+    ))  # fmt: skip
 
 
 def _check(spec: SiteSpec) -> Verdict:

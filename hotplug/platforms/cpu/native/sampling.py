@@ -13,7 +13,7 @@ import struct
 import torch
 from torch import Tensor
 
-from hotplug.platforms.cpu.native.library import checked, load, refusal
+from hotplug.platforms.cpu.native.library import call, refusal
 from hotplug.vendor import Impl, SiteSpec, Verdict
 
 _argmax_call = struct.Struct("@2P3q").pack
@@ -27,8 +27,7 @@ def argmax(logits: Tensor) -> Tensor:
     logits = _side_by_side(logits)
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.int64)
-    if status := load().c.hp_argmax(_argmax_call(logits.data_ptr(), out.data_ptr(), rows, vocab, logits.stride(0))):
-        checked(status, "hp_argmax")
+    call("hp_argmax", _argmax_call(logits.data_ptr(), out.data_ptr(), rows, vocab, logits.stride(0)))
     return out
 
 
@@ -65,12 +64,10 @@ def _drawn(
         None if x is None else x if x.is_contiguous() else x.contiguous()
         for x in (rows, temperature, top_k, top_p, min_p, seeds, counters)
     ]
-    call = _sample_call(
+    call("hp_sample", _sample_call(
         logits.data_ptr(), *(0 if x is None else x.data_ptr() for x in given), out.data_ptr(),
         count, vocab, logits.stride(0), len(temperature),
-    )  # fmt: skip
-    if status := load().c.hp_sample(call):
-        checked(status, "hp_sample")
+    ))  # fmt: skip
     return out
 
 
