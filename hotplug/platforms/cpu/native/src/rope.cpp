@@ -8,7 +8,6 @@ namespace hotplug {
 namespace {
 
 constexpr int64_t kLargestHead = 1024;
-constexpr int64_t kTokens = 16;  // of an item; fewer are not worth waking a thread for
 
 // `to` = `from` [dim] with its first 2 * half values rotated.
 void rotate(const float* from, const float* cos, const float* sin, int64_t half, int64_t dim, float* __restrict to) {
@@ -67,10 +66,8 @@ int rope_kv_write(const hp_rope_kv_write_call& c, const RowKernels& kernels, Poo
         if (c.slots[t] < 0 || c.slots[t] >= c.num_blocks * c.block_size) return HP_BAD_ARGUMENT;
     }
     // Padding of a step of static shape shares a slot, of the null block, which nobody reads: order does not matter.
-    pool.run((c.tokens + kTokens - 1) / kTokens, [&](int64_t item) {
-        for (int64_t t = item * kTokens; t < std::min(c.tokens, (item + 1) * kTokens); ++t) {
-            token(c, kernels, t);
-        }
+    pool.run_rows(c.tokens, 4 * (c.heads + 2 * c.kv_heads) * c.dim, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) token(c, kernels, t);
     });
     return HP_OK;
 }

@@ -7,6 +7,14 @@
 
 namespace hotplug {
 
+// Two bytes each, which vectors are loaded from.
+struct Float16 {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
 constexpr int64_t kTopOf = 16;     // values that share an entry of `tops`
 constexpr int64_t kShares = 256;   // values that share an entry of `sums`
 
