@@ -35,13 +35,17 @@ constexpr int64_t quants_offset(int kind) { return kind == kQ4_1 ? 2 * kScaleByt
 
 constexpr int64_t group_bytes(int kind) { return quants_offset(kind) + kTile * (kind == kQ8_0 ? kGroup : kGroup / 2); }
 
-// Asks memory for the `bytes` that lie kAhead after `p`: without it a core reads weights at half the speed, because the
-// processor's own prefetcher starts anew at each page. What lies beyond the end is asked for in vain.
-constexpr int64_t kAhead = 2048;
+// Asks for `bytes` that lie after `p`: far ahead for the second level of the cache, nearer for the first. Without it a
+// core reads weights slower, because the processor's own prefetcher starts anew at each page, and with the first level
+// alone there is not room enough to remember all that has been asked for. What lies beyond the end is asked for in vain.
+constexpr int64_t kFarAhead = 3072, kAhead = 1024;
 
 static inline void prefetch(const void* p, int64_t bytes) {
-    const uintptr_t from = reinterpret_cast<uintptr_t>(p) + kAhead;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+    const uintptr_t from = reinterpret_cast<uintptr_t>(p);
+    for (int64_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(from + kFarAhead + i), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const void*>(from + kAhead + i));
+    }
 }
 
 // The tile after the one at hand, asked for while that one is multiplied with all rows but the first.
