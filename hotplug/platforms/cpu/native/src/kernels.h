@@ -59,7 +59,7 @@ struct Next {
 
     void ask() {
         if (at >= end) return;
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
         at += bytes;
     }
 };
