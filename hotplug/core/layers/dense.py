@@ -87,6 +87,41 @@ class QuantizedLinear(nn.Module):
         return [QuantizedRows(scheme, part, self._in_features, self._dtype) for part in parts]
 
 
+class StoredLinearSiluMul(nn.Module):
+    """`LinearSiluMul` with its weight in groups as the checkpoint stores them."""
+
+    def __init__(
+        self, ctx: BuildContext, scheme: StoredScheme, site: str, in_features: int, width: int, *, bias: bool
+    ) -> None:
+        super().__init__()
+        self._scheme, self._in_features = scheme, in_features
+        self.weight = scheme.parameter(2 * width, in_features, ctx.device)
+        self.bias = ctx.weight(2 * width) if bias else None
+        self.op = ctx.bind(
+            "linear_stored_silu_mul", site, in_features=in_features, width=width, bias=bias, scheme=scheme.name
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.bias)
+
+    def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
+        """Places for the groups of the checkpoint matrices that are stacked here, `sizes` rows each."""
+        return [StoredRows(self._scheme, [part], self._in_features) for part in torch.split(self.weight, list(sizes))]
+
+
+GateUp = LinearSiluMul | StoredLinearSiluMul
+"""Gate and up projection with the gating in one op."""
+
+
+def make_gate_up(ctx: BuildContext, site: str, in_features: int, width: int, *, bias: bool) -> GateUp | None:
+    """SwiGLU's gate and up projection as the context has it stored; None where its scheme has no op for both."""
+    if ctx.scheme is None:
+        return LinearSiluMul(ctx, site, in_features, width, bias=bias)
+    if isinstance(ctx.scheme, StoredScheme):
+        return StoredLinearSiluMul(ctx, ctx.scheme, site, in_features, width, bias=bias)
+    return None
+
+
 def make_linear(
     ctx: BuildContext, site: str, in_features: int, out_features: int, *, bias: bool
 ) -> Linear | QuantizedLinear:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hotplug.core.layers.context import BuildContext
-from hotplug.core.layers.dense import Linear, LinearSiluMul, QuantizedLinear, make_linear
+from hotplug.core.layers.dense import GateUp, Linear, QuantizedLinear, make_gate_up, make_linear
 from hotplug.core.weights.config import ModelConfig
 
 
@@ -16,11 +16,14 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.hidden_size = hidden = config.hidden_size
         self.width = width = config.intermediate_size
-        self.gate_up: Linear | LinearSiluMul | QuantizedLinear
         self.down = make_linear(ctx, f"{site}.down", width, hidden, bias=config.mlp_bias)
-        if ctx.scheme is None and config.activation == "silu":
-            self.gate_up = LinearSiluMul(ctx, f"{site}.gate_up", hidden, width, bias=config.mlp_bias)
-            self.gate = None
+        gated = None
+        if config.activation == "silu":
+            gated = make_gate_up(ctx, f"{site}.gate_up", hidden, width, bias=config.mlp_bias)
+        self.gate_up: Linear | QuantizedLinear | GateUp
+        self.gate = None
+        if gated is not None:
+            self.gate_up = gated
         else:
             self.gate_up = make_linear(ctx, f"{site}.gate_up", hidden, 2 * width, bias=config.mlp_bias)
             self.gate = ctx.bind(f"{config.activation}_mul", f"{site}.act", width=width)

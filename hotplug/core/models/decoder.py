@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hotplug.core.layers.attention import Attention, KVBlocks
 from hotplug.core.layers.context import BuildContext
-from hotplug.core.layers.dense import AddRMSNorm, Linear, LinearSiluMul, QuantizedLinear, RMSNorm
+from hotplug.core.layers.dense import AddRMSNorm, GateUp, Linear, QuantizedLinear, RMSNorm
 from hotplug.core.layers.destination import Destination
 from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.moe import SparseMLP, unstacked
@@ -135,7 +135,7 @@ def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str,
 
 
 def _stacked(
-    prefix: str, names: Sequence[str], linear: Linear | LinearSiluMul | QuantizedLinear, sizes: list[int]
+    prefix: str, names: Sequence[str], linear: Linear | QuantizedLinear | GateUp, sizes: list[int]
 ) -> Iterator[tuple[str, Destination]]:
     """The parts of a linear layer that stacks several checkpoint matrices along its outputs."""
     for name, weight in zip(names, linear.rows(sizes), strict=True):

@@ -25,13 +25,15 @@ TOLERANCES = {
     "float8_e4m3fn": 0.25,
     "fp8_e4m3": 0.25,
     "int8": 4e-2,
+    "int8_gated": 8e-2,
 }
 """How far a result may be off, as a share of the element's own size plus the root mean square of its row.
 
 A product's error grows with its row, not with the element, so the row counts: an element near zero among large
 ones may be off by more than its own size. About a thousand units in the last place for float32, where kernels
 differ in the order of long sums; five to ten for the narrow dtypes, where they differ in what is rounded when.
-Integers and booleans must be equal. "int8" is for products whose kernels round to eight bits what they multiply with.
+Integers and booleans must be equal. "int8" is for products whose kernels round to eight bits what they multiply with,
+and "int8_gated" for one such result times another, where the error of each counts as often as the other is large.
 """
 
 
@@ -95,10 +97,13 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from leaves(f"{name}.{field.name}", getattr(value, field.name))
 
 
+_ROUNDED = {"linear_stored": "int8", "logits_stored": "int8", "linear_stored_silu_mul": "int8_gated"}
+"""Ops whose kernels may round what they multiply with."""
+
+
 def dtypes_through(spec: SiteSpec) -> tuple[str, ...]:
     """The dtypes that values of a call site go through, beside the tensors' own: `through` of `compare`."""
-    rounded = "int8" if spec.op in ("linear_stored", "logits_stored") else ""
-    return (spec.dtype, str(spec.facts.get("kv_dtype", "")), rounded)
+    return (spec.dtype, str(spec.facts.get("kv_dtype", "")), _ROUNDED.get(spec.op, ""))
 
 
 def describe(value: Any) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotplug.core.ops.registry import Op
+from hotplug.core.ops.dense import silu_mul
+from hotplug.core.ops.registry import Bind, Fn, Op, SiteSpec
 
 GROUP = 32
 """Weights of a group."""
@@ -60,6 +61,23 @@ def linear_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, dequantize(data, scheme_of(data, x.shape[1])).to(x.dtype), bias)
 
 
+def linear_stored_silu_mul(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_stored` to 2n outputs, then `silu_mul`: [num_tokens, in] to [num_tokens, n]. Gate rows come first."""
+    return silu_mul(linear_stored(x, data, bias))
+
+
+def lower_linear_stored_silu_mul(bind: Bind, spec: SiteSpec) -> Fn:
+    width = spec["width"]
+    project = bind("linear_stored", "linear", in_features=spec["in_features"], out_features=2 * width,
+                   bias=spec["bias"], scheme=spec["scheme"])  # fmt: skip
+    gate = bind("silu_mul", "act", width=width)
+
+    def composed(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+        return gate(project(x, data, bias))
+
+    return composed
+
+
 def logits_stored(hidden: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     """`logits` with its weight in groups: float32 [num_rows, vocab]. Kernels may round as those of `linear_stored`."""
     return linear_stored(hidden, data, bias).to(torch.float32)
@@ -69,5 +87,11 @@ LINEAR = Op("linear_stored", linear_stored, facts=("in_features", "out_features"
 OPS = (
     Op("embed_stored", embed_stored, facts=("vocab", "hidden", "scheme")),
     LINEAR,
+    Op(
+        "linear_stored_silu_mul",
+        linear_stored_silu_mul,
+        facts=("in_features", "width", "bias", "scheme"),
+        lower=lower_linear_stored_silu_mul,
+    ),
     Op("logits_stored", logits_stored, facts=("hidden", "vocab", "bias", "scheme")),
 )

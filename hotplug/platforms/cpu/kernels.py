@@ -11,9 +11,13 @@ from torch import Tensor
 
 from hotplug.platforms.cpu.capture import opaque
 from hotplug.platforms.cpu.native.attention import KERNELS as ATTENTION_KERNELS
+from hotplug.platforms.cpu.native.dense import KERNELS as DENSE_KERNELS
+from hotplug.platforms.cpu.native.inputs import KERNELS as INPUTS_KERNELS
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.platforms.cpu.native.linear import linear_float32
+from hotplug.platforms.cpu.native.norm import KERNELS as NORM_KERNELS
 from hotplug.platforms.cpu.native.rope import KERNELS as ROPE_KERNELS
+from hotplug.platforms.cpu.native.sampling import KERNELS as SAMPLING_KERNELS
 from hotplug.platforms.cpu.native.stored import KERNELS as STORED_KERNELS
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict, gather_kv
 
@@ -215,6 +219,10 @@ KERNELS = (
     Impl("linear", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
     Impl("logits", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
     *ATTENTION_KERNELS,
+    *DENSE_KERNELS,
+    *INPUTS_KERNELS,
+    *NORM_KERNELS,
     *ROPE_KERNELS,
+    *SAMPLING_KERNELS,
     *STORED_KERNELS,
 )

@@ -75,6 +75,9 @@ class Builder:
         bias = self._normal(out) if facts["bias"] else None
         return Call((self._normal(_tokens(lens), wide, view=view), self._groups(out, wide, facts["scheme"]), bias))
 
+    def _linear_stored_silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return self._linear_stored({**facts, "out_features": 2 * facts["width"]}, lens, view)
+
     def _logits_stored(self, facts: Any, lens: Lens, view: bool) -> Call:
         return self._linear_stored(
             {**facts, "in_features": facts["hidden"], "out_features": facts["vocab"]}, lens, view

@@ -36,6 +36,9 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
         case "linear_stored":
             for scheme, (i, o, b) in itertools.product(GROUP_BYTES, ((64, 48, True), (96, 33, False))):
                 yield {"in_features": i, "out_features": o, "bias": b, "scheme": scheme}
+        case "linear_stored_silu_mul":
+            for scheme, (i, w, b) in itertools.product(GROUP_BYTES, ((64, 48, True), (96, 33, False))):
+                yield {"in_features": i, "width": w, "bias": b, "scheme": scheme}
         case "embed_stored" | "logits_stored":
             bias = {"bias": False} if op == "logits_stored" else {}
             yield from ({"vocab": 257, "hidden": 96, "scheme": scheme, **bias} for scheme in GROUP_BYTES)
@@ -146,7 +149,8 @@ class Fuzz:
         }
         if op in STORED_OPS:  # rows of whole groups, and enough results for what rounding to eight bits may change
             pool |= {"hidden": pick((32, 64, 160)), "in_features": pick((32, 64, 160, 576)), "vocab": pick((257, 1000)),
-                     "out_features": pick((33, 48, 256)), "scheme": pick(tuple(GROUP_BYTES))}  # fmt: skip
+                     "out_features": pick((33, 48, 256)), "width": pick((33, 48, 256)),
+                     "scheme": pick(tuple(GROUP_BYTES))}  # fmt: skip
         return {name: pool[name] for name in names}
 
     def dtype(self) -> str:

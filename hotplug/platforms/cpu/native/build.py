@@ -31,6 +31,8 @@ X86 = {
     "kernels_avx2.cpp": _AVX2,
     # GCC 12 takes the undefined operand of its own intrinsics for a mistake.
     "kernels_avx512_vnni.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    "rows_avx2.cpp": _AVX2,
+    "rows_avx512.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 }
 """Files for one instruction set each, with what turns it on. The others are for the compiler's baseline."""
 

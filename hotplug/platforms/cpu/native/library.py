@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hotplug.vendor import PlatformError
 
-VERSION = 3
+VERSION = 4
 """`HP_VERSION` of the header that this package is written against."""
 PATH = Path(__file__).parent / "libhotplug_cpu.so"
 
@@ -25,7 +25,10 @@ _BUILD = "`python -m hotplug.platforms.cpu.native.build` makes it"
 BASELINE = "portable"
 """The instruction set that every processor has."""
 
-_CALLS = ("hp_linear", "hp_linear_silu_mul", "hp_linear_f32", "hp_attention", "hp_rope_kv_write")
+_CALLS = (
+    "hp_linear", "hp_linear_silu_mul", "hp_linear_f32", "hp_attention", "hp_rope_kv_write", "hp_rms_norm",
+    "hp_silu_mul", "hp_embed", "hp_prepare_step", "hp_argmax", "hp_sample",
+)  # fmt: skip
 """What a step is made of: each takes its struct, packed (`call`)."""
 _SIGNATURES = {
     "hp_instruction_sets": ((), c_char_p),

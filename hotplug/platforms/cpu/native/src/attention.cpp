@@ -101,7 +101,9 @@ int attention(const AttentionCall& c, const AttentionKernels& kernels, Pool& poo
         const int64_t each = divide_up(rows.end - rows.begin, parts), begin = rows.begin + item % parts * each;
         kernels.attend(c, rows, std::min(begin, rows.end), std::min(begin + each, rows.end), &places[item]);
     });
-    pool.run(count, [&](int64_t i) { kernels.merge(c, all[i], &places[i * parts], parts); });
+    pool.run_rows(count, parts * most * c.dim, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernels.merge(c, all[i], &places[i * parts], parts);
+    });
     return HP_OK;
 }
 

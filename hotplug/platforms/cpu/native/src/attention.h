@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "hotplug_cpu.h"
+#include "rows.h"
 
 namespace hotplug {
 

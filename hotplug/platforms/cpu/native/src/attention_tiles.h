@@ -5,22 +5,6 @@
 constexpr int64_t kKeys = 64;    // of a tile
 constexpr int64_t kFewRows = 8;  // up to so many rows a transposed tile of keys does not pay
 
-// e^x with a relative error below 2e-7 (Cephes' polynomial); 0 below -87.3, where the result would be denormal. At most
-// 88 goes in. NaN stays.
-inline Vec exponential(Vec x) {
-    const Vec y = greatest(set(-87.3f), x);
-    const Vec n = rounded(y * set(1.44269504088896341f));
-    const Vec r = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), y));
-    Vec p = set(1.9875691500e-4f);
-    p = fma(p, r, set(1.3981999507e-3f));
-    p = fma(p, r, set(8.3334519073e-3f));
-    p = fma(p, r, set(4.1665795894e-2f));
-    p = fma(p, r, set(1.6666665459e-1f));
-    p = fma(p, r, set(5.0000001201e-1f));
-    p = fma(p, r * r, r + set(1.0f));
-    return zero_below(x, set(-87.3f), p * power_of_two(n));
-}
-
 inline float exponential(float x) { return first_of(exponential(set(x))); }
 
 // cap * tanh(s / cap).
@@ -30,9 +14,9 @@ inline Vec capped(Vec s, Vec cap) {
 }
 
 // out[r][c] of R rows and C vectors = keep[r] * out[r][c] + sum over k < count of a[r][k] * b[k][c]; without `keep`,
-// what is there counts nothing.
-template <int R, int C>
-inline void product_block(const float* a, int64_t a_stride, const float* const* b, int64_t column, int64_t count,
+// what is there counts nothing. The rows of b are of T: narrow ones are widened as they are loaded.
+template <class T, int R, int C>
+inline void product_block(const float* a, int64_t a_stride, const void* const* b, int64_t column, int64_t count,
                           const float* keep, float* out, int64_t out_stride) {
     Vec sum[R][C];
 #pragma GCC unroll 8
@@ -41,7 +25,7 @@ inline void product_block(const float* a, int64_t a_stride, const float* const* 
         for (int c = 0; c < C; ++c) sum[r][c] = set(0.0f);
     }
     for (int64_t k = 0; k < count; ++k) {
-        const float* row = b[k] + column;
+        const T* row = static_cast<const T*>(b[k]) + column;
         Vec v[C];
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) v[c] = load(row + c * kLanes);
@@ -63,29 +47,30 @@ inline void product_block(const float* a, int64_t a_stride, const float* const* 
     }
 }
 
-template <int R, int C>
-inline void product_columns(const float* a, int64_t a_stride, const float* const* b, int64_t column, int64_t columns,
+template <class T, int R, int C>
+inline void product_columns(const float* a, int64_t a_stride, const void* const* b, int64_t column, int64_t columns,
                             int64_t count, const float* keep, float* out, int64_t out_stride) {
     for (; column + C * kLanes <= columns; column += C * kLanes) {
-        product_block<R, C>(a, a_stride, b, column, count, keep, out, out_stride);
+        product_block<T, R, C>(a, a_stride, b, column, count, keep, out, out_stride);
     }
     if constexpr (C > 1) {
         if (column < columns) {
-            product_columns<R, C / 2>(a, a_stride, b, column, columns, count, keep, out, out_stride);
+            product_columns<T, R, C / 2>(a, a_stride, b, column, columns, count, keep, out, out_stride);
         }
     }
 }
 
 // R rows with as many columns at once as there are registers for.
-template <int R>
-void product_rows(const float* a, int64_t a_stride, const float* const* b, int64_t columns, int64_t count,
+template <class T, int R>
+void product_rows(const float* a, int64_t a_stride, const void* const* b, int64_t columns, int64_t count,
                   const float* keep, float* out, int64_t out_stride) {
     constexpr int C = R == 1 ? 8 : R <= 3 ? 4 : kColumns;
-    product_columns<R, C>(a, a_stride, b, 0, columns, count, keep, out, out_stride);
+    product_columns<T, R, C>(a, a_stride, b, 0, columns, count, keep, out, out_stride);
 }
 
 // `product_block` of any number of rows and of `columns`, a multiple of kLanes.
-void product(const float* a, int64_t a_stride, int64_t rows, const float* const* b, int64_t columns, int64_t count,
+template <class T>
+void product(const float* a, int64_t a_stride, int64_t rows, const void* const* b, int64_t columns, int64_t count,
              const float* keep, float* out, int64_t out_stride) {
     int64_t r = 0;
     const auto next = [&](auto take, int64_t step) {
@@ -93,30 +78,30 @@ void product(const float* a, int64_t a_stride, int64_t rows, const float* const*
              out_stride);
         r += step;
     };
-    while (rows - r >= 6) next(product_rows<6>, 6);
+    while (rows - r >= 6) next(product_rows<T, 6>, 6);
     switch (rows - r) {
-        case 5: next(product_rows<5>, 5); break;
-        case 4: next(product_rows<4>, 4); break;
-        case 3: next(product_rows<3>, 3); break;
-        case 2: next(product_rows<2>, 2); break;
-        case 1: next(product_rows<1>, 1); break;
+        case 5: next(product_rows<T, 5>, 5); break;
+        case 4: next(product_rows<T, 4>, 4); break;
+        case 3: next(product_rows<T, 3>, 3); break;
+        case 2: next(product_rows<T, 2>, 2); break;
+        case 1: next(product_rows<T, 1>, 1); break;
         default: break;
     }
 }
 
 // Asks memory for the head at `p`. The processor's own prefetcher does not follow heads that lie apart.
-inline void ask(const float* p, int64_t dim) {
-    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(p + d);
+inline void ask(const void* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
 // scores[r][j] of R rows for `count` keys, a multiple of 4, as scalar products; asks for what is `soon` read meanwhile,
 // two heads a key.
-template <int R>
-inline void dots_of(const float* q, int64_t dim, const float* const* keys, int64_t count, const float* const* soon,
+template <class T, int R>
+inline void dots_of(const float* q, int64_t dim, const void* const* keys, int64_t count, const void* const* soon,
                     float* scores) {
     for (int64_t j = 0; j < count; j += 4) {
         if (soon != nullptr) {
-            for (int64_t i = 2 * j; i < 2 * j + 8; ++i) ask(soon[i], dim);
+            for (int64_t i = 2 * j; i < 2 * j + 8; ++i) ask(soon[i], dim * static_cast<int64_t>(sizeof(T)));
         }
         Vec sum[R][4];
 #pragma GCC unroll 8
@@ -130,7 +115,7 @@ inline void dots_of(const float* q, int64_t dim, const float* const* keys, int64
             for (int r = 0; r < R; ++r) x[r] = load(q + r * dim + d);
 #pragma GCC unroll 8
             for (int i = 0; i < 4; ++i) {
-                const Vec key = load(keys[j + i] + d);
+                const Vec key = load(static_cast<const T*>(keys[j + i]) + d);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) sum[r][i] = fma(x[r], key, sum[r][i]);
             }
@@ -142,23 +127,24 @@ inline void dots_of(const float* q, int64_t dim, const float* const* keys, int64
     }
 }
 
-void dots(const float* q, int64_t rows, int64_t dim, const float* const* keys, int64_t count,
-          const float* const* soon, float* scores) {
+template <class T>
+void dots(const float* q, int64_t rows, int64_t dim, const void* const* keys, int64_t count, const void* const* soon,
+          float* scores) {
     while (rows >= 3) {
-        dots_of<3>(q, dim, keys, count, soon, scores);
+        dots_of<T, 3>(q, dim, keys, count, soon, scores);
         rows -= 3, q += 3 * dim, scores += 3 * kKeys, soon = nullptr;
     }
-    if (rows == 2) dots_of<2>(q, dim, keys, count, soon, scores);
-    if (rows == 1) dots_of<1>(q, dim, keys, count, soon, scores);
+    if (rows == 2) dots_of<T, 2>(q, dim, keys, count, soon, scores);
+    if (rows == 1) dots_of<T, 1>(q, dim, keys, count, soon, scores);
 }
 
 // to[d][j] = keys[j][d] for j < count, a multiple of 8.
-void transpose(const float* const* keys, int64_t count, int64_t dim, float* to) {
+void transpose(const void* const* keys, int64_t count, int64_t dim, float* to) {
     for (int64_t j = 0; j < count; j += 8) {
         for (int64_t d = 0; d < dim; d += 8) {
             __m256 a[8], b[8];
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(keys[j + i] + d);
+            for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(static_cast<const float*>(keys[j + i]) + d);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
                 b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
@@ -186,25 +172,39 @@ struct Places {
     int64_t block_stride, token_stride, offset;
 };
 
-// rows[j] = the `count` heads from position `begin` on, as float32: in place, or converted into `wide` [kKeys][dim].
-void heads_of(const AttentionCall& c, const Places& at, const int64_t* blocks, int64_t begin, int64_t count,
-              float* wide, const float** rows) {
-    int64_t block = begin / c.block_size, inside = begin % c.block_size;
-    for (int64_t j = 0; j < count; ++j) {
+// Where heads lie one after the other, from a position on.
+struct Walk {
+    const Places& at;
+    const int64_t* blocks;
+    int64_t block_size, block, inside;
+
+    Walk(const AttentionCall& c, const Places& at, const int64_t* blocks, int64_t begin)
+        : at(at), blocks(blocks), block_size(c.block_size), block(begin / block_size), inside(begin % block_size) {}
+
+    // The index of the next head's first value.
+    int64_t next() {
         const int64_t index = blocks[block] * at.block_stride + inside * at.token_stride + at.offset;
-        if (++inside == c.block_size) ++block, inside = 0;
-        if (c.cache_kind == 0) {
-            rows[j] = static_cast<const float*>(at.base) + index;
-            continue;
-        }
-        const auto* narrow = static_cast<const uint16_t*>(at.base) + index;
+        if (++inside == block_size) ++block, inside = 0;
+        return index;
+    }
+};
+
+// rows[j] = the `count` heads from position `begin` on, of values of `size` bytes, where they lie.
+void heads_in_place(const AttentionCall& c, const Places& at, const int64_t* blocks, int64_t begin, int64_t count,
+                    int64_t size, const void** rows) {
+    Walk walk(c, at, blocks, begin);
+    for (int64_t j = 0; j < count; ++j) rows[j] = static_cast<const char*>(at.base) + walk.next() * size;
+}
+
+// The same converted from narrow values into `wide` [kKeys][dim].
+template <class T>
+void heads_widened(const AttentionCall& c, const Places& at, const int64_t* blocks, int64_t begin, int64_t count,
+                   float* wide, const void** rows) {
+    Walk walk(c, at, blocks, begin);
+    for (int64_t j = 0; j < count; ++j) {
+        const T* narrow = static_cast<const T*>(at.base) + walk.next();
         float* to = wide + j * c.dim;
-        for (int64_t d = 0; d < c.dim; d += 8) {
-            const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + d));
-            _mm256_storeu_ps(to + d, c.cache_kind == 2
-                                         ? _mm256_cvtph_ps(halves)
-                                         : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
-        }
+        for (int64_t d = 0; d < c.dim; d += kLanes) store(to + d, load(narrow + d));
         rows[j] = to;
     }
 }
@@ -254,13 +254,18 @@ void finish(const AttentionCall& c, const AttentionRows& rows, int64_t row, cons
 
 int64_t clamped(int64_t x, int64_t most) { return x < 0 ? 0 : x > most ? most : x; }
 
-void attend(const AttentionCall& c, const AttentionRows& rows, int64_t begin, int64_t end, const AttentionPart* part) {
+// Few rows take heads of T where they lie. Many take them as float32, converted once for all of them.
+template <class T>
+void attend_over(const AttentionCall& c, const AttentionRows& rows, int64_t begin, int64_t end,
+                 const AttentionPart* part) {
+    constexpr bool kNarrow = sizeof(T) < sizeof(float);
     alignas(64) float q[kMaxAttentionRows * kMaxHeadDim], own[kMaxAttentionRows * kMaxHeadDim];
     alignas(64) float scores[kMaxAttentionRows * kKeys], turned[kMaxHeadDim * kKeys], wide[2][kKeys * kMaxHeadDim];
     alignas(64) static const float nothing[kMaxHeadDim] = {};
     float own_top[kMaxAttentionRows], own_sum[kMaxAttentionRows], keep[kMaxAttentionRows];
-    const float *keys[kKeys], *values[kKeys], *soon[2 * kKeys], *turned_rows[kMaxHeadDim];
-    const int64_t count = rows.rows(), dim = c.dim;
+    const void *keys[kKeys], *values[kKeys], *soon[2 * kKeys], *turned_rows[kMaxHeadDim];
+    const int64_t count = rows.rows(), dim = c.dim, size = sizeof(T);
+    const bool few = count <= kFewRows;
     float* mixed = part != nullptr ? part->mixed : own;
     float* top = part != nullptr ? part->top : own_top;
     float* sum = part != nullptr ? part->sum : own_sum;
@@ -282,33 +287,55 @@ void attend(const AttentionCall& c, const AttentionRows& rows, int64_t begin, in
     const float cap = static_cast<float>(c.soft_cap);
     for (; begin < end; begin += kKeys) {
         const int64_t n = end - begin < kKeys ? end - begin : kKeys;
-        heads_of(c, k_at, blocks, begin, n, wide[0], keys);
-        heads_of(c, v_at, blocks, begin, n, wide[1], values);
-        const bool few = count <= kFewRows;
         const int64_t step = few ? 4 : kLanes * kColumns, padded = (n + step - 1) / step * step;
+        bool widened = false;
+        if constexpr (kNarrow) {
+            if (!few) {
+                heads_widened<T>(c, k_at, blocks, begin, n, wide[0], keys);
+                heads_widened<T>(c, v_at, blocks, begin, n, wide[1], values);
+                widened = true;
+            }
+        }
+        if (!widened) {
+            heads_in_place(c, k_at, blocks, begin, n, size, keys);
+            heads_in_place(c, v_at, blocks, begin, n, size, values);
+        }
         for (int64_t j = n; j < padded; ++j) keys[j] = nothing;
         if (few) {
-            // The values of this tile and the keys of the next; what a narrow cache holds is converted by now.
-            const bool whole = c.cache_kind == 0 && n == kKeys;
-            if (whole) {
+            const bool whole = n == kKeys;
+            if (whole) {  // the values of this tile and the keys of the next
                 const int64_t next = end - begin - kKeys < kKeys ? end - begin - kKeys : kKeys;
-                heads_of(c, k_at, blocks, begin + kKeys, next, nullptr, soon + kKeys);
+                heads_in_place(c, k_at, blocks, begin + kKeys, next, size, soon + kKeys);
                 for (int64_t j = next; j < kKeys; ++j) soon[kKeys + j] = values[j];
                 for (int64_t j = 0; j < kKeys; ++j) soon[j] = values[j];
             }
-            dots(q, count, dim, keys, padded, whole ? soon : nullptr, scores);
+            dots<T>(q, count, dim, keys, padded, whole ? soon : nullptr, scores);
         } else {
             transpose(keys, padded, dim, turned);
-            product(q, dim, count, turned_rows, padded, dim, nullptr, scores, kKeys);
+            product<float>(q, dim, count, turned_rows, padded, dim, nullptr, scores, kKeys);
         }
         for (int64_t i = 0; i < count; ++i) {
             const int64_t last = rows.position + i / rows.heads + 1 - begin, first = c.window ? last - c.window : 0;
             keep[i] = soften(scores + i * kKeys, n, clamped(first, n), clamped(last, n), cap, top[i], sum[i]);
         }
-        product(scores, kKeys, count, values, dim, n, keep, mixed, dim);
+        if (few) {
+            product<T>(scores, kKeys, count, values, dim, n, keep, mixed, dim);
+        } else {
+            product<float>(scores, kKeys, count, values, dim, n, keep, mixed, dim);
+        }
     }
     if (part != nullptr) return;
     for (int64_t i = 0; i < count; ++i) finish(c, rows, i, mixed + i * dim, top[i], sum[i]);
+}
+
+void attend(const AttentionCall& c, const AttentionRows& rows, int64_t begin, int64_t end, const AttentionPart* part) {
+    if (c.cache_kind == 0) {
+        attend_over<float>(c, rows, begin, end, part);
+    } else if (c.cache_kind == 1) {
+        attend_over<BFloat16>(c, rows, begin, end, part);
+    } else {
+        attend_over<Float16>(c, rows, begin, end, part);
+    }
 }
 
 void merge(const AttentionCall& c, const AttentionRows& rows, const AttentionPart* parts, int64_t count) {

@@ -21,6 +21,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "rows.h"
+
 namespace hotplug {
 
 constexpr int kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8;  // GGUF's numbers
@@ -33,14 +35,34 @@ constexpr int64_t quants_offset(int kind) { return kind == kQ4_1 ? 2 * kScaleByt
 
 constexpr int64_t group_bytes(int kind) { return quants_offset(kind) + kTile * (kind == kQ8_0 ? kGroup : kGroup / 2); }
 
-// Asks memory for the `bytes` that lie kAhead after `p`: without it a core reads weights at half the speed, because the
-// processor's own prefetcher starts anew at each page. What lies beyond the end is asked for in vain.
-constexpr int64_t kAhead = 2048;
+// Asks for `bytes` that lie after `p`: far ahead for the second level of the cache, nearer for the first. Without it a
+// core reads weights slower, because the processor's own prefetcher starts anew at each page, and with the first level
+// alone there is not room enough to remember all that has been asked for. What lies beyond the end is asked for in vain.
+constexpr int64_t kFarAhead = 3072, kAhead = 1024;
 
 static inline void prefetch(const void* p, int64_t bytes) {
-    const uintptr_t from = reinterpret_cast<uintptr_t>(p) + kAhead;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+    const uintptr_t from = reinterpret_cast<uintptr_t>(p);
+    for (int64_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(from + kFarAhead + i), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const void*>(from + kAhead + i));
+    }
 }
+
+// The tile after the one at hand, asked for while that one is multiplied with all rows but the first.
+struct Next {
+    const uint8_t *at, *end;
+    int64_t bytes;  // at a time
+
+    // `tile` is the one at hand; there are `times` to ask.
+    Next(const uint8_t* tile, int64_t tile_bytes, int64_t times)
+        : at(tile + tile_bytes), end(at + tile_bytes), bytes(times > 0 ? (tile_bytes / 64 / times + 1) * 64 : 0) {}
+
+    void ask() {
+        if (at >= end) return;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+        at += bytes;
+    }
+};
 
 // Activations as the kernels read them: int8 by group of a row, x = scale q.
 struct Activations {
@@ -75,6 +97,8 @@ struct Kernels {
 
     // What the unsigned bytes that q8_0 multiplies with exceed the weights by, if it does not take signed ones.
     int32_t q8_0_zero_point;
+
+    const RowKernels* rows;
 
     TileFn* tile(int kind) const { return kind == kQ4_0 ? q4_0 : kind == kQ4_1 ? q4_1 : q8_0; }
     int32_t zero_point(int kind) const { return kind == kQ4_0 ? 8 : kind == kQ4_1 ? 0 : q8_0_zero_point; }

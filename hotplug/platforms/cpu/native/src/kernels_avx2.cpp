@@ -143,10 +143,10 @@ inline void group(const uint8_t* group, int half, const Activations& x, int64_t 
     }
 }
 
-// `fresh` says that the tile is not in the cache yet.
+// `fresh` says that the tile may not be in the cache yet.
 template <int KIND, int ROWS>
-inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t row, const float* bias, float* out,
-                 int64_t out_stride) {
+inline void rows(const uint8_t* tile, bool fresh, Next& next, const Activations& x, int64_t row, const float* bias,
+                 float* out, int64_t out_stride) {
     // One row reads the weights from memory: both halves at once, so that they are read in order. More would not find
     // registers enough that way, and find the tile in the cache anyway.
     constexpr int kTogether = ROWS == 1 ? 2 : 1;
@@ -156,7 +156,11 @@ inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t 
             for (int r = 0; r < ROWS; ++r) total[h][r] = _mm256_loadu_ps(bias + 8 * (first + h));
         }
         for (int64_t g = 0; g < x.groups; ++g) {
-            if (fresh && first == 0) prefetch(tile + g * group_bytes(KIND), group_bytes(KIND));
+            if (fresh && first == 0) {
+                prefetch(tile + g * group_bytes(KIND), group_bytes(KIND));
+            } else {
+                next.ask();
+            }
             for (int h = 0; h < kTogether; ++h) {
                 group<KIND, ROWS>(tile + g * group_bytes(KIND), first + h, x, row, g, total[h]);
             }
@@ -170,14 +174,17 @@ inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t 
 template <int KIND>
 void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t count, const float* bias, float* out,
           int64_t out_stride) {
+    // Four rows go over the tile twice, once for each half.
+    Next next(tile, x.groups * group_bytes(KIND), ((count + 3) / 4 * 2 - 1) * x.groups);
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
-        rows<KIND, 4>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+        rows<KIND, 4>(tile, i == 0, next, x, first + i, bias, out + i * out_stride, out_stride);
     }
+    float* rest = out + i * out_stride;
     switch (count - i) {
-        case 1: rows<KIND, 1>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
-        case 2: rows<KIND, 2>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
-        case 3: rows<KIND, 3>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride); break;
+        case 1: rows<KIND, 1>(tile, i == 0, next, x, first + i, bias, rest, out_stride); break;
+        case 2: rows<KIND, 2>(tile, i == 0, next, x, first + i, bias, rest, out_stride); break;
+        case 3: rows<KIND, 3>(tile, i == 0, next, x, first + i, bias, rest, out_stride); break;
         default: break;
     }
 }
@@ -208,36 +215,20 @@ void silu_mul(const float* gate, const float* up, float* out) {
     }
 }
 
-// One row of activations: weights are read once, in order, as fast as memory gives them.
-void linear_f32_one(const float* w, int64_t w_stride, int64_t begin, int64_t end, int64_t cols, const float* x,
-                    const float* bias, float* out) {
-    for (int64_t o = begin; o < end; ++o) {
-        const float* a = w + o * w_stride;
-        Vec total[4] = {};
-        int64_t c = 0;
-        for (; c + 32 <= cols; c += 32) {
-            prefetch(a + c, 128);
-            for (int j = 0; j < 4; ++j) {
-                total[j] = _mm256_fmadd_ps(_mm256_loadu_ps(a + c + 8 * j), _mm256_loadu_ps(x + c + 8 * j), total[j]);
-            }
-        }
-        float rest = bias ? bias[o] : 0.0f;
-        for (; c < cols; ++c) rest += a[c] * x[c];
-        out[o] = rest + sum_of(_mm256_add_ps(_mm256_add_ps(total[0], total[1]), _mm256_add_ps(total[2], total[3])));
-    }
-}
-
-// OUTS rows of w with ROWS of x: each vector that is loaded serves OUTS or ROWS products.
+// OUTS rows of w with ROWS of x: each vector that is loaded serves OUTS or ROWS products. Asks for the `soon_count` rows
+// of w from `soon` on meanwhile.
 template <int OUTS, int ROWS>
-inline void block_f32(const float* w, int64_t w_stride, bool fresh, int64_t cols, const float* x, int64_t x_stride,
-                      const float* bias, float* out, int64_t out_stride) {
+inline void block_f32(const float* w, int64_t w_stride, const float* soon, int64_t soon_count, int64_t cols,
+                      const float* x, int64_t x_stride, const float* bias, float* out, int64_t out_stride) {
     Vec total[OUTS][ROWS] = {};
     int64_t c = 0;
     for (; c + 8 <= cols; c += 8) {
+        if (c % 16 == 0) {
+            for (int64_t o = 0; o < soon_count; ++o) __builtin_prefetch(soon + o * w_stride + c);
+        }
         Vec b[ROWS];
         for (int r = 0; r < ROWS; ++r) b[r] = _mm256_loadu_ps(x + r * x_stride + c);
         for (int o = 0; o < OUTS; ++o) {
-            if (fresh && c % 16 == 0) prefetch(w + o * w_stride + c, 64);
             const Vec a = _mm256_loadu_ps(w + o * w_stride + c);
             for (int r = 0; r < ROWS; ++r) total[o][r] = _mm256_fmadd_ps(a, b[r], total[o][r]);
         }
@@ -251,20 +242,31 @@ inline void block_f32(const float* w, int64_t w_stride, bool fresh, int64_t cols
     }
 }
 
+// OUTS rows of w with all of x, three at a time; each time it asks for its share of the next OUTS.
 template <int OUTS>
 inline void all_rows_f32(const float* w, int64_t w_stride, int64_t cols, const float* x, int64_t n, int64_t x_stride,
                          const float* bias, float* out, int64_t out_stride) {
-    int64_t i = 0;
-    for (; i + 3 <= n; i += 3, x += 3 * x_stride, out += 3 * out_stride) {
-        block_f32<OUTS, 3>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
+    const int64_t times = (n + 2) / 3;
+    for (int64_t i = 0; i < times; ++i) {
+        const int64_t first = i * OUTS / times, last = (i + 1) * OUTS / times;
+        const float *soon = w + (OUTS + first) * w_stride, *mine = x + 3 * i * x_stride;
+        float* target = out + 3 * i * out_stride;
+        switch (n - 3 * i) {
+            case 1:
+                block_f32<OUTS, 1>(w, w_stride, soon, last - first, cols, mine, x_stride, bias, target, out_stride);
+                break;
+            case 2:
+                block_f32<OUTS, 2>(w, w_stride, soon, last - first, cols, mine, x_stride, bias, target, out_stride);
+                break;
+            default:
+                block_f32<OUTS, 3>(w, w_stride, soon, last - first, cols, mine, x_stride, bias, target, out_stride);
+                break;
+        }
     }
-    if (n - i == 2) block_f32<OUTS, 2>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
-    if (n - i == 1) block_f32<OUTS, 1>(w, w_stride, i == 0, cols, x, x_stride, bias, out, out_stride);
 }
 
 void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, int64_t cols, const float* x, int64_t n,
                 int64_t x_stride, const float* bias, float* out, int64_t out_stride) {
-    if (n == 1) return linear_f32_one(w, w_stride, begin, end, cols, x, bias, out);
     for (int64_t o = begin; o < end;) {
         const float *mine = w + o * w_stride, *offsets = bias ? bias + o : nullptr;
         if (end - o >= 4) {
@@ -279,6 +281,7 @@ void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, in
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0};
+const Kernels kAvx2 = {"avx2", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0,
+                       &kRowsAvx2};
 
 }  // namespace hotplug

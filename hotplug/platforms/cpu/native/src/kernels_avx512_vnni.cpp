@@ -38,15 +38,19 @@ inline void load_group(const uint8_t* lines, Ints* w) {
     }
 }
 
-// `fresh` says that the tile is not in the cache yet.
+// `fresh` says that the tile may not be in the cache yet.
 template <int KIND, int ROWS>
-inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t row, const float* bias, float* out,
+inline void rows(const uint8_t* tile, bool fresh, Next& next, const Activations& x, int64_t row, const float* bias, float* out,
                  int64_t out_stride) {
     Vec total[ROWS];
     for (int r = 0; r < ROWS; ++r) total[r] = _mm512_loadu_ps(bias);
     for (int64_t g = 0; g < x.groups; ++g) {
         const uint8_t* group = tile + g * group_bytes(KIND);
-        if (fresh) prefetch(group, group_bytes(KIND));
+        if (fresh) {
+            prefetch(group, group_bytes(KIND));
+        } else {
+            next.ask();
+        }
         Ints w[8];
         load_group<KIND>(group + quants_offset(KIND), w);
         const Vec scale = load_halves(group);
@@ -74,24 +78,26 @@ inline void rows(const uint8_t* tile, bool fresh, const Activations& x, int64_t 
 template <int KIND>
 void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t count, const float* bias, float* out,
           int64_t out_stride) {
+    Next next(tile, x.groups * group_bytes(KIND), ((count + 7) / 8 - 1) * x.groups);
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
-        rows<KIND, 8>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+        rows<KIND, 8>(tile, i == 0, next, x, first + i, bias, out + i * out_stride, out_stride);
     }
     if (count - i >= 4) {
-        rows<KIND, 4>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+        rows<KIND, 4>(tile, i == 0, next, x, first + i, bias, out + i * out_stride, out_stride);
         i += 4;
     }
     if (count - i >= 2) {
-        rows<KIND, 2>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+        rows<KIND, 2>(tile, i == 0, next, x, first + i, bias, out + i * out_stride, out_stride);
         i += 2;
     }
-    if (count > i) rows<KIND, 1>(tile, i == 0, x, first + i, bias, out + i * out_stride, out_stride);
+    if (count > i) rows<KIND, 1>(tile, i == 0, next, x, first + i, bias, out + i * out_stride, out_stride);
 }
 
 }  // namespace
 
 // The rest is AVX2's: memory and division bound it.
-const Kernels kAvx512Vnni = {"avx512_vnni", nullptr, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, nullptr, nullptr, 128};
+const Kernels kAvx512Vnni = {"avx512_vnni", nullptr, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, nullptr, nullptr, 128,
+                             &kRowsAvx512};
 
 }  // namespace hotplug

@@ -2,24 +2,16 @@
 #include <math.h>
 #include <string.h>
 
+#include "half.h"
 #include "kernels.h"
 
 namespace hotplug {
 namespace {
 
-float half_to_float(const uint8_t* bytes) {
+float half_at(const uint8_t* bytes) {
     uint16_t h;
     memcpy(&h, bytes, 2);
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-    const uint32_t exponent = (h >> 10) & 31, mantissa = h & 1023;
-    if (exponent == 0) {  // zero and subnormal: mantissa times 2^-24
-        const float value = static_cast<float>(mantissa) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | mantissa << 13;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+    return half_to_float(h);
 }
 
 void quantize(const float* x, int64_t groups, int32_t zero_point, int8_t* q, float* scale, float* sum,
@@ -70,8 +62,8 @@ void tile(const uint8_t* tile, const Activations& x, int64_t first, int64_t coun
             }
             for (int r = 0; r < kTile; ++r) {
                 const float centred = static_cast<float>(dot[r] + x.offset[at]);
-                total[r] += half_to_float(group + 2 * r) * x.scale[at] * centred;
-                if (KIND == kQ4_1) total[r] += half_to_float(group + kScaleBytes + 2 * r) * x.sum[at];
+                total[r] += half_at(group + 2 * r) * x.scale[at] * centred;
+                if (KIND == kQ4_1) total[r] += half_at(group + kScaleBytes + 2 * r) * x.sum[at];
             }
         }
         memcpy(out, total, sizeof total);
@@ -102,6 +94,7 @@ void linear_f32(const float* w, int64_t w_stride, int64_t begin, int64_t end, in
 
 }  // namespace
 
-const Kernels kPortable = {"portable", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0};
+const Kernels kPortable = {"portable", quantize, tile<kQ4_0>, tile<kQ4_1>, tile<kQ8_0>, silu_mul, linear_f32, 0,
+                           &kRowsPortable};
 
 }  // namespace hotplug

@@ -19,6 +19,8 @@
 #include "pack.h"
 #include "pool.h"
 #include "rope.h"
+#include "sampling.h"
+#include "step.h"
 
 namespace hotplug {
 namespace {
@@ -71,6 +73,9 @@ private:
     size_t size_ = 0;
 };
 
+// `Allocate` of a Buffer.
+void* grow(void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); }
+
 // All state of the library. Calls hold the mutex, so that they share threads and workspace one after the other. Never
 // destroyed: threads may still look at it while the process ends.
 struct State {
@@ -112,20 +117,15 @@ constexpr int64_t kCachedActivations = 1 << 17;  // bytes of activations that an
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a product is divided: items of some activation rows times some tiles.
+// How a product is divided: items of some activation rows times a tile, tile by tile.
 struct Grid {
-    int64_t n, tiles, rows_each, tiles_each;
+    int64_t n, tiles, rows_each;
 
-    Grid(int64_t n, int64_t tiles, int64_t cols, int threads) : n(n), tiles(tiles) {
-        rows_each = std::clamp(kCachedActivations / cols / 8 * 8, int64_t{16}, kMaxRows);
-        rows_each = std::min(rows_each, n);
-        const int64_t blocks = divide_up(n, rows_each);
-        const int64_t wanted = std::max<int64_t>(1, divide_up(4 * threads, blocks));  // items of a block of rows
-        tiles_each = divide_up(tiles, std::min(wanted, tiles));
+    Grid(int64_t n, int64_t tiles, int64_t cols) : n(n), tiles(tiles) {
+        rows_each = std::min(n, std::clamp(kCachedActivations / cols / 8 * 8, int64_t{16}, kMaxRows));
     }
 
-    int64_t across() const { return divide_up(tiles, tiles_each); }
-    int64_t items() const { return divide_up(n, rows_each) * across(); }
+    int64_t items() const { return divide_up(n, rows_each) * tiles; }
 };
 
 // Activations in the workspace, quantized by all threads if there are many.
@@ -159,42 +159,34 @@ void tile_bias(const float* bias, int64_t first, int64_t rows, float* out) {
 
 void linear_item(const State& s, const Grid& grid, int64_t item, const hp_linear_call& call, const Activations& x) {
     const int kind = static_cast<int>(call.kind);
-    const int64_t rows = call.rows, out_stride = call.out_stride;
-    const int64_t begin = item / grid.across() * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
-    const int64_t first = item % grid.across() * grid.tiles_each, last = std::min(first + grid.tiles_each, grid.tiles);
-    const int64_t tile_bytes = x.groups * group_bytes(kind);
+    const int64_t begin = item / grid.tiles * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
+    const int64_t t = item % grid.tiles, tile_bytes = x.groups * group_bytes(kind);
     alignas(64) float offsets[kTile];
-    for (int64_t t = first; t < last; ++t) {
-        tile_bias(call.bias, t * kTile, rows, offsets);
-        float* target = call.out + begin * out_stride + t * kTile;
-        if ((t + 1) * kTile <= rows) {
-            s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, target, out_stride);
-            continue;
-        }
-        alignas(64) float padded[kMaxRows * kTile];
-        s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, padded, kTile);
-        for (int64_t i = 0; i < count; ++i) {
-            std::memcpy(target + i * out_stride, padded + i * kTile, static_cast<size_t>(rows - t * kTile) * 4);
-        }
+    tile_bias(call.bias, t * kTile, call.rows, offsets);
+    float* target = call.out + begin * call.out_stride + t * kTile;
+    if ((t + 1) * kTile <= call.rows) {
+        s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, target, call.out_stride);
+        return;
+    }
+    alignas(64) float padded[kMaxRows * kTile];
+    s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, padded, kTile);
+    for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(target + i * call.out_stride, padded + i * kTile, static_cast<size_t>(call.rows - t * kTile) * 4);
     }
 }
 
 void gated_item(const State& s, const Grid& grid, int64_t item, const hp_linear_call& call, const Activations& x) {
     const int kind = static_cast<int>(call.kind);
     const int64_t width = call.rows;
-    const int64_t begin = item / grid.across() * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
-    const int64_t first = item % grid.across() * grid.tiles_each, last = std::min(first + grid.tiles_each, grid.tiles);
-    const int64_t tile_bytes = x.groups * group_bytes(kind);
+    const int64_t begin = item / grid.tiles * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
+    const int64_t t = item % grid.tiles, tile_bytes = x.groups * group_bytes(kind);
     alignas(64) float offsets[kTile], gate[kMaxRows * kTile], up[kMaxRows * kTile];
-    for (int64_t t = first; t < last; ++t) {
-        tile_bias(call.bias, t * kTile, 2 * width, offsets);
-        s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, gate, kTile);
-        tile_bias(call.bias, width + t * kTile, 2 * width, offsets);
-        s.kernels.tile(kind)(call.packed + (grid.tiles + t) * tile_bytes, x, begin, count, offsets, up, kTile);
-        for (int64_t i = 0; i < count; ++i) {
-            s.kernels.silu_mul(gate + i * kTile, up + i * kTile,
-                               call.out + (begin + i) * call.out_stride + t * kTile);
-        }
+    tile_bias(call.bias, t * kTile, 2 * width, offsets);
+    s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, gate, kTile);
+    tile_bias(call.bias, width + t * kTile, 2 * width, offsets);
+    s.kernels.tile(kind)(call.packed + (grid.tiles + t) * tile_bytes, x, begin, count, offsets, up, kTile);
+    for (int64_t i = 0; i < count; ++i) {
+        s.kernels.silu_mul(gate + i * kTile, up + i * kTile, call.out + (begin + i) * call.out_stride + t * kTile);
     }
 }
 
@@ -262,7 +254,7 @@ int hp_linear(const hp_linear_call* call) {
     const std::lock_guard lock(s.mutex);
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
-    const Grid grid(n, divide_up(rows, kTile), cols, s.threads().threads());
+    const Grid grid(n, divide_up(rows, kTile), cols);
     s.threads().run(grid.items(), [&](int64_t item) { linear_item(s, grid, item, *call, a); });
     return HP_OK;
 }
@@ -275,7 +267,7 @@ int hp_linear_silu_mul(const hp_linear_call* call) {
     const std::lock_guard lock(s.mutex);
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
-    const Grid grid(n, width / kTile, cols, s.threads().threads());
+    const Grid grid(n, width / kTile, cols);
     s.threads().run(grid.items(), [&](int64_t item) { gated_item(s, grid, item, *call, a); });
     return HP_OK;
 }
@@ -286,7 +278,7 @@ int hp_linear_f32(const hp_linear_f32_call* call) {
     if (n == 0) return HP_OK;
     State& s = state();
     const std::lock_guard lock(s.mutex);
-    const int64_t each = std::max<int64_t>(4, divide_up(divide_up(rows, 4 * s.threads().threads()), 4) * 4);
+    const int64_t each = 16;  // outputs of an item
     s.threads().run(divide_up(rows, each), [&](int64_t item) {
         s.kernels.linear_f32(call->w, call->w_stride, item * each, std::min(call->rows, (item + 1) * each), call->cols,
                              call->x, call->n, call->x_stride, call->bias, call->out, call->out_stride);
@@ -305,14 +297,45 @@ int hp_attention(const hp_attention_call* call) {
     }
 #endif
     if (kernels == nullptr) return HP_BAD_ARGUMENT;
-    const Allocate allocate = [](void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); };
-    return attention(*call, *kernels, s.threads(), allocate, &s.workspace);
+    return attention(*call, *kernels, s.threads(), grow, &s.workspace);
 }
 
 int hp_rope_kv_write(const hp_rope_kv_write_call* call) {
     State& s = state();
     const std::lock_guard lock(s.mutex);
-    return rope_kv_write(*call, s.threads());
+    return rope_kv_write(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_rms_norm(const hp_rms_norm_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return rms_norm(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_silu_mul(const hp_silu_mul_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return silu_mul(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_embed(const hp_embed_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return embed(*call, s.threads());
+}
+
+int hp_prepare_step(const hp_prepare_step_call* call) { return prepare_step(*call); }
+
+int hp_argmax(const hp_argmax_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return argmax(*call, *s.kernels.rows, s.threads());
+}
+
+int hp_sample(const hp_sample_call* call) {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    return sample(*call, *s.kernels.rows, s.threads(), grow, &s.workspace);
 }
 
 int hp_replay(const hp_replay_entry* entries, int64_t count, int64_t* failed) {

@@ -23,6 +23,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kSpin = std::chrono::microseconds(200);
+constexpr int kAlone = 200;  // looks, some 10 us of them, before another thread is let onto the core
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -32,17 +33,22 @@ void relax() {
 #endif
 }
 
-// Spins until `ready` or the time is up, and returns whether it is. The core goes to whoever else wants it meanwhile: a
-// caller that the system has put on a worker's core would otherwise wait for the worker to fall asleep.
+// Spins until `ready` or the time is up, and returns whether it is. After a while the core goes to whoever else wants it:
+// a caller that the system has put on a worker's core would otherwise wait for the worker to fall asleep.
 template <class Ready>
-bool wait_until(const Ready& ready, Clock::time_point end) {
+bool wait_until(const Ready& ready, std::chrono::microseconds time) {
+    for (int i = 0; i < kAlone; ++i) {
+        if (ready()) return true;
+        relax();
+    }
+    const Clock::time_point begin = Clock::now();
     do {
         for (int i = 0; i < 32; ++i) {
             if (ready()) return true;
             relax();
         }
         std::this_thread::yield();
-    } while (Clock::now() < end);
+    } while (Clock::now() - begin < time);
     return ready();
 }
 
@@ -96,6 +102,7 @@ int Pool::cores() { return static_cast<int>(allowed_cores().size()); }
 Pool::Pool(int count) {
     const std::vector<int> cores = allowed_cores();
     count = std::min(count, static_cast<int>(cores.size()));
+    share_ = 2 * std::max(1, count);
     // The caller is not ours to pin, since what it starts later would inherit that; it finds the first core free.
     sigset_t all, before;
     sigfillset(&all);
@@ -132,12 +139,14 @@ void Pool::share(Function function, const void* context, int64_t items) {
         { const std::lock_guard lock(mutex_); }  // whoever counted itself is waiting by now
         wake_.notify_all();
     }
-    while (take_one()) {
+    while (take_some()) {
     }
-    wait_until([&] { return done_.load(std::memory_order_acquire) == items; }, Clock::time_point::max());
+    const auto done = [&] { return done_.load(std::memory_order_acquire) == items; };
+    while (!wait_until(done, kSpin)) {
+    }
 }
 
-bool Pool::take_one() {
+bool Pool::take_some() {
     uint64_t left = left_.load(std::memory_order_acquire);
     for (;;) {
         const int64_t count = static_cast<int64_t>(left & 0xffffffff);
@@ -145,9 +154,11 @@ bool Pool::take_one() {
         const Function function = function_.load(std::memory_order_relaxed);
         const void* context = context_.load(std::memory_order_relaxed);
         const int64_t item = items_.load(std::memory_order_relaxed) - count;
-        if (left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-            function(context, item);
-            done_.fetch_add(1, std::memory_order_acq_rel);
+        const int64_t taken = count < share_ ? 1 : count / share_;
+        if (left_.compare_exchange_weak(left, left - static_cast<uint64_t>(taken), std::memory_order_acq_rel,
+                                        std::memory_order_acquire)) {
+            function(context, item, item + taken);
+            done_.fetch_add(taken, std::memory_order_acq_rel);
             return true;
         }
     }
@@ -155,9 +166,9 @@ bool Pool::take_one() {
 
 void Pool::work() {
     while (!stop_.load(std::memory_order_relaxed)) {
-        if (take_one()) continue;
+        if (take_some()) continue;
         const auto found = [this] { return (left_.load(std::memory_order_relaxed) & 0xffffffff) != 0; };
-        if (wait_until(found, Clock::now() + kSpin)) continue;
+        if (wait_until(found, kSpin)) continue;
         std::unique_lock lock(mutex_);
         ++sleepers_;
         wake_.wait(lock, [this] { return stop_.load() || (left_.load() & 0xffffffff) != 0; });

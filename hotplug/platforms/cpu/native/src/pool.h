@@ -13,7 +13,8 @@ namespace hotplug {
 // Runs the items of one call after the other; the caller must not enter `run` twice at once.
 //
 // Threads that wait for work spin for a bounded time, because the next product of a step follows within microseconds,
-// and sleep then. Whoever is awake takes items; a call ends when its items have, whether sleepers woke up or not.
+// and sleep then. Whoever is awake takes items, many while there are many left and one at the end, so that all end
+// together though items be small; a call ends when its items have, whether sleepers woke up or not.
 class Pool {
 public:
     // `count` threads with the caller, at least one; no more than the cores found.
@@ -29,29 +30,48 @@ public:
         if (items == 1 || workers_.empty()) {
             for (int64_t i = 0; i < items; ++i) f(i);
         } else {
-            share([](const void* context, int64_t item) { (*static_cast<const F*>(context))(item); }, &f, items);
+            const auto call = [](const void* context, int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
+            };
+            share(call, &f, items);
         }
+    }
+
+    // f(begin, end) for parts of 0 <= row < rows of `cost` elements of light work each: what one thread does in the time
+    // that it takes to wake another stays in one part.
+    template <class F>
+    void run_rows(int64_t rows, int64_t cost, const F& f) {
+        const int64_t each = kWorthWaking / (cost < 1 ? 1 : cost) + 1;
+        run((rows + each - 1) / each, [&](int64_t item) {
+            const int64_t begin = item * each;
+            f(begin, begin + each < rows ? begin + each : rows);
+        });
     }
 
     // How many threads a new pool has unless told otherwise: the physical cores the process may run on.
     static int cores();
 
 private:
-    using Function = void (*)(const void* context, int64_t item);
+    static constexpr int64_t kWorthWaking = 16384;
+
+    using Function = void (*)(const void* context, int64_t begin, int64_t end);
 
     void share(Function function, const void* context, int64_t items);
-    bool take_one();
+    bool take_some();
     void work();
 
     // The call at hand. `left_` holds its number in the upper half and the items nobody has taken yet in the lower; a
-    // thread that takes one proves by the exchange that the call it read the fields of is still this one.
-    std::atomic<uint64_t> left_{0};
+    // thread that takes some proves by the exchange that the call it read the fields of is still this one.
+    alignas(64) std::atomic<uint64_t> left_{0};
     std::atomic<Function> function_{nullptr};
     std::atomic<const void*> context_{nullptr};
     std::atomic<int64_t> items_{0};
-    std::atomic<int64_t> done_{0};
+    int64_t share_ = 1;  // of what is left, of which a thread takes one
 
-    std::atomic<bool> stop_{false};
+    // Apart from what the others look at, because the caller waits for it.
+    alignas(64) std::atomic<int64_t> done_{0};
+
+    alignas(64) std::atomic<bool> stop_{false};
     std::atomic<int> sleepers_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
