@@ -51,6 +51,8 @@ struct Activations {
     int64_t groups;
 };
 
+struct TileKernels;  // amx.h
+
 struct Kernels {
     const char* name;
 
@@ -75,6 +77,9 @@ struct Kernels {
 
     // What the unsigned bytes that q8_0 multiplies with exceed the weights by, if it does not take signed ones.
     int32_t q8_0_zero_point;
+
+    // For products of many rows, if there are any.
+    const TileKernels* many = nullptr;
 
     TileFn* tile(int kind) const { return kind == kQ4_0 ? q4_0 : kind == kQ4_1 ? q4_1 : q8_0; }
     int32_t zero_point(int kind) const { return kind == kQ4_0 ? 8 : kind == kQ4_1 ? 0 : q8_0_zero_point; }
