@@ -117,7 +117,7 @@ bool known(int64_t kind) { return kind == kQ4_0 || kind == kQ4_1 || kind == kQ8_
 
 bool valid(int64_t kind, int64_t rows, int64_t cols) { return known(kind) && rows > 0 && cols > 0 && cols % kGroup == 0; }
 
-constexpr int64_t kManyRows = 64;              // from which on the kernels for many rows are faster
+constexpr int64_t kManyRows = 25;              // from which on the kernels for many rows are faster
 constexpr int64_t kMaxRows = 128;              // activation rows of an item, what its buffers hold
 constexpr int64_t kCachedActivations = 1 << 17;  // bytes of activations that an item goes through for each tile
 
