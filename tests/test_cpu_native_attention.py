@@ -122,7 +122,7 @@ def test_long_contexts_equal_float64(isa: str, threads: int, lens: list[tuple[in
     case = make_case(lens, heads=9, kv_heads=3, dim=64, block=16, unused=NAN)
     expected = dense_attention(case, 0.125, window)
     found = attention(case.q, case.k_cache, case.v_cache, case.step, 0.125, window, "NHD")
-    assert_close(found.double(), expected, rtol=1e-5, atol=2e-6)
+    assert_close(found.double(), expected, rtol=1e-5, atol=2e-5 if isa == "amx" else 2e-6)  # factors of 17 bits there
 
 
 @pytest.mark.parametrize("isa", ISAS)

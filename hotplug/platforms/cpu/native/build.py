@@ -27,6 +27,7 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_VNNI = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 _AMX = (*_AVX512_VNNI, "-mprfchw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 X86 = {
+    "attention_amx.cpp": (*_AMX, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     "attention_avx2.cpp": _AVX2,
     "attention_avx512.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     "kernels_avx2.cpp": _AVX2,
@@ -35,8 +36,8 @@ X86 = {
     "kernels_avx512_vnni.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 }
 """Files for one instruction set each, with what turns it on. The others are for the compiler's baseline."""
-RECENT = {"kernels_amx.cpp": "HOTPLUG_AMX"}
-"""Files that a compiler older than GCC 11 or Clang 12 is not asked for, and what the others are told if it is."""
+RECENT = ("attention_amx.cpp", "kernels_amx.cpp")
+"""Files that a compiler older than GCC 11 or Clang 12 is not asked for; if it is, HOTPLUG_AMX is defined."""
 
 
 class BuildError(Exception):
@@ -71,9 +72,9 @@ def build(library: Path = LIBRARY) -> Path:
     compiler = str(find_compiler())
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = [path for path in sorted(SOURCES.glob("*.cpp")) if x86 or path.name not in X86]
-    too_new = {name for name in RECENT if not (x86 and takes(compiler, X86[name]))}
-    sources = [path for path in sources if path.name not in too_new]
-    told = [f"-D{macro}" for name, macro in RECENT.items() if name not in too_new]
+    recent = x86 and takes(compiler, _AMX)
+    sources = [path for path in sources if recent or path.name not in RECENT]
+    told = ["-DHOTPLUG_AMX"] if recent else []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 

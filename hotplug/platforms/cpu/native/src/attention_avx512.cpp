@@ -38,10 +38,11 @@ inline __m128 sums_of(Vec a, Vec b, Vec c, Vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
+#include "attention_heads.h"
 #include "attention_tiles.h"
 
 }  // namespace
 
-const AttentionKernels kAttentionAvx512 = {attend, merge, kLanes};
+const AttentionKernels kAttentionAvx512 = {attend, merge, kLanes, 48};
 
 }  // namespace hotplug

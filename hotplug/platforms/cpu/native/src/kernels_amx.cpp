@@ -15,23 +15,7 @@ namespace {
 using Vec = __m512;
 using Ints = __m512i;
 
-// As the instruction wants it: eight tiles of 16 lines of 64 bytes.
-struct alignas(64) Config {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The intrinsics of GCC 12 do not say that they read memory.
-inline void settle() { asm volatile("" ::: "memory"); }
-
-void begin() {
-    const Config config;
-    settle();
-    _tile_loadconfig(&config);
-}
-
-void end() { _tile_release(); }
+#include "amx_tiles.h"
 
 // 32 floats of inputs p in the order of a line.
 inline Ints line_of(Vec low, Vec high) {
@@ -171,7 +155,7 @@ void multiply(const uint8_t* a, const uint8_t* b, int64_t groups, const float* b
 }  // namespace
 
 const TileKernels kAmxTiles = {
-    begin, end, round, widen<kQ4_0>, widen<kQ4_1>, widen<kQ8_0>,
+    tiles_on, tiles_off, round, widen<kQ4_0>, widen<kQ4_1>, widen<kQ8_0>,
     {{multiply<1, 1>, multiply<1, 2>}, {multiply<2, 1>, multiply<2, 2>}},
 };
 

@@ -78,6 +78,9 @@ private:
     size_t size_ = 0;
 };
 
+// `Allocate` of a Buffer.
+void* grow(void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); }
+
 // All state of the library. Calls hold the mutex, so that they share threads and workspace one after the other. Never
 // destroyed: threads may still look at it while the process ends.
 struct State {
@@ -109,9 +112,6 @@ State& state() {
     }();
     return *instance;
 }
-
-// The workspace of a call, for those in other files.
-void* allocate(void* buffer, size_t bytes) { return static_cast<Buffer*>(buffer)->get(bytes); }
 
 bool known(int64_t kind) { return kind == kQ4_0 || kind == kQ4_1 || kind == kQ8_0; }
 
@@ -272,7 +272,7 @@ int hp_linear(const hp_linear_call* call) {
     State& s = state();
     const std::lock_guard lock(s.mutex);
     if (s.kernels.many != nullptr && n >= kManyRows) {
-        return linear_many(*s.kernels.many, *call, false, s.kernels.silu_mul, s.threads(), allocate, &s.workspace);
+        return linear_many(*s.kernels.many, *call, false, s.kernels.silu_mul, s.threads(), grow, &s.workspace);
     }
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
@@ -288,7 +288,7 @@ int hp_linear_silu_mul(const hp_linear_call* call) {
     State& s = state();
     const std::lock_guard lock(s.mutex);
     if (s.kernels.many != nullptr && n >= kManyRows) {
-        return linear_many(*s.kernels.many, *call, true, s.kernels.silu_mul, s.threads(), allocate, &s.workspace);
+        return linear_many(*s.kernels.many, *call, true, s.kernels.silu_mul, s.threads(), grow, &s.workspace);
     }
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
@@ -320,9 +320,14 @@ int hp_attention(const hp_attention_call* call) {
     if (s.kernels.many != nullptr || std::strcmp(s.kernels.name, kAvx512Vnni.name) == 0) {
         kernels = call->dim % kAttentionAvx512.lanes == 0 ? &kAttentionAvx512 : &kAttentionAvx2;
     }
+#if defined(HOTPLUG_AMX)
+    if (s.kernels.many != nullptr && call->dim % kAttentionAmx.lanes == 0 && call->soft_cap == 0.0) {
+        kernels = &kAttentionAmx;
+    }
+#endif
 #endif
     if (kernels == nullptr) return HP_BAD_ARGUMENT;
-    return attention(*call, *kernels, s.threads(), allocate, &s.workspace);
+    return attention(*call, *kernels, s.threads(), grow, &s.workspace);
 }
 
 int hp_rope_kv_write(const hp_rope_kv_write_call* call) {
