@@ -46,7 +46,7 @@ const TileKernels* amx_tiles() { return nullptr; }
 
 namespace {
 
-constexpr int64_t kActivationBytes = 1536 << 10;  // that an item goes through for each pair of weight tiles
+constexpr int64_t kActivationBytes = 768 << 10;  // that an item goes through for each pair of weight tiles
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

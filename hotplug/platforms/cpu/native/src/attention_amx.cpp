@@ -31,9 +31,11 @@ inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec set(float x) { return _mm512_set1_ps(x); }
 
-// 2^x; 0 far below. NaN stays. The polynomial is Cephes'.
+// 2^x for x <= 0; 0 below -100, because results without a normal exponent take a hundred times as long. NaN stays. The
+// polynomial is Cephes'.
 inline Vec power(Vec x) {
-    x = _mm512_max_ps(set(-160.0f), x);
+    const __mmask16 some = _mm512_cmp_ps_mask(x, set(-100.0f), _CMP_NLT_UQ);
+    x = _mm512_max_ps(set(-100.0f), x);
     const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Vec r = _mm512_sub_ps(x, n);
     Vec p = set(1.535336188e-4f);
@@ -43,7 +45,7 @@ inline Vec power(Vec x) {
     p = _mm512_fmadd_ps(p, r, set(2.402264791e-1f));
     p = _mm512_fmadd_ps(p, r, set(6.931472029e-1f));
     p = _mm512_fmadd_ps(p, r, set(1.0f));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(some, p, n);
 }
 
 // Tiles of the rounded values, and of what rounding left.
