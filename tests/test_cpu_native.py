@@ -1,7 +1,7 @@
 """The native CPU library: its products against float64, and what it says where it cannot serve.
 
-gguf's own `dequantize` says what a weight means. A result is compared twice: with the int8 rounding of activations
-modelled exactly, where only float32 sums may differ, and with the activations themselves.
+gguf's own `dequantize` says what a weight means. A result is compared twice: with the rounding of activations (and for
+AMX of weights) modelled exactly, where only float32 sums may differ, and with the values themselves.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from hotplug.vendor import PlatformError
 
 Array = npt.NDArray[np.float64]
 BUILT = library.PATH.exists()
+MANY = 25
+"""Rows from which on AMX multiplies in bfloat16; below it multiplies as AVX-512 does."""
 ISAS = library.load().instruction_sets if BUILT else []
 HERE = SiteSpec("linear", "layers.0.attn.qkv", "float32", "avx2", {"scheme": "none"})
 
@@ -84,6 +86,22 @@ def in_int8(x: npt.NDArray[np.float32]) -> Array:
     return (np.rint(groups * inverse).astype(np.float64) * scale).reshape(x.shape)
 
 
+def in_bfloat16(x: npt.NDArray[np.float32]) -> Array:
+    return torch.from_numpy(x).bfloat16().double().numpy()
+
+
+def rounded(isa: str, x: npt.NDArray[np.float32], weight: Array) -> tuple[Array, Array]:
+    """What is multiplied for activations and a weight, whose values are float32."""
+    if isa == "amx" and len(x) >= MANY:
+        return in_bfloat16(x), in_bfloat16(weight.astype(np.float32))
+    return in_int8(x), weight
+
+
+def product(isa: str, x: npt.NDArray[np.float32], weight: Array) -> Array:
+    multiplied, by = rounded(isa, x, weight)
+    return multiplied @ by.T
+
+
 def normal(seed: int, *shape: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -106,10 +124,10 @@ def test_products_equal_float64(isa: str, kind: str, rows: int, cols: int) -> No
     library.load().use(isa)
     raw, weight = quantized(kind, normal(0, rows, cols))
     packed, bias = pack(kind, raw, rows, cols), normal(1, rows)
-    for n in (*range(1, 41), 300) if rows < 40 else (1, 8, 300):
+    for n in (*range(1, 41), 49, 300) if rows < 40 else (1, 8, 25, 300):
         x = normal(n, n, cols)
         result = run(x, packed, bias)
-        assert off(result, in_int8(x) @ weight.T + bias) < 1e-6
+        assert off(result, product(isa, x, weight) + bias) < 1e-6
         assert off(result, x.astype(np.float64) @ weight.T + bias) < 1.5e-2
 
 
@@ -117,7 +135,7 @@ def test_products_equal_float64(isa: str, kind: str, rows: int, cols: int) -> No
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     isa=st.sampled_from(ISAS or [""]), kind=st.sampled_from(list(KINDS)), rows=st.integers(1, 50),
-    groups=st.integers(1, 6), n=st.integers(1, 20), spread=st.floats(-30, 30), seed=st.integers(0, 2**31),
+    groups=st.integers(1, 6), n=st.integers(1, 40), spread=st.floats(-30, 30), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_bytes_and_magnitudes_equal_float64(
     isa: str, kind: str, rows: int, groups: int, n: int, spread: float, seed: int
@@ -131,11 +149,11 @@ def test_any_bytes_and_magnitudes_equal_float64(
     blocks[..., : 2 * header] = rng.standard_normal((rows, groups, header)).astype(np.float16).view(np.uint8)
     raw = blocks.reshape(rows, -1)
     x = (rng.standard_normal((n, cols)) * np.exp(spread * rng.random((n, cols)))).astype(np.float32)
-    weight, rounded = meaning(kind, raw), in_int8(x)
-    result = run(x, pack(kind, raw, rows, cols))
+    result, weight = run(x, pack(kind, raw, rows, cols)), meaning(kind, raw)
+    multiplied, by = rounded(isa, x, weight)
     # What is summed bounds what float32 sums may lose; a weight is a sum itself, of its scaled quant and its minimum.
-    parts = np.abs(rounded) @ (np.abs(weight) + 16 * group_scales(kind, blocks)).T
-    assert np.all(np.abs(result - rounded @ weight.T) <= 1e-6 * parts + 1e-35)
+    parts = np.abs(multiplied) @ (np.abs(weight) + 16 * group_scales(kind, blocks)).T
+    assert np.all(np.abs(result - multiplied @ by.T) <= 1e-6 * parts + 1e-35)
 
 
 def group_scales(kind: str, blocks: npt.NDArray[np.uint8]) -> Array:
@@ -160,40 +178,43 @@ def test_the_largest_values_do_not_saturate(isa: str, kind: str, sign: int) -> N
     }[kind]
     for group in groups:
         raw = np.frombuffer(group * 3, np.uint8).reshape(1, -1)
-        x = np.full((5, 96), sign, np.float32)
-        expected = float(meaning(kind, raw).sum()) * sign
-        assert_close(run(x, pack(kind, raw, 1, 96)), np.full((5, 1), expected), rtol=1e-6, atol=0)
+        for n in (5, 40):
+            x = np.full((n, 96), sign, np.float32)
+            expected = float(meaning(kind, raw).sum()) * sign
+            assert_close(run(x, pack(kind, raw, 1, 96)), np.full((n, 1), expected), rtol=1e-6, atol=0)
 
 
 @needs_library
 @each_isa
 @each_kind
-def test_what_is_not_finite_stays_in_its_row(isa: str, kind: str) -> None:
+@pytest.mark.parametrize("n", [12, 44])
+def test_what_is_not_finite_stays_in_its_row(isa: str, kind: str, n: int) -> None:
     library.load().use(isa)
     raw, _ = quantized(kind, normal(0, 20, 96))
-    packed, x = pack(kind, raw, 20, 96), normal(1, 12, 96)
+    packed, x = pack(kind, raw, 20, 96), normal(1, n, 96)
     before = run(x, packed)
     x[2, 5], x[7, 95], x[9, 40] = np.nan, np.inf, -np.inf
     after = run(x, packed)
     assert np.isnan(after[[2, 7, 9]]).all()
-    finite = [0, 1, 3, 4, 5, 6, 8, 10, 11]
+    finite = [i for i in range(n) if i not in (2, 7, 9)]
     assert np.array_equal(after[finite], before[finite])
 
 
 @needs_library
 @each_isa
 @each_kind
-def test_zero_groups_and_the_smallest_and_largest_floats(isa: str, kind: str) -> None:
+@pytest.mark.parametrize("n", [4, 30])
+def test_zero_groups_and_the_smallest_and_largest_floats(isa: str, kind: str, n: int) -> None:
     library.load().use(isa)
     weights = normal(0, 17, 128)
     weights[3] = 0
     raw, weight = quantized(kind, weights)
-    x = normal(1, 4, 128)
+    x = normal(1, n, 128)
     x[0, 32:64], x[1], x[2, :32], x[3] = 0, 0, 1e-42, x[3] * 1e30
     result = run(x, pack(kind, raw, 17, 128))
     assert not result[1].any() and not result[:, 3].any()
     for i in (0, 2, 3):
-        assert off(result[i], in_int8(x)[i] @ weight.T) < 1e-6
+        assert off(result[i], product(isa, x, weight)[i]) < 1e-6
 
 
 @needs_library
@@ -205,11 +226,31 @@ def test_the_gated_product_is_silu_of_one_half_times_the_other(isa: str, kind: s
     packed, bias = pack(kind, raw, 96, 64), normal(1, 96)
     for n in (1, 3, 40, 300):
         x = normal(n, n, 64)
-        both = in_int8(x) @ weight.T + bias
+        both = product(isa, x, weight) + bias
         gate, up = both[:, :48], both[:, 48:]
         result = linear_silu_mul(torch.from_numpy(x), packed, torch.from_numpy(bias)).numpy()
         with np.errstate(over="ignore"):
             assert off(result, gate / (1 + np.exp(-gate)) * up) < 1e-6
+
+
+@needs_library
+@each_isa
+@each_kind
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_row_does_not_depend_on_the_others(isa: str, kind: str, gated: bool) -> None:
+    """The same bits in a call of any number of rows, among those that are rounded alike, and wherever rows lie."""
+    library.load().use(isa)
+    raw, _ = quantized(kind, normal(0, 96, 96))
+    packed, x = pack(kind, raw, 96, 96), torch.from_numpy(normal(1, 300, 96))
+    apart = torch.zeros(300, 99)[:, 1:-2].copy_(x)
+    call = linear_silu_mul if gated else linear
+    many, few = call(x, packed), call(x[: MANY - 1], packed)
+    for n in (MANY, 32, 33, 299):
+        assert torch.equal(call(x[:n], packed), many[:n])
+        assert torch.equal(call(apart[300 - n :], packed), many[300 - n :])
+    for n in (1, 3, 8):
+        assert torch.equal(call(x[:n], packed), few[:n])
+    assert isa == "amx" or torch.equal(many[: MANY - 1], few)
 
 
 @needs_library
@@ -263,11 +304,12 @@ def test_tiles_of_a_stacked_weight_are_packed_in_place() -> None:
 def test_tiles_may_lie_anywhere_in_memory(isa: str, kind: str) -> None:
     library.load().use(isa)
     raw, _ = quantized(kind, normal(0, 16, 64))
-    packed, x = pack(kind, raw, 16, 64), normal(1, 5, 64)
+    packed = pack(kind, raw, 16, 64)
     elsewhere = torch.empty(packed.tiles.numel() + 1, dtype=torch.uint8)[1:].view_as(packed.tiles)
     moved = pack(kind, raw, 16, 64, out=elsewhere)
     assert moved.tiles.data_ptr() % 2
-    assert np.array_equal(run(x, moved), run(x, packed))
+    for n in (5, 40):
+        assert np.array_equal(run(normal(1, n, 64), moved), run(normal(1, n, 64), packed))
 
 
 @needs_library
@@ -419,6 +461,16 @@ def test_no_rows_give_no_rows() -> None:
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=f"'avx9' is none of {', '.join(ISAS)}"):
         library.load().use("avx9")
+
+
+@needs_library
+def test_a_compiler_without_amx_builds_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "old"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {build.find_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(library, "PATH", build.build(tmp_path / "libhotplug_cpu.so"))
+    assert library.load().instruction_sets == [isa for isa in ISAS if isa != "amx"]
 
 
 def test_a_missing_library_is_named_with_what_makes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

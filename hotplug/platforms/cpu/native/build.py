@@ -25,16 +25,21 @@ LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,-s")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512_VNNI = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
+_AMX = (*_AVX512_VNNI, "-mprfchw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 X86 = {
+    "attention_amx.cpp": (*_AMX, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     "attention_avx2.cpp": _AVX2,
     "attention_avx512.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     "kernels_avx2.cpp": _AVX2,
     # GCC 12 takes the undefined operand of its own intrinsics for a mistake.
+    "kernels_amx.cpp": (*_AMX, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     "kernels_avx512_vnni.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     "rows_avx2.cpp": _AVX2,
     "rows_avx512.cpp": (*_AVX512_VNNI, "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 }
 """Files for one instruction set each, with what turns it on. The others are for the compiler's baseline."""
+RECENT = ("attention_amx.cpp", "kernels_amx.cpp")
+"""Files that a compiler older than GCC 11 or Clang 12 is not asked for; if it is, HOTPLUG_AMX is defined."""
 
 
 class BuildError(Exception):
@@ -69,11 +74,14 @@ def build(library: Path = LIBRARY) -> Path:
     compiler = str(find_compiler())
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = [path for path in sorted(SOURCES.glob("*.cpp")) if x86 or path.name not in X86]
+    recent = x86 and takes(compiler, _AMX)
+    sources = [path for path in sources if recent or path.name not in RECENT]
+    told = ["-DHOTPLUG_AMX"] if recent else []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
         def compile_one(source: Path, target: Path) -> None:
-            _run([compiler, *COMMON, *X86.get(source.name, ()), "-c", str(source), "-o", str(target)])
+            _run([compiler, *COMMON, *told, *X86.get(source.name, ()), "-c", str(source), "-o", str(target)])
 
         list(pool.map(compile_one, sources, objects))
         linked = Path(folder) / library.name
@@ -84,6 +92,12 @@ def build(library: Path = LIBRARY) -> Path:
         shutil.copyfile(linked, staged)
         staged.replace(library)
     return library
+
+
+def takes(compiler: str, flags: Sequence[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _run(command: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kItemsPerThread = 4;  // wanted, so that threads end together
 constexpr int64_t kLeastKeys = 128;     // of a part, below which merging costs more than it brings
-constexpr int64_t kRowsOfChunk = 48;    // rows of a prompt chunk that are taken together
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,10 +35,10 @@ bool valid(const AttentionCall& c, int64_t lanes) {
     return true;
 }
 
-std::vector<AttentionRows> divided(const AttentionCall& c) {
+std::vector<AttentionRows> divided(const AttentionCall& c, int64_t together) {
     std::vector<AttentionRows> found;
     const int64_t group = c.heads / c.kv_heads, heads = std::min(group, kMaxAttentionRows);
-    const int64_t queries = std::max<int64_t>(1, kRowsOfChunk / group);
+    const int64_t queries = std::max<int64_t>(1, together / group);
     for (int64_t r = 0; r < c.requests; ++r) {
         const int64_t first = c.query_start[r], last = c.query_start[r + 1];
         for (int64_t query = first; query < last; query += queries) {
@@ -79,7 +78,7 @@ int attention(const AttentionCall& c, const AttentionKernels& kernels, Pool& poo
     if (c.requests < 0 || !valid(c, kernels.lanes)) return HP_BAD_ARGUMENT;
     const int64_t used = c.query_start[c.requests], width = c.heads * c.dim;
     std::memset(c.out + used * width, 0, static_cast<size_t>((c.tokens - used) * width) * 4);
-    const std::vector<AttentionRows> all = divided(c);
+    const std::vector<AttentionRows> all = divided(c, kernels.rows);
     if (all.empty()) return HP_OK;
     const int64_t count = static_cast<int64_t>(all.size()), parts = parts_of(all, pool.threads());
     if (parts == 1) {

@@ -47,10 +47,12 @@ struct AttentionKernels {
     // All parts of some rows to the output.
     void (*merge)(const AttentionCall& call, const AttentionRows& rows, const AttentionPart* parts, int64_t count);
     int64_t lanes;  // head dims are multiples of it
+    int64_t rows;   // of a prompt chunk that are best taken together, at most kMaxAttentionRows
 };
 
 extern const AttentionKernels kAttentionAvx2;
 extern const AttentionKernels kAttentionAvx512;
+extern const AttentionKernels kAttentionAmx;  // only where amx_tiles() is not null
 
 class Pool;
 

@@ -12,10 +12,11 @@ constexpr int kColumns = 2;
 
 #include "exponential.h"
 
+#include "attention_heads.h"
 #include "attention_tiles.h"
 
 }  // namespace
 
-const AttentionKernels kAttentionAvx2 = {attend, merge, kLanes};
+const AttentionKernels kAttentionAvx2 = {attend, merge, kLanes, 48};
 
 }  // namespace hotplug

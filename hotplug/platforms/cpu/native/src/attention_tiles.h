@@ -166,29 +166,6 @@ void transpose(const void* const* keys, int64_t count, int64_t dim, float* to) {
     }
 }
 
-// Where the heads of a tile's keys, or values, lie.
-struct Places {
-    const void* base;
-    int64_t block_stride, token_stride, offset;
-};
-
-// Where heads lie one after the other, from a position on.
-struct Walk {
-    const Places& at;
-    const int64_t* blocks;
-    int64_t block_size, block, inside;
-
-    Walk(const AttentionCall& c, const Places& at, const int64_t* blocks, int64_t begin)
-        : at(at), blocks(blocks), block_size(c.block_size), block(begin / block_size), inside(begin % block_size) {}
-
-    // The index of the next head's first value.
-    int64_t next() {
-        const int64_t index = blocks[block] * at.block_stride + inside * at.token_stride + at.offset;
-        if (++inside == block_size) ++block, inside = 0;
-        return index;
-    }
-};
-
 // rows[j] = the `count` heads from position `begin` on, of values of `size` bytes, where they lie.
 void heads_in_place(const AttentionCall& c, const Places& at, const int64_t* blocks, int64_t begin, int64_t count,
                     int64_t size, const void** rows) {

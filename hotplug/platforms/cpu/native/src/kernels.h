@@ -73,6 +73,8 @@ struct Activations {
     int64_t groups;
 };
 
+struct TileKernels;  // amx.h
+
 struct Kernels {
     const char* name;
 
@@ -99,6 +101,9 @@ struct Kernels {
     int32_t q8_0_zero_point;
 
     const RowKernels* rows;
+
+    // For products of many rows, if there are any.
+    const TileKernels* many = nullptr;
 
     TileFn* tile(int kind) const { return kind == kQ4_0 ? q4_0 : kind == kQ4_1 ? q4_1 : q8_0; }
     int32_t zero_point(int kind) const { return kind == kQ4_0 ? 8 : kind == kQ4_1 ? 0 : q8_0_zero_point; }

@@ -14,6 +14,7 @@
 #include <cpuid.h>
 #endif
 
+#include "amx.h"
 #include "attention.h"
 #include "kernels.h"
 #include "pack.h"
@@ -42,6 +43,12 @@ std::vector<Kernels> available_kernels() {
         mixed.quantize = kAvx2.quantize;
         mixed.silu_mul = kAvx2.silu_mul;
         mixed.linear_f32 = kAvx2.linear_f32;
+        if (amx_tiles() != nullptr) {
+            Kernels many = mixed;
+            many.name = "amx";
+            many.many = amx_tiles();
+            found.push_back(many);
+        }
         found.push_back(mixed);
     }
     if (avx2) found.push_back(kAvx2);
@@ -112,6 +119,7 @@ bool known(int64_t kind) { return kind == kQ4_0 || kind == kQ4_1 || kind == kQ8_
 
 bool valid(int64_t kind, int64_t rows, int64_t cols) { return known(kind) && rows > 0 && cols > 0 && cols % kGroup == 0; }
 
+constexpr int64_t kManyRows = 25;              // from which on the kernels for many rows are faster
 constexpr int64_t kMaxRows = 128;              // activation rows of an item, what its buffers hold
 constexpr int64_t kCachedActivations = 1 << 17;  // bytes of activations that an item goes through for each tile
 
@@ -252,6 +260,9 @@ int hp_linear(const hp_linear_call* call) {
     if (n == 0) return HP_OK;
     State& s = state();
     const std::lock_guard lock(s.mutex);
+    if (s.kernels.many != nullptr && n >= kManyRows) {
+        return linear_many(*s.kernels.many, *call, false, s.kernels.silu_mul, s.threads(), grow, &s.workspace);
+    }
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
     const Grid grid(n, divide_up(rows, kTile), cols);
@@ -265,6 +276,9 @@ int hp_linear_silu_mul(const hp_linear_call* call) {
     if (n == 0) return HP_OK;
     State& s = state();
     const std::lock_guard lock(s.mutex);
+    if (s.kernels.many != nullptr && n >= kManyRows) {
+        return linear_many(*s.kernels.many, *call, true, s.kernels.silu_mul, s.threads(), grow, &s.workspace);
+    }
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
     const Grid grid(n, width / kTile, cols);
@@ -292,9 +306,14 @@ int hp_attention(const hp_attention_call* call) {
     const AttentionKernels* kernels = nullptr;
 #if defined(__x86_64__)
     if (std::strcmp(s.kernels.name, kAvx2.name) == 0) kernels = &kAttentionAvx2;
-    if (std::strcmp(s.kernels.name, kAvx512Vnni.name) == 0) {
+    if (s.kernels.many != nullptr || std::strcmp(s.kernels.name, kAvx512Vnni.name) == 0) {
         kernels = call->dim % kAttentionAvx512.lanes == 0 ? &kAttentionAvx512 : &kAttentionAvx2;
     }
+#if defined(HOTPLUG_AMX)
+    if (s.kernels.many != nullptr && call->dim % kAttentionAmx.lanes == 0 && call->soft_cap == 0.0) {
+        kernels = &kAttentionAmx;
+    }
+#endif
 #endif
     if (kernels == nullptr) return HP_BAD_ARGUMENT;
     return attention(*call, *kernels, s.threads(), grow, &s.workspace);
