@@ -212,6 +212,22 @@ def test_last_byte_missing_is_found_and_said(float_file: Path, tmp_path: Path) -
         open_checkpoint(broken)
 
 
+def test_strings_that_are_not_text_are_found_when_they_are_asked_for(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["first", "second"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokens = GgufFile(tmp_path / "m.gguf").metadata["tokenizer.ggml.tokens"]
+    assert (len(tokens), list(tokens), tokens[1]) == (2, ["first", "second"], "second")
+    data = (tmp_path / "m.gguf").read_bytes().replace(b"second", b"se\xff\xffnd")
+    (tmp_path / "m.gguf").write_bytes(data)
+    broken = GgufFile(tmp_path / "m.gguf").metadata["tokenizer.ggml.tokens"]
+    with pytest.raises(WeightsError, match=r"m\.gguf: not a readable GGUF file(.|\n)*not UTF-8"):
+        broken[0]
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 9, bytes(4096)])
 def test_file_that_is_not_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"

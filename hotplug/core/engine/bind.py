@@ -38,6 +38,7 @@ from hotplug.core.transfer.connector import KVConnector, KVFormat
 from hotplug.core.transfer.swap import BlockCopy
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.read_ahead import read_ahead
 from hotplug.core.weights.source import resolve as resolve_source
 from hotplug.plugins.extension import Extension
 from hotplug.plugins.installed import gather
@@ -129,6 +130,8 @@ def bind(
     connector = _connector(config, extension)
     path = resolve_source(config.model)
     checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models, extension.config_readers)
+    if not meta:
+        read_ahead(checkpoint.files)
     model_config = checkpoint.config
     scheme, table_scheme = _schemes(config, extension, checkpoint)
     resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype)

@@ -20,11 +20,12 @@ from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.loader import load_weights
+from hotplug.core.models.repack import repack_weights
 from hotplug.core.ops.registry import Observe
 from hotplug.core.ops.trace import synchronizer
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
-from hotplug.core.platform.optional import HasRuntime
+from hotplug.core.platform.optional import HasRuntime, HasWeights
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory, memory_guard
 from hotplug.core.runner.capture import CapturedSteps
@@ -60,6 +61,9 @@ class EngineCore:
         with phases("weights"):
             with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
                 load_weights(bound.model, bound.checkpoint)
+                if isinstance(platform, HasWeights) and observe is None and not shapes:
+                    repack_weights(bound.model, bound.plan, platform, bound.checkpoint)
+                bound.checkpoint.release()
             space = make_space(bound)
             synchronizer(platform, device, bound.batch.device)()
         with phases("kernels"):

@@ -30,6 +30,7 @@ class Linear(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
+        self.site = site
         self.weight = ctx.weight(out_features, in_features)
         self.bias = ctx.weight(out_features) if bias else None
         self.op = ctx.bind("linear", site, in_features=in_features, out_features=out_features, bias=bias, scheme=NONE)
@@ -47,6 +48,7 @@ class LinearSiluMul(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, in_features: int, width: int, *, bias: bool) -> None:
         super().__init__()
+        self.site = site
         self.weight = ctx.weight(2 * width, in_features)
         self.bias = ctx.weight(2 * width) if bias else None
         self.op = ctx.bind("linear_silu_mul", site, in_features=in_features, width=width, bias=bias, scheme=NONE)
@@ -66,6 +68,7 @@ class QuantizedLinear(nn.Module):
         self, ctx: BuildContext, scheme: QuantScheme, site: str, in_features: int, out_features: int, *, bias: bool
     ) -> None:
         super().__init__()
+        self.site = site
         self._scheme, self._in_features, self._dtype = scheme, in_features, ctx.dtype
         self.stored = nn.ParameterList(
             nn.Parameter(torch.empty(shape, dtype=dtype, device=ctx.device), requires_grad=False)
@@ -80,8 +83,9 @@ class QuantizedLinear(nn.Module):
 
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
         """Places that quantize the checkpoint matrices that are stacked here, `sizes` rows each."""
-        parts = zip(*(tensor.split(list(sizes)) for tensor in self.stored), strict=True)
         scheme = self._scheme
+        whole = len(sizes) == 1
+        parts = [tuple(self.stored)] if whole else zip(*(t.split(list(sizes)) for t in self.stored), strict=True)
         if isinstance(scheme, StoredScheme):
             return [StoredRows(scheme, part, self._in_features) for part in parts]
         return [QuantizedRows(scheme, part, self._in_features, self._dtype) for part in parts]

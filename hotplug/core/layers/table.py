@@ -31,6 +31,7 @@ class Head(nn.Module):
         self, ctx: BuildContext, site: str, hidden: int, vocab: int, tied: Embedding | StoredEmbedding | None
     ) -> None:
         super().__init__()
+        self.site = site
         scheme = ctx.table_scheme
         if tied is not None:
             self.weight = tied.weight

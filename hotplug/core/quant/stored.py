@@ -50,16 +50,22 @@ class StoredScheme:
 
 
 class StoredRows(QuantizedRows):
-    """A place for groups of one format, which takes them as they are."""
+    """A place for groups of one format, which takes them as they are. `rows` is a parameter, or some rows of one."""
 
     def __init__(self, scheme: StoredScheme, rows: Sequence[Tensor], columns: int) -> None:
         super().__init__(scheme, rows, columns, torch.float32)
         self.scheme, self._data = scheme.name, rows[0]
 
     def take(self, matrix: StoredMatrix) -> None:
-        """Take `matrix`, of the same shape and format."""
+        """Take `matrix`, of the same shape and format: the tensor itself where it is a whole parameter's, else a copy.
+
+        So a parameter may be a view of the mapped file, which costs no memory of its own and must not be written to.
+        """
         assert matrix.scheme == self.scheme
-        self._data.copy_(matrix.data)
+        if isinstance(self._data, nn.Parameter) and self._data.device == matrix.data.device:
+            self._data.data = matrix.data
+        else:
+            self._data.copy_(matrix.data)
 
 
 def stored_schemes(formats: Mapping[str, str]) -> tuple[StoredScheme, StoredScheme | None]:

@@ -44,6 +44,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give back memory that reading has left mapped; tensors that `tensors` gave stay good."""
+        ...
+
 
 def open_checkpoint(
     path: Path,

@@ -38,6 +38,9 @@ class DummyCheckpoint:
             self.fill(name, tensor)
             yield name, tensor
 
+    def release(self) -> None:
+        """Nothing is mapped."""
+
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Fill `tensor`, on whatever device it is, with the weights called `name`, in place."""
         if name.removesuffix(".weight").endswith("norm"):

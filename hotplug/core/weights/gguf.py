@@ -81,6 +81,11 @@ class GgufCheckpoint:
                     yield name, StoredMatrix(formats[name], rows, torch.Size(tensor.shape))
                 else:
                     yield name, dequantize(data, tensor.kind, pool).reshape(tensor.shape)
+                self._file.release()
+
+    def release(self) -> None:
+        """Give back the memory that what was read of the file holds in this process."""
+        self._file.release()
 
     def _check(self) -> None:
         path, expected = str(self.files[0]), parameter_shapes(self.config)

@@ -41,6 +41,9 @@ class SafetensorsCheckpoint:
                 for name in [n for n, f in self._where.items() if f == file and not n.endswith(_BUFFERS)]:
                     yield name, shard.get_tensor(name)
 
+    def release(self) -> None:
+        """A file is mapped while its tensors are read, and not longer."""
+
     def _check(self) -> None:
         for file in self.files:
             promised = {name for name, where in self._where.items() if where == file}

@@ -13,7 +13,7 @@ from hotplug.vendor import DeviceInfo, Feature, KVLayout, Limits, MemoryInfo
 if TYPE_CHECKING:
     import torch
 
-    from hotplug.vendor import OpRegistry
+    from hotplug.vendor import OpRegistry, SiteSpec
 
 
 class CpuPlatform:
@@ -59,6 +59,14 @@ class CpuPlatform:
 
         for kernel in KERNELS:
             ops.add(kernel)
+
+    def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
+        """Matrices in groups are packed for the native kernels; others stay as they are."""
+        from hotplug.platforms.cpu.native import stored
+
+        if provider != stored.PROVIDER or spec.op not in stored.PACKED_OPS:
+            return weight
+        return stored.repack(weight, spec["scheme"])
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: DeviceInfo) -> torch.Tensor:
         """Zeroed memory that the kernel maps page by page as blocks are first written."""

@@ -1,4 +1,8 @@
-"""Products with matrices in the groups of their file (`linear_stored`, `logits_stored`), packed when first used."""
+"""Products with matrices in groups (`linear_stored`, `logits_stored`), which the kernels read in a layout of their own.
+
+A matrix is packed at load (`repack`); one that comes in the groups of its file, since others read them too, when it is
+first used, and is then there both ways.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,50 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hotplug.platforms.cpu.native.library import refusal
-from hotplug.platforms.cpu.native.linear import KINDS, Packed, linear, pack
+from hotplug.platforms.cpu.native.linear import GROUP, KINDS, SOURCE_BYTES, TILE, Packed, linear, pack
 from hotplug.vendor import Impl, SiteSpec, Verdict
 
-_BYTES = {18: "Q4_0", 20: "Q4_1", 34: "Q8_0"}
-"""The format by the bytes of a group of 32."""
+PROVIDER = "cpu.native"
+
+_KINDS = {size: kind for kind, size in SOURCE_BYTES.items()}
+"""The format by the bytes of a group."""
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Of each weight, for as long as it lives. Weights do not change once they are used."""
+"""Of each matrix in groups, for as long as it lives. Weights do not change once they are used."""
 
 
 def linear_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
-    """`x` float32 [n, in], rounded to eight bits by groups, times `data` uint8 [out, bytes of a row] transposed."""
+    """`x` float32 [n, in], rounded to eight bits by groups, times a matrix in groups, transposed.
+
+    `data` is uint8: groups [out, bytes of a row], or what `repack` made of them.
+    """
+    return linear(x if x.stride(-1) == 1 else x.contiguous(), weight_of(data, x.shape[1]), bias)
+
+
+def repack(data: Tensor, scheme: str) -> Tensor:
+    """Groups [out, bytes of a row] of the format `scheme` in the kernels' layout: [out / 16, 1, bytes of 16 rows].
+
+    `data` itself where the outputs do not fill tiles of 16, since their number would be lost.
+    """
+    if data.shape[0] % TILE:
+        return data
+    return _pack(data, scheme.upper()).tiles.unsqueeze(1)
+
+
+def weight_of(data: Tensor, columns: int) -> Packed:
+    """The matrix [out, columns] that an op is given as `data`, packed."""
+    if data.ndim == 3:
+        tiles, _, size = data.shape
+        return Packed(_KINDS[size // TILE * GROUP // columns], tiles * TILE, columns, data)
     weight = _packed.get(data)
     if weight is None:
-        weight = _packed[data] = _pack(data, x.shape[1])
-    return linear(x if x.stride(-1) == 1 else x.contiguous(), weight, bias)
+        weight = _packed[data] = _pack(data, _KINDS[data.shape[1] * GROUP // columns])
+    return weight
 
 
-def _pack(data: Tensor, columns: int) -> Packed:
+def _pack(data: Tensor, kind: str) -> Packed:
     rows, size = data.shape
-    return pack(_BYTES[size * 32 // columns], data.detach().contiguous().numpy(), rows, columns)
+    columns = size // SOURCE_BYTES[kind] * GROUP
+    return pack(kind, data.detach().contiguous().numpy(), rows, columns)
 
 
 def _check(spec: SiteSpec) -> Verdict:
@@ -38,6 +66,8 @@ def _check(spec: SiteSpec) -> Verdict:
 
 
 KERNELS = (
-    Impl("linear_stored", "cpu.native", linear_stored, check=_check, rank=10),
-    Impl("logits_stored", "cpu.native", linear_stored, check=_check, rank=10),
+    Impl("linear_stored", PROVIDER, linear_stored, check=_check, rank=10),
+    Impl("logits_stored", PROVIDER, linear_stored, check=_check, rank=10),
 )
+PACKED_OPS = frozenset(kernel.op for kernel in KERNELS)
+"""Ops whose kernels read what `repack` gives."""
