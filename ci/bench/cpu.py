@@ -57,7 +57,7 @@ def engines(folder: Path, cores: int) -> list[Peer]:
     limits = {"max_num_seqs": 16, "max_model_len": 2048, "max_num_batched_tokens": 2048, "kv_cache_memory": "512MiB"}
     ours = {"model": str(folder / "Q4_1" / "model.gguf"), **limits}
     found = [
-        Peer("hotplug float32", "hotplug", "", {**ours, "dtype": "float32"}),
+        Peer("hotplug float32", "hotplug", "", {**ours, "dtype": "float32", "quantization": "none"}),
         *(
             Peer(
                 f"hotplug {kind}",

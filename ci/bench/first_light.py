@@ -73,7 +73,9 @@ def main() -> None:
 
     path = resolve("smollm2")
     tokenizer = load_tokenizer(path)
-    core = EngineCore(EngineConfig(dtype="float32", kv_cache_memory=KV_CACHE, enable_prefix_cache=False))
+    core = EngineCore(
+        EngineConfig(dtype="float32", quantization="none", kv_cache_memory=KV_CACHE, enable_prefix_cache=False)
+    )
     figures = [
         decode_against_transformers(core, tokenizer, path, args.repeat, args.tokens),
         batching_gain(core, tokenizer, args.repeat, args.tokens),
@@ -205,7 +207,7 @@ def _timed(methods: tuple[tuple[type, str], ...]) -> Iterator[list[float]]:
 def serving_memory() -> Figure:
     """Peak resident memory of `hotplug serve`, all processes, under a load that fills the KV cache."""
     command = [sys.executable, "-m", "hotplug.cli", "serve", "smollm2", "--port", "0", "--dtype", "float32",
-               "--kv-cache-memory", KV_CACHE]  # fmt: skip
+               "--quantization", "none", "--kv-cache-memory", KV_CACHE]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = _wait_ready(server)

@@ -57,6 +57,8 @@ class EngineCore:
             shapes, bounds = compiled_shapes(bound) or ((), None)
             connector = make_connector(bound)
         platform, device = bound.selection.platform, bound.selection.device
+        if config.kv_cache_memory is not None:  # what is not there now is not there once the weights are
+            kv_memory.budget(config, bound.limits, platform.memory(device))
         warm_up = WarmUp(bound)
         with phases("weights"):
             with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
@@ -123,6 +125,7 @@ class EngineCore:
         seconds = phases.report()
         steps_memory = {"reserved": reserved, "taken": taken}
         self._startup = {"seconds": seconds, "steps_memory": steps_memory, "warm_up": warm_up.outcome}
+        _logger.info("weights: %s, %s", bound.weights.name, bound.weights.reason)
         _logger.info("started: %s", ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()))
 
     @property

@@ -36,7 +36,7 @@ class CpuPlatform:
             dtypes=("float32", "bfloat16", "float16"),
             auto_dtype="float32" if narrow_is_slow else None,
             kv_dtypes=("float32", "bfloat16", "float16", "fp8_e4m3"),
-            quantization=("none", "*"),
+            quantization=("stored", "none", "*"),  # decoding goes by the bytes of the weights
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
             shared_host_memory=True,
@@ -45,14 +45,9 @@ class CpuPlatform:
         )
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:
-        import psutil
+        from hotplug.platforms.cpu.memory import host_memory
 
-        memory = psutil.virtual_memory()
-        limit = _cgroup_limit()
-        if limit is None or limit >= memory.total:
-            return MemoryInfo(free=memory.available, total=memory.total)
-        used = memory.total - memory.available
-        return MemoryInfo(free=max(0, min(memory.available, limit - used)), total=limit)
+        return host_memory()
 
     def register(self, ops: OpRegistry) -> None:
         from hotplug.platforms.cpu.kernels import KERNELS
@@ -110,14 +105,3 @@ def _cpuinfo() -> tuple[str, frozenset[str]]:
     except OSError:
         pass  # not Linux: the machine name is all there is
     return name, flags
-
-
-def _cgroup_limit() -> int | None:
-    """Bytes this process may use by its control group, None without a limit."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() else None
-    return None
