@@ -127,6 +127,17 @@ def test_only_what_is_kept_comes_in_groups(tmp_path: Path) -> None:
     assert torch.equal(dequantize(found[DOWN].data, "q8_0"), plain)
 
 
+def test_what_is_dequantized_is_not_copied(start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, copied = model(tmp_path, Kind.Q4_1), []
+    real = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args: (copied.append(self.dim()), real(self, *args))[1])
+    core = start(path)
+    assert 2 not in copied  # matrices; norms come in floating point
+    monkeypatch.undo()
+    expected = dict(core.bound.checkpoint.tensors())["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(core.bound.model.layers[0].mlp.gate_up.weight[len(expected) :], expected)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -177,6 +177,21 @@ def test_quantization_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> 
         open_checkpoint(path)
 
 
+def test_what_is_dequantized_is_written_where_there_is_room_for_it(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", random_tensors(tensor_shapes()), quant=kind))
+    expected = dict(checkpoint.tensors())
+    rooms: dict[str, torch.Tensor] = {}
+
+    def room(name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        return rooms.setdefault(name, torch.full(shape, torch.nan)) if "mlp" in name else None
+
+    found = dict(checkpoint.tensors((), room))
+    assert {name for name in found if "mlp" in name} == rooms.keys()
+    assert all(found[name] is place for name, place in rooms.items())
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
     tensors = random_tensors(tensor_shapes())
     del tensors["blk.1.ffn_up.weight"]
