@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_kept_is_dequantized_and_said_why(
     name, reason = format_of(bound(tmp_path, platform, quant, others))
     assert (name, reason) == (
         "none",
-        f"the checkpoint does not store its matrices in one of q4_0, q4_1, q8_0: it has {has}",
+        f"the checkpoint does not store its matrices in q4_0, q4_1, q8_0: it has {has}",
     )
 
 

@@ -165,6 +165,7 @@ def bind(
         static_steps=resolved.exec_mode is not ExecMode.EAGER,
         scheme=weights.scheme,
         table_scheme=weights.table_scheme,
+        site_schemes=weights.site_schemes,
         max_position=max_model_len,
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):

@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -43,9 +44,12 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         self.config = config
         template = Path(config.chat_template) if config.chat_template else None
-        self.tokenizer = load_tokenizer(resolve(config.model), template)
-        # The caller waits for all of its prompts, so none is refused for want of a place in the queue.
-        self.core = EngineCore(dataclasses.replace(config, max_queue=sys.maxsize))
+        path = resolve(config.model)
+        with ThreadPoolExecutor(1, "hotplug-tokenizer") as beside:
+            tokenizer = beside.submit(load_tokenizer, path, template)
+            # The caller waits for all of its prompts, so none is refused for want of a place in the queue.
+            self.core = EngineCore(dataclasses.replace(config, max_queue=sys.maxsize))
+        self.tokenizer = tokenizer.result()
         self._ids = itertools.count()
         self._open: dict[str, Submission] = {}
         """By request id: what has not finished."""

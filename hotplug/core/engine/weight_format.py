@@ -6,14 +6,15 @@ say (`Limits.quantization`, the first of it), whether its kernels can is theirs,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError
 from hotplug.core.ops.registry import Fact, OpRegistry, SiteSpec
 from hotplug.core.platform.base import Limits
 from hotplug.core.quant.scheme import NONE, QuantScheme
-from hotplug.core.quant.stored import STORED, StoredScheme, stored_schemes
+from hotplug.core.quant.stored import HEAD, STORED, StoredFormats, StoredScheme, stored_formats
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.plugins.extension import Extension
@@ -30,6 +31,8 @@ class WeightFormat:
     """How linear layers store their weights; None is floating point."""
     table_scheme: StoredScheme | None = None
     """How the embedding and the head store theirs."""
+    site_schemes: Mapping[str, StoredScheme | None] = field(default_factory=dict)
+    """Of the call sites that differ from these two."""
 
 
 def asked_format(config: EngineConfig, extension: Extension, checkpoint: Checkpoint) -> WeightFormat | None:
@@ -40,7 +43,7 @@ def asked_format(config: EngineConfig, extension: Extension, checkpoint: Checkpo
     if name == NONE:
         return WeightFormat(NONE, "asked for")
     if name == STORED:
-        return WeightFormat(STORED, "asked for", *stored_schemes(checkpoint.formats))
+        return _stored("asked for", stored_formats(checkpoint.formats))
     scheme: QuantScheme = extension.find("quantization", name, option="--quantization")
     return WeightFormat(name, "asked for", scheme)
 
@@ -52,29 +55,31 @@ def preferred_format(
     if limits.quantization[:1] != (STORED,):
         return WeightFormat(NONE, "the platform serves floating point unless asked for another format")
     try:
-        scheme, table_scheme = stored_schemes(checkpoint.formats)
+        formats = stored_formats(checkpoint.formats)
     except ConfigError as e:
         return WeightFormat(NONE, ": ".join((e.what, *e.why)))
     refusals = []
-    for site in _products(checkpoint.config, scheme, table_scheme, dtype, arch):
+    for site in _products(checkpoint.config, formats, dtype, arch):
         refusals += _refusals(registry, site)
     if refusals:
         return WeightFormat(NONE, "; ".join(dict.fromkeys(refusals)))
-    formats = dict.fromkeys(s.name for s in (scheme, table_scheme) if s is not None)
-    return WeightFormat(STORED, f"the platform's kernels read {' and '.join(formats)} as stored", scheme, table_scheme)
+    names = " and ".join(scheme.name for scheme in formats.all)
+    return _stored(f"the platform's kernels read {names} as stored", formats)
 
 
-def _products(
-    config: ModelConfig, scheme: StoredScheme, table: StoredScheme | None, dtype: str, arch: str
-) -> list[SiteSpec]:
+def _stored(reason: str, formats: StoredFormats) -> WeightFormat:
+    return WeightFormat(STORED, reason, formats.layers, formats.table, formats.others)
+
+
+def _products(config: ModelConfig, formats: StoredFormats, dtype: str, arch: str) -> Iterator[SiteSpec]:
     """Call sites that stand for the model's products with groups."""
     hidden = config.hidden_size
-    facts: dict[str, Fact] = {"in_features": hidden, "out_features": hidden, "bias": False, "scheme": scheme.name}
-    found = [SiteSpec(scheme.op.name, "layers", dtype, arch, facts)]
-    if table is not None:
-        facts = {"hidden": hidden, "vocab": config.vocab_size, "bias": False, "scheme": table.name}
-        found.append(SiteSpec("logits_stored", "logits", dtype, arch, facts))
-    return found
+    for scheme in formats.all:
+        facts: dict[str, Fact] = {"in_features": hidden, "out_features": hidden, "bias": False, "scheme": scheme.name}
+        yield SiteSpec(scheme.op.name, "layers", dtype, arch, facts)
+    if formats.table is not None:
+        facts = {"hidden": hidden, "vocab": config.vocab_size, "bias": False, "scheme": formats.table.name}
+        yield SiteSpec("logits_stored", HEAD, dtype, arch, facts)
 
 
 def _refusals(registry: OpRegistry, site: SiteSpec) -> list[str]:

@@ -18,6 +18,7 @@ class Embedding(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, vocab: int, hidden: int) -> None:
         super().__init__()
+        self.scheme = None
         self.weight = ctx.weight(vocab, hidden)
         self.op = ctx.bind("embed", site, vocab=vocab, hidden=hidden)
 
@@ -94,10 +95,11 @@ class QuantizedLinear(nn.Module):
 def make_linear(
     ctx: BuildContext, site: str, in_features: int, out_features: int, *, bias: bool
 ) -> Linear | QuantizedLinear:
-    """A linear layer as the context's quantization scheme stores it."""
-    if ctx.scheme is None:
+    """A linear layer as the context has it stored."""
+    scheme = ctx.scheme_at(site)
+    if scheme is None:
         return Linear(ctx, site, in_features, out_features, bias=bias)
-    return QuantizedLinear(ctx, ctx.scheme, site, in_features, out_features, bias=bias)
+    return QuantizedLinear(ctx, scheme, site, in_features, out_features, bias=bias)
 
 
 class RMSNorm(nn.Module):
