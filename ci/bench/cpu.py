@@ -34,7 +34,7 @@ from hotplug.core.weights.source import cache_folder, resolve
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "cpu_engines" / "worker.py"
 KV_CACHE = "256MiB"
-"""Of hotplug: 5,825 tokens in float32, of which W2 takes 3,072. llama.cpp has about as much, 10,240 tokens in float16."""
+"""Of hotplug: 5,825 tokens in float32; W2 takes 3,072. llama.cpp is given about as much, 10,240 tokens in float16."""
 COLUMNS = (*(title for _, _, title, _ in FIGURES), "start s", "RSS GB")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 """Variables of the environment that hold PyTorch, MKL and oneDNN to AVX2."""

@@ -18,7 +18,7 @@ from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
 from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import HotplugError, RequestError
 from hotplug.core.request import SamplingParams
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer import load_tokenizer, read_template
 from hotplug.core.weights.source import resolve
 
 Prompt = str | Sequence[int]
@@ -44,6 +44,8 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         self.config = config
         template = Path(config.chat_template) if config.chat_template else None
+        if template is not None:
+            read_template(template)  # what is wrong with it is known before weights are read
         path = resolve(config.model)
         with ThreadPoolExecutor(1, "hotplug-tokenizer") as beside:
             tokenizer = beside.submit(load_tokenizer, path, template)
