@@ -19,7 +19,8 @@ from hotplug import LLM, SamplingParams
 model, prompts = sys.argv[1], json.loads(sys.argv[2])
 found = {}
 for device in ("cpu", "toy_capture"):
-    llm = LLM(model, device=device, dtype="float32", max_model_len=128, max_num_seqs=4, kv_cache_memory="64MiB")
+    llm = LLM(model, device=device, dtype="float32", quantization="none", max_model_len=128, max_num_seqs=4,
+              kv_cache_memory="64MiB")
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (8, 12, 16)]
     found[device] = [o.outputs[0].token_ids for o in llm.generate(prompts, params, progress=False)]
     found["shapes"] = llm.core.report()["shapes"]

@@ -19,8 +19,8 @@ from hotplug import LLM, SamplingParams
 model, prompts = sys.argv[1], json.loads(sys.argv[2])
 found = {}
 for device, turn in (("cpu", ""), ("toy_compile", "first"), ("toy_compile", "second")):
-    llm = LLM(model, device=device, dtype="float32", max_model_len=128, max_num_seqs=4, block_size=32 if turn else 16,
-              kv_cache_memory="64MiB")
+    llm = LLM(model, device=device, dtype="float32", quantization="none", max_model_len=128, max_num_seqs=4,
+              block_size=32 if turn else 16, kv_cache_memory="64MiB")
     llm.core.wait_until_compiled()
     platform = llm.core.bound.selection.platform
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (8, 12, 16)]

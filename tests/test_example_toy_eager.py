@@ -25,7 +25,7 @@ model, prompts = sys.argv[1], json.loads(sys.argv[2])
 params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 found = {}
 for device in ("cpu", "toy_eager"):
-    llm = LLM(model, device=device, dtype="float32", max_model_len=256, kv_cache_memory="64MiB")
+    llm = LLM(model, device=device, dtype="float32", quantization="none", max_model_len=256, kv_cache_memory="64MiB")
     found[device] = [o.outputs[0].token_ids for o in llm.generate(prompts, params, progress=False)]
     found["providers"] = sorted({c.provider for c in llm.core.bound.plan.choices})
 print(json.dumps(found))

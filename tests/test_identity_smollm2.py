@@ -35,7 +35,7 @@ def expected(smollm2_hf_dir) -> list[list[int]]:
 
 
 def engine(smollm2_path, **options) -> LLM:
-    options = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory": "512MiB", **options}
+    options = {"dtype": "float32", "quantization": "none", "max_model_len": 512, "kv_cache_memory": "512MiB", **options}
     return LLM(str(smollm2_path), **options)
 
 

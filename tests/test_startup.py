@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,12 +15,15 @@ import torch
 from fake_platforms import FakePlatform, candidates, limits
 
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine import llm as llm_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.phases import Phases
+from hotplug.core.errors import ConfigError
 from hotplug.core.ops.dense import silu_mul
 from hotplug.core.ops.registry import Impl
 from hotplug.core.platform.base import DeviceInfo, ExecMode, MemoryInfo
 from hotplug.core.platform.optional import HasWarmup
+from hotplug.core.weights.read_ahead import read_ahead
 
 MIB = 2**20
 RECORDS = limits(exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER), accelerator=False)
@@ -145,3 +149,49 @@ def test_phases_are_timed_by_name() -> None:
     with phases("graphs"):
         pass
     assert phases.report() == {"weights": 2.0, "graphs": 0.5, "total": 9.0}
+
+
+def test_a_tokenizer_is_loaded_while_the_engine_starts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = threading.Event()
+
+    def load(path: Path, template: Path | None) -> str:
+        loaded.set()
+        return "the tokenizer"
+
+    def engine(config: EngineConfig) -> str:
+        assert loaded.wait(30)  # it is not begun after the engine
+        return "the engine"
+
+    monkeypatch.setattr(llm_module, "load_tokenizer", load)
+    monkeypatch.setattr(llm_module, "EngineCore", engine)
+    llm = llm_module.LLM(str(tiny_model))
+    assert (llm.tokenizer, llm.core) == ("the tokenizer", "the engine")
+
+
+def test_a_chat_template_that_is_wrong_is_told_before_the_engine_starts(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% if %}")
+    monkeypatch.setattr(llm_module, "EngineCore", lambda config: pytest.fail("the engine starts"))
+    with pytest.raises(ConfigError, match=r"chat\.jinja"):
+        llm_module.LLM(str(tiny_model), chat_template=str(template))
+
+
+def test_files_are_read_ahead_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[int] = []
+    done = threading.Event()
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        advised.append(os.fstat(descriptor).st_size)
+        if len(advised) == 2:
+            done.set()
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    for size in (5, 7):
+        (tmp_path / str(size)).write_bytes(bytes(size))
+    read_ahead([tmp_path / "5", tmp_path / "7"])
+    assert done.wait(30)
+    assert advised == [5, 7]
+    read_ahead([tmp_path / "absent"])  # whoever opens it says so

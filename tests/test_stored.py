@@ -23,6 +23,7 @@ from hotplug.core.quant.stored import StoredScheme
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.weights.checkpoint import open_checkpoint
 from hotplug.core.weights.stored import StoredMatrix
+from hotplug.platforms.cpu import CpuPlatform
 
 FORMATS = sorted(GROUP_BYTES)
 DOWN, UP = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
@@ -109,6 +110,35 @@ def test_tokens_are_those_of_the_dequantized_model(start, tmp_path: Path, scheme
     assert tokens(kept) == tokens(start(path))
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"0.ffn_down": Kind.Q4_1, "1.attn_output": Kind.Q8_0},
+        {"attn_output": Kind.Q4_0, "output.weight": Kind.Q8_0},
+        {"attn_output": Kind.Q4_0, "output.weight": Kind.F16},
+        {"token_embd": Kind.Q6_K},
+        {"attn_": Kind.Q8_0, "token_embd": Kind.Q8_0},
+    ],
+)
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_each_matrix_is_kept_in_its_own_format(start, tmp_path: Path, others: dict[str, Kind], on_cpu: bool) -> None:
+    path = model(tmp_path, Kind.Q4_0, others=others)
+    platform = CpuPlatform() if on_cpu else None
+    kept = start(path, platform, quantization="stored", dtype="float32")
+    found = {site["site"]: site["facts"]["scheme"] for site in kept.report()["sites"] if "scheme" in site["facts"]}
+    expected = {"embed": "token_embd", "logits": "output.weight", "layers.0.attn.qkv": "0.attn_q.weight",
+                "layers.1.attn.out": "1.attn_output.weight", "layers.0.mlp.down": "0.ffn_down.weight"}  # fmt: skip
+    for site, tensor in expected.items():
+        kind = next((kind for part, kind in others.items() if part in tensor), Kind.Q4_0)
+        name = kind.name.lower() if kind.name.lower() in GROUP_BYTES else "none"
+        assert found.get(site, "none") == name  # an embedding in floating point has no scheme to state
+    wanted = tokens(start(path, platform, quantization="none", dtype="float32"))
+    if on_cpu:  # rounds activations to eight bits
+        assert len(tokens(kept)) == len(wanted)
+    else:
+        assert tokens(kept) == wanted
+
+
 def test_tables_in_floating_point_stay_so(start, tmp_path: Path) -> None:
     path = model(tmp_path, Kind.Q4_1, tied=True, others={"token_embd": Kind.F16})
     kept = start(path, quantization="stored")
@@ -127,6 +157,17 @@ def test_only_what_is_kept_comes_in_groups(tmp_path: Path) -> None:
     assert torch.equal(dequantize(found[DOWN].data, "q8_0"), plain)
 
 
+def test_what_is_dequantized_is_not_copied(start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, copied = model(tmp_path, Kind.Q4_1), []
+    real = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args: (copied.append(self.dim()), real(self, *args))[1])
+    core = start(path)
+    assert 2 not in copied  # matrices; norms come in floating point
+    monkeypatch.undo()
+    expected = dict(core.bound.checkpoint.tensors())["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(core.bound.model.layers[0].mlp.gate_up.weight[len(expected) :], expected)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -136,16 +177,20 @@ def test_only_what_is_kept_comes_in_groups(tmp_path: Path) -> None:
         (None, {}, "f32"),
         (Kind.F16, {}, "f16"),
         (Kind.Q5_0, {}, "q5_0"),
-        (Kind.Q8_0, {"ffn_down": Kind.Q4_0}, "q4_0, q8_0"),
         (Kind.Q8_0, {"ffn_down": Kind.F16}, "f16, q8_0"),
-        (Kind.Q8_0, {"token_embd": Kind.Q4_0}, "q4_0, q8_0"),
     ],
 )
-def test_files_of_other_or_several_formats_are_refused(
+def test_files_with_layers_in_other_formats_are_refused(
     start, tmp_path: Path, quant: Kind | None, others: dict[str, Kind], has: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"does not store its matrices(.|\n)*it has {has}"):
         start(model(tmp_path, quant, others=others), quantization="stored")
+
+
+def test_matrices_of_several_formats_that_are_read_together_are_refused(start, tmp_path: Path) -> None:
+    path = model(tmp_path, Kind.Q8_0, others={"1.ffn_up": Kind.Q4_0})
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.gate_up reads matrices in q4_0 and q8_0 together"):
+        start(path, quantization="stored")
 
 
 def test_a_checkpoint_without_groups_is_refused(start, tiny_model: Path) -> None:

@@ -177,6 +177,21 @@ def test_quantization_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> 
         open_checkpoint(path)
 
 
+def test_what_is_dequantized_is_written_where_there_is_room_for_it(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", random_tensors(tensor_shapes()), quant=kind))
+    expected = dict(checkpoint.tensors())
+    rooms: dict[str, torch.Tensor] = {}
+
+    def room(name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        return rooms.setdefault(name, torch.full(shape, torch.nan)) if "mlp" in name else None
+
+    found = dict(checkpoint.tensors((), room))
+    assert {name for name in found if "mlp" in name} == rooms.keys()
+    assert all(found[name] is place for name, place in rooms.items())
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
     tensors = random_tensors(tensor_shapes())
     del tensors["blk.1.ffn_up.weight"]
@@ -210,6 +225,22 @@ def test_last_byte_missing_is_found_and_said(float_file: Path, tmp_path: Path) -
     broken.write_bytes(float_file.read_bytes()[: last - 1])
     with pytest.raises(WeightsError, match="truncated"):
         open_checkpoint(broken)
+
+
+def test_strings_that_are_not_text_are_found_when_they_are_asked_for(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["first", "second"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokens = GgufFile(tmp_path / "m.gguf").metadata["tokenizer.ggml.tokens"]
+    assert (len(tokens), list(tokens), tokens[1]) == (2, ["first", "second"], "second")
+    data = (tmp_path / "m.gguf").read_bytes().replace(b"second", b"se\xff\xffnd")
+    (tmp_path / "m.gguf").write_bytes(data)
+    broken = GgufFile(tmp_path / "m.gguf").metadata["tokenizer.ggml.tokens"]
+    with pytest.raises(WeightsError, match=r"m\.gguf: not a readable GGUF file(.|\n)*not UTF-8"):
+        broken[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 9, bytes(4096)])

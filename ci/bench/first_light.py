@@ -71,7 +71,9 @@ def main() -> None:
 
     path = resolve("smollm2")
     tokenizer = load_tokenizer(path)
-    core = EngineCore(EngineConfig(dtype="float32", kv_cache_memory=KV_CACHE, enable_prefix_cache=False))
+    core = EngineCore(
+        EngineConfig(dtype="float32", quantization="none", kv_cache_memory=KV_CACHE, enable_prefix_cache=False)
+    )
     figures = [
         decode_against_transformers(core, tokenizer, path, args.repeat, args.tokens),
         batching_gain(core, tokenizer, args.repeat, args.tokens),
@@ -202,7 +204,7 @@ def _timed(methods: tuple[tuple[type, str], ...]) -> Iterator[list[float]]:
 
 def serving_memory() -> Figure:
     """Peak resident memory of `hotplug serve`, all processes, under a load that fills the KV cache."""
-    server = Served("smollm2", "--dtype", "float32", "--kv-cache-memory", KV_CACHE)
+    server = Served("smollm2", "--dtype", "float32", "--quantization", "none", "--kv-cache-memory", KV_CACHE)
     try:
         prompts = random_prompts(1000, LOAD_REQUESTS, LOAD_PROMPT, seed=0)
         load = Load(url=server.url, api_key=None, model="smollm2", prompts=prompts, output_len=8, concurrency=BATCH)

@@ -58,6 +58,7 @@ def _print(report: dict[str, Any]) -> None:
         ("device", f"{report['platform']}:{device['index']}  {device['name']} ({device['arch']})"),
         ("because", report["selected_because"]),
         ("dtype", f"{report['dtype']}, {report['exec']}, torch {report['torch']}"),
+        ("weights", f"{report['quantization']}: {report['quantization_because']}"),
         ("kv cache", f"{kv['dtype']} {kv['layout']}, blocks of {kv['block_size']} tokens, {kv['block_bytes']:,} bytes"),
         *([("swap", _swap(kv))] if kv["swap_blocks"] else []),
         ("context", f"{report['max_model_len']:,} tokens"),

@@ -11,8 +11,8 @@ from hotplug.core.errors import ConfigError
 
 SCHEMA = 1
 _ASPECTS = ("op", "provider", "reason", "dtype", "facts")
-_SURROUNDINGS = ("hotplug", "torch", "model", "architecture", "platform", "device", "dtype", "exec", "kv",
-                 "max_model_len", "reference_sites")  # fmt: skip
+_SURROUNDINGS = ("hotplug", "torch", "model", "architecture", "platform", "device", "dtype", "quantization",
+                 "exec", "kv", "max_model_len", "reference_sites")  # fmt: skip
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class EngineConfig:
     exec: Literal["auto", "eager", "capture", "compile"] = option(
         "auto", "How a step runs on the device; auto takes the platform's preference")  # fmt: skip
     quantization: str | None = option(
-        None, "stored keeps a GGUF file's groups of weights; else a plugin's scheme, to quantize as weights load"
+        None,
+        "stored keeps a GGUF file's groups of weights, none dequantizes them, a plugin's scheme quantizes as they "
+        "load; default: stored where the platform prefers it, else none",
     )
     force: tuple[str, ...] = option((), "Pin kernels: op=provider or site-pattern=provider; repeatable")
     trace_ops: bool = option(False, "Time every call of every op, by site and kernel; steps run eagerly and slower")

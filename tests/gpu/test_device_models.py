@@ -40,7 +40,8 @@ def test_greedy_tokens_of_smollm2_in_float32_are_the_cpu_platforms(smollm2_path:
     params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 
     def tokens(device: str) -> list[list[int]]:
-        llm = LLM(str(smollm2_path), device=device, dtype="float32", max_model_len=512, kv_cache_memory="512MiB")
+        options = {"dtype": "float32", "quantization": "none", "max_model_len": 512, "kv_cache_memory": "512MiB"}
+        llm = LLM(str(smollm2_path), device=device, **options)
         return [o.outputs[0].token_ids for o in llm.generate(PROMPTS[:8], params, progress=False)]
 
     assert tokens("cuda") == tokens("cpu")

@@ -13,6 +13,7 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.models.decoder import Decoder
@@ -26,8 +27,7 @@ from hotplug.core.platform.discovery import Candidate, discover
 from hotplug.core.platform.features import Resolved, resolve
 from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.platform.select import Selection, select
-from hotplug.core.quant.scheme import NONE, QuantScheme
-from hotplug.core.quant.stored import STORED, StoredScheme, stored_schemes
+from hotplug.core.quant.stored import StoredScheme
 from hotplug.core.runner import memory_guard
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.kv_memory import KVShape, swap_blocks, torch_device
@@ -38,6 +38,7 @@ from hotplug.core.transfer.connector import KVConnector, KVFormat
 from hotplug.core.transfer.swap import BlockCopy
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.read_ahead import read_ahead
 from hotplug.core.weights.source import resolve as resolve_source
 from hotplug.plugins.extension import Extension
 from hotplug.plugins.installed import gather
@@ -61,6 +62,7 @@ class Bound:
     limits: Limits
     resolved: Resolved
     checkpoint: Checkpoint
+    weights: WeightFormat
     max_model_len: int
     plan: Plan
     context: BuildContext
@@ -92,7 +94,8 @@ class Bound:
             "selected_because": selection.reason,
             "torch": str(torch.__version__),
             "dtype": self.resolved.dtype,
-            "quantization": self.config.quantization or NONE,
+            "quantization": self.weights.name,
+            "quantization_because": self.weights.reason,
             "exec": str(self.resolved.exec_mode),
             "kv": {
                 "dtype": self.resolved.kv_dtype,
@@ -129,17 +132,20 @@ def bind(
     connector = _connector(config, extension)
     path = resolve_source(config.model)
     checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models, extension.config_readers)
+    if not meta:
+        read_ahead(checkpoint.files)
     model_config = checkpoint.config
-    scheme, table_scheme = _schemes(config, extension, checkpoint)
+    asked = asked_format(config, extension, checkpoint)
     resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype)
     max_model_len = _max_model_len(config, model_config)
 
     registry = builtin_registry()
     for op in extension.ops:
         registry.define(op)
-    if scheme is not None and not isinstance(scheme, StoredScheme):  # whose op is built in
-        registry.define(scheme.op)
+    if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, StoredScheme):
+        registry.define(asked.scheme.op)  # that of stored groups is built in
     selection.platform.register(registry)
+    weights = asked or preferred_format(limits, registry, checkpoint, dtype=resolved.dtype, arch=selection.device.arch)
     device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
     tracer = Tracer(synchronizer(selection.platform, selection.device, device)) if config.trace_ops else None
     plan = Plan(
@@ -157,8 +163,9 @@ def bind(
         kv_layout=str(resolved.kv_layout),
         kv_dtype=resolved.kv_dtype,
         static_steps=resolved.exec_mode is not ExecMode.EAGER,
-        scheme=scheme,
-        table_scheme=table_scheme,
+        scheme=weights.scheme,
+        table_scheme=weights.table_scheme,
+        site_schemes=weights.site_schemes,
         max_position=max_model_len,
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
@@ -191,6 +198,7 @@ def bind(
         limits,
         resolved,
         checkpoint,
+        weights,
         max_model_len,
         plan,
         context,
@@ -209,18 +217,6 @@ def bind(
 def _bind_swap(plan: Plan, shape: KVShape, resolved: Resolved) -> BlockCopy:
     return plan.bind("block_copy", "swap", resolved.dtype, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
                      block_size=shape.block_size, layout=str(shape.layout), kv_dtype=resolved.kv_dtype)  # fmt: skip
-
-
-def _schemes(
-    config: EngineConfig, extension: Extension, checkpoint: Checkpoint
-) -> tuple[QuantScheme | None, StoredScheme | None]:
-    """How linear layers, and embedding and head, store their weights; None is floating point."""
-    if config.quantization in (None, NONE):
-        return None, None
-    if config.quantization == STORED:
-        return stored_schemes(checkpoint.formats)
-    scheme: QuantScheme = extension.find("quantization", str(config.quantization), option="--quantization")
-    return scheme, None
 
 
 def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat], KVConnector] | None:

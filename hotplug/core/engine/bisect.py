@@ -199,6 +199,7 @@ def _fitted(config: EngineConfig, length: int) -> tuple[Bound, EngineConfig]:
     fitting: dict[str, Any] = {
         "dtype": bound.resolved.dtype,
         "kv_cache_dtype": bound.resolved.kv_dtype,
+        "quantization": bound.weights.name,
         "kv_cache_memory": blocks * bound.kv_shape.block_bytes,
         "max_model_len": length,
         "max_num_seqs": 1,

@@ -20,11 +20,12 @@ from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.loader import load_weights
+from hotplug.core.models.repack import repack_weights
 from hotplug.core.ops.registry import Observe
 from hotplug.core.ops.trace import synchronizer
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
-from hotplug.core.platform.optional import HasRuntime
+from hotplug.core.platform.optional import HasRuntime, HasWeights
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.runner import kv_memory, memory_guard
 from hotplug.core.runner.capture import CapturedSteps
@@ -56,10 +57,15 @@ class EngineCore:
             shapes, bounds = compiled_shapes(bound) or ((), None)
             connector = make_connector(bound)
         platform, device = bound.selection.platform, bound.selection.device
+        if config.kv_cache_memory is not None:  # what is not there now is not there once the weights are
+            kv_memory.budget(config, bound.limits, platform.memory(device))
         warm_up = WarmUp(bound)
         with phases("weights"):
             with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
                 load_weights(bound.model, bound.checkpoint)
+                if isinstance(platform, HasWeights) and observe is None and not shapes:
+                    repack_weights(bound.model, bound.plan, platform, bound.checkpoint)
+                bound.checkpoint.release()
             space = make_space(bound)
             synchronizer(platform, device, bound.batch.device)()
         with phases("kernels"):
@@ -120,6 +126,7 @@ class EngineCore:
         seconds = phases.report()
         steps_memory = {"reserved": reserved, "taken": taken}
         self._startup = {"seconds": seconds, "steps_memory": steps_memory, "warm_up": warm_up.outcome}
+        _logger.info("weights: %s, %s", bound.weights.name, bound.weights.reason)
         _logger.info("started: %s", ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()))
 
     @property

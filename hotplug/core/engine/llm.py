@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
 from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import HotplugError, RequestError
 from hotplug.core.request import SamplingParams
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer import load_tokenizer, read_template
 from hotplug.core.weights.source import resolve
 
 Prompt = str | Sequence[int]
@@ -43,9 +44,14 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         self.config = config
         template = Path(config.chat_template) if config.chat_template else None
-        self.tokenizer = load_tokenizer(resolve(config.model), template)
-        # The caller waits for all of its prompts, so none is refused for want of a place in the queue.
-        self.core = EngineCore(dataclasses.replace(config, max_queue=sys.maxsize))
+        if template is not None:
+            read_template(template)  # what is wrong with it is known before weights are read
+        path = resolve(config.model)
+        with ThreadPoolExecutor(1, "hotplug-tokenizer") as beside:
+            tokenizer = beside.submit(load_tokenizer, path, template)
+            # The caller waits for all of its prompts, so none is refused for want of a place in the queue.
+            self.core = EngineCore(dataclasses.replace(config, max_queue=sys.maxsize))
+        self.tokenizer = tokenizer.result()
         self._ids = itertools.count()
         self._open: dict[str, Submission] = {}
         """By request id: what has not finished."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -36,12 +37,22 @@ class BuildContext:
     """How linear layers store their weights; None is plain floating point."""
     table_scheme: StoredScheme | None = None
     """How the embedding and the head store theirs."""
+    site_schemes: Mapping[str, StoredScheme | None] = field(default_factory=dict)
+    """Of call sites whose matrix is stored otherwise than these two say."""
     max_position: int
     """Positions the rotary table must cover."""
 
     def bind(self, op: str, site: str, **facts: Fact) -> Fn:
         """The planned callable of `op` at `site` for this model's compute dtype."""
         return self.plan.bind(op, site, dtype_name(self.dtype), **facts)
+
+    def scheme_at(self, site: str) -> QuantScheme | None:
+        """How the linear layer of a call site stores its weights."""
+        return self.site_schemes.get(site, self.scheme)
+
+    def table_scheme_at(self, site: str) -> StoredScheme | None:
+        """How the embedding or the head stores its table."""
+        return self.site_schemes.get(site, self.table_scheme)
 
     def weight(self, *shape: int) -> nn.Parameter:
         """An uninitialized parameter; loading must fill all of it."""

@@ -18,6 +18,7 @@ class Embedding(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, vocab: int, hidden: int) -> None:
         super().__init__()
+        self.scheme = None
         self.weight = ctx.weight(vocab, hidden)
         self.op = ctx.bind("embed", site, vocab=vocab, hidden=hidden)
 
@@ -30,6 +31,7 @@ class Linear(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
+        self.site = site
         self.weight = ctx.weight(out_features, in_features)
         self.bias = ctx.weight(out_features) if bias else None
         self.op = ctx.bind("linear", site, in_features=in_features, out_features=out_features, bias=bias, scheme=NONE)
@@ -47,6 +49,7 @@ class LinearSiluMul(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, in_features: int, width: int, *, bias: bool) -> None:
         super().__init__()
+        self.site = site
         self.weight = ctx.weight(2 * width, in_features)
         self.bias = ctx.weight(2 * width) if bias else None
         self.op = ctx.bind("linear_silu_mul", site, in_features=in_features, width=width, bias=bias, scheme=NONE)
@@ -66,6 +69,7 @@ class QuantizedLinear(nn.Module):
         self, ctx: BuildContext, scheme: QuantScheme, site: str, in_features: int, out_features: int, *, bias: bool
     ) -> None:
         super().__init__()
+        self.site = site
         self._scheme, self._in_features, self._dtype = scheme, in_features, ctx.dtype
         self.stored = nn.ParameterList(
             nn.Parameter(torch.empty(shape, dtype=dtype, device=ctx.device), requires_grad=False)
@@ -80,8 +84,9 @@ class QuantizedLinear(nn.Module):
 
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
         """Places that quantize the checkpoint matrices that are stacked here, `sizes` rows each."""
-        parts = zip(*(tensor.split(list(sizes)) for tensor in self.stored), strict=True)
         scheme = self._scheme
+        whole = len(sizes) == 1
+        parts = [tuple(self.stored)] if whole else zip(*(t.split(list(sizes)) for t in self.stored), strict=True)
         if isinstance(scheme, StoredScheme):
             return [StoredRows(scheme, part, self._in_features) for part in parts]
         return [QuantizedRows(scheme, part, self._in_features, self._dtype) for part in parts]
@@ -94,6 +99,7 @@ class StoredLinearSiluMul(nn.Module):
         self, ctx: BuildContext, scheme: StoredScheme, site: str, in_features: int, width: int, *, bias: bool
     ) -> None:
         super().__init__()
+        self.site = site
         self._scheme, self._in_features = scheme, in_features
         self.weight = scheme.parameter(2 * width, in_features, ctx.device)
         self.bias = ctx.weight(2 * width) if bias else None
@@ -106,7 +112,8 @@ class StoredLinearSiluMul(nn.Module):
 
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
         """Places for the groups of the checkpoint matrices that are stacked here, `sizes` rows each."""
-        return [StoredRows(self._scheme, [part], self._in_features) for part in torch.split(self.weight, list(sizes))]
+        parts = [self.weight] if len(sizes) == 1 else torch.split(self.weight, list(sizes))
+        return [StoredRows(self._scheme, [part], self._in_features) for part in parts]
 
 
 GateUp = LinearSiluMul | StoredLinearSiluMul
@@ -115,20 +122,22 @@ GateUp = LinearSiluMul | StoredLinearSiluMul
 
 def make_gate_up(ctx: BuildContext, site: str, in_features: int, width: int, *, bias: bool) -> GateUp | None:
     """SwiGLU's gate and up projection as the context has it stored; None where its scheme has no op for both."""
-    if ctx.scheme is None:
+    scheme = ctx.scheme_at(site)
+    if scheme is None:
         return LinearSiluMul(ctx, site, in_features, width, bias=bias)
-    if isinstance(ctx.scheme, StoredScheme):
-        return StoredLinearSiluMul(ctx, ctx.scheme, site, in_features, width, bias=bias)
+    if isinstance(scheme, StoredScheme):
+        return StoredLinearSiluMul(ctx, scheme, site, in_features, width, bias=bias)
     return None
 
 
 def make_linear(
     ctx: BuildContext, site: str, in_features: int, out_features: int, *, bias: bool
 ) -> Linear | QuantizedLinear:
-    """A linear layer as the context's quantization scheme stores it."""
-    if ctx.scheme is None:
+    """A linear layer as the context has it stored."""
+    scheme = ctx.scheme_at(site)
+    if scheme is None:
         return Linear(ctx, site, in_features, out_features, bias=bias)
-    return QuantizedLinear(ctx, ctx.scheme, site, in_features, out_features, bias=bias)
+    return QuantizedLinear(ctx, scheme, site, in_features, out_features, bias=bias)
 
 
 class RMSNorm(nn.Module):

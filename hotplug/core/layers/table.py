@@ -17,6 +17,7 @@ class StoredEmbedding(nn.Module):
     def __init__(self, ctx: BuildContext, scheme: StoredScheme, site: str, vocab: int, hidden: int) -> None:
         super().__init__()
         self._hidden, self._dtype = hidden, ctx.dtype
+        self.scheme = scheme
         self.weight = scheme.parameter(vocab, hidden, ctx.device)
         self.op = ctx.bind("embed_stored", site, vocab=vocab, hidden=hidden, scheme=scheme.name)
 
@@ -31,7 +32,8 @@ class Head(nn.Module):
         self, ctx: BuildContext, site: str, hidden: int, vocab: int, tied: Embedding | StoredEmbedding | None
     ) -> None:
         super().__init__()
-        scheme = ctx.table_scheme
+        self.site = site
+        self.scheme = scheme = ctx.table_scheme_at(site) if tied is None else tied.scheme
         if tied is not None:
             self.weight = tied.weight
         elif scheme is not None:
@@ -47,11 +49,12 @@ class Head(nn.Module):
 
 def make_embedding(ctx: BuildContext, site: str, vocab: int, hidden: int) -> Embedding | StoredEmbedding:
     """The embedding as the context has tables stored."""
-    if ctx.table_scheme is None:
+    scheme = ctx.table_scheme_at(site)
+    if scheme is None:
         return Embedding(ctx, site, vocab, hidden)
-    return StoredEmbedding(ctx, ctx.table_scheme, site, vocab, hidden)
+    return StoredEmbedding(ctx, scheme, site, vocab, hidden)
 
 
-def table_place(scheme: StoredScheme | None, weight: Tensor, hidden: int) -> Destination:
-    """Where the checkpoint's table of `weight`, an embedding's or a head's, goes."""
-    return weight if scheme is None else StoredRows(scheme, [weight], hidden)
+def table_place(table: Embedding | StoredEmbedding | Head, hidden: int) -> Destination:
+    """Where the checkpoint's table goes."""
+    return table.weight if table.scheme is None else StoredRows(table.scheme, [table.weight], hidden)

@@ -74,7 +74,6 @@ class Decoder(nn.Module):
         self.norm = AddRMSNorm(ctx, "norm", config.hidden_size, config.rms_norm_eps)
         tied = self.embed if config.tie_word_embeddings else None
         self.head = Head(ctx, "logits", config.hidden_size, config.vocab_size, tied)
-        self._table_scheme = ctx.table_scheme
         self.register_buffer(
             "cos_sin", rotary_table(config.rope, config.head_dim, ctx.max_position, ctx.device), persistent=False
         )
@@ -101,16 +100,14 @@ class Decoder(nn.Module):
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """Where each checkpoint tensor goes: its Hugging Face name and the parameter, or slice of one, it fills."""
-        yield "model.embed_tokens.weight", self._table(self.embed.weight)
+        hidden = self.config.hidden_size
+        yield "model.embed_tokens.weight", table_place(self.embed, hidden)
         yield "model.norm.weight", self.norm.weight
         if not self.config.tie_word_embeddings:
-            yield "lm_head.weight", self._table(self.head.weight)
+            yield "lm_head.weight", table_place(self.head, hidden)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             yield from _layer_destinations(f"model.layers.{i}", layer)
-
-    def _table(self, weight: Tensor) -> Destination:
-        return table_place(self._table_scheme, weight, self.config.hidden_size)
 
     def named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A checkpoint tensor by the names of `destinations`: itself, or the several that it stacks."""

@@ -38,10 +38,11 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
         for name, place in model.destinations():
             _fill(checkpoint, name, place)
         return
-    missing: dict[str, Destination] = dict(model.destinations())
+    places: dict[str, Destination] = dict(model.destinations())
+    missing = dict(places)
     unknown: list[str] = []
     tied = model.config.tie_word_embeddings
-    for name, tensor in _parts(model, checkpoint):
+    for name, tensor in _parts(model, checkpoint, places):
         target = missing.pop(name, None)
         if target is None:
             derived = name.endswith(DERIVED_SUFFIXES) or (tied and name == "lm_head.weight")
@@ -54,7 +55,7 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
         elif isinstance(tensor, StoredMatrix):
             assert isinstance(target, StoredRows)
             target.take(tensor)
-        else:
+        elif tensor is not target:  # else it was written there
             target.copy_(tensor)
     problems = [f"missing: {_some(list(missing))}"] if missing else []
     problems += [f"not part of {model.config.architecture}: {_some(unknown)}"] if unknown else []
@@ -62,10 +63,19 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
         raise WeightsError("the checkpoint does not match its config", where=_files(checkpoint), why=problems)
 
 
-def _parts(model: Decoder, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | StoredMatrix]]:
-    """The checkpoint's tensors by the names of the model's places; in groups where a place takes them."""
-    keep = {name for name, place in model.destinations() if isinstance(place, StoredRows)}
-    for name, tensor in checkpoint.tensors(keep):
+def _parts(
+    model: Decoder, checkpoint: Checkpoint, places: Mapping[str, Destination]
+) -> Iterator[tuple[str, Tensor | StoredMatrix]]:
+    """The checkpoint's tensors by the names of `places`: in groups where a place takes them, or there already."""
+    keep = {name for name, place in places.items() if isinstance(place, StoredRows)}
+
+    def room(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        place = places.get(name)
+        if not isinstance(place, Tensor) or place.shape != shape or place.dtype is not torch.float32:
+            return None
+        return place if place.is_cpu and place.is_contiguous() else None
+
+    for name, tensor in checkpoint.tensors(keep, room):
         if isinstance(tensor, StoredMatrix):
             yield name, tensor
         else:

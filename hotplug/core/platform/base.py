@@ -78,7 +78,10 @@ class Limits:
     kv_dtypes: tuple[str, ...] = ()
     """Storage dtypes of the KV cache; empty means the compute dtypes."""
     quantization: tuple[str, ...] = ("none",)
-    """Weight schemes served; "none" is plain floating point, "*" any other by its plain-PyTorch reference."""
+    """Weight schemes served; "none" is plain floating point, "*" any other by its plain-PyTorch reference.
+
+    With "stored" first, checkpoints whose matrices are in groups are served from them where nothing else is asked for
+    and kernels read them; with anything else first, in floating point."""
     block_sizes: tuple[int, ...] = (16,)
     """Tokens in a KV block."""
     kv_layouts: tuple[KVLayout, ...] = (KVLayout.NHD,)

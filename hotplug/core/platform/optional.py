@@ -129,10 +129,17 @@ class HasKV(Protocol):
 
 @runtime_checkable
 class HasWeights(Protocol):
-    """Rearrange a weight once, at load, into the layout its kernel wants."""
+    """Rearrange a matrix once, at load, into the layout that its kernel wants."""
 
     def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
-        """The weight as the chosen kernel of this site reads it."""
+        """The matrix of the site `spec` as `provider`'s kernel of its op, which alone reads it, wants it in its place.
+
+        `weight` is filled, and may be a read-only view of the checkpoint's file: it is not written to. It is let go of
+        afterwards, unless it is what this returns. Asked for the matrices of products: the op's second argument.
+
+        Weights are left as they are in the checkpoint, and kernels must take them so, where others read them too:
+        where steps are compiled as a whole, and in tests and tools that compare kernels with references.
+        """
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ Q4_1 its float16 minimum too, then its weights. Four-bit weights lie two to a by
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,13 @@ from hotplug.core.weights.stored import StoredMatrix
 
 STORED = "stored"
 """What `--quantization` calls keeping the checkpoint's groups."""
+EMBED, HEAD = "embed", "logits"
+"""Call sites of the vocabulary's tables."""
+
+_BLOCKS = {"self_attn": "attn"}
+_STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "out",
+            "gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}  # fmt: skip
+"""What call sites call the blocks and matrices of checkpoints, those that a layer stacks by one name."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +58,80 @@ class StoredScheme:
 
 
 class StoredRows(QuantizedRows):
-    """A place for groups of one format, which takes them as they are."""
+    """A place for groups of one format, which takes them as they are. `rows` is a parameter, or some rows of one."""
 
     def __init__(self, scheme: StoredScheme, rows: Sequence[Tensor], columns: int) -> None:
         super().__init__(scheme, rows, columns, torch.float32)
         self.scheme, self._data = scheme.name, rows[0]
 
     def take(self, matrix: StoredMatrix) -> None:
-        """Take `matrix`, of the same shape and format."""
+        """Take `matrix`, of the same shape and format: the tensor itself where it is a whole parameter's, else a copy.
+
+        So a parameter may be a view of the mapped file, which costs no memory of its own and must not be written to.
+        """
         assert matrix.scheme == self.scheme
-        self._data.copy_(matrix.data)
+        if isinstance(self._data, nn.Parameter) and self._data.device == matrix.data.device:
+            self._data.data = matrix.data
+        else:
+            self._data.copy_(matrix.data)
 
 
-def stored_schemes(formats: Mapping[str, str]) -> tuple[StoredScheme, StoredScheme | None]:
-    """How a checkpoint stores the matrices of its layers, and embedding and head (None: in floating point).
+@dataclass(frozen=True)
+class StoredFormats:
+    """How a checkpoint stores the matrices that call sites read."""
 
-    `formats` holds the format of each matrix by its Hugging Face name. Raises ConfigError where layers have several
-    formats or one that is not known, or where embedding and head differ.
+    layers: StoredScheme
+    """Of most linear layers."""
+    table: StoredScheme | None
+    """Of the head, and of an embedding that is tied to it; None: in floating point."""
+    others: Mapping[str, StoredScheme | None]
+    """Of the sites that differ."""
+
+    @property
+    def all(self) -> tuple[StoredScheme, ...]:
+        """Each scheme once."""
+        found = (self.layers, self.table, *self.others.values())
+        return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
+
+
+def stored_formats(formats: Mapping[str, str]) -> StoredFormats:
+    """`formats` by the call sites that read them, from the format of each matrix by its Hugging Face name.
+
+    Raises ConfigError where a layer's matrix is in a format that is not known, or matrices that one site reads
+    together differ.
     """
-    layers = {kind for name, kind in formats.items() if name.startswith("model.layers.")}
-    tables = {kind for name, kind in formats.items() if not name.startswith("model.layers.")}
-    if len(layers) != 1 or not layers <= GROUP_BYTES.keys() or len(tables) > 1:
-        raise ConfigError(
-            f"the checkpoint does not store its matrices in one of {', '.join(GROUP_BYTES)}",
-            where="--quantization stored",
-            why=f"it has {', '.join(sorted(layers | tables)) or 'floating point'}",
-            hint="Leave --quantization out, then it is served in floating point.",
-        )
-    (layer,), table = layers, tables.pop() if tables else None
-    return StoredScheme(layer), StoredScheme(table) if table in GROUP_BYTES else None
+    sites: dict[str, set[str]] = {}
+    for name, kind in formats.items():
+        sites.setdefault(_site(name), set()).add(kind)
+    tables = {site: sites.pop(site).pop() for site in (EMBED, HEAD) if site in sites}
+    has = {kind for kinds in sites.values() for kind in kinds}
+    if not has or not has <= GROUP_BYTES.keys():
+        kinds = ", ".join(sorted(has | set(tables.values())))
+        raise _not_stored(f"it has {kinds or 'floating point'}")
+    if torn := [site for site, kinds in sites.items() if len(kinds) > 1]:
+        raise _not_stored(f"{torn[0]} reads matrices in {' and '.join(sorted(sites[torn[0]]))} together")
+    by_site = {site: StoredScheme(kinds.pop()) for site, kinds in sites.items()}
+    layers = Counter(by_site.values()).most_common(1)[0][0]
+    by_table = {site: StoredScheme(kind) if kind in GROUP_BYTES else None for site, kind in tables.items()}
+    table = by_table.get(HEAD, by_table.get(EMBED))
+    others: dict[str, StoredScheme | None] = {s: scheme for s, scheme in by_site.items() if scheme != layers}
+    others |= {s: scheme for s, scheme in by_table.items() if scheme != table}
+    return StoredFormats(layers, table, others)
+
+
+def _site(name: str) -> str:
+    """The call site that reads a matrix, by its Hugging Face name."""
+    prefix, _, matrix = name.removesuffix(".weight").removeprefix("model.").rpartition(".")
+    if not prefix:
+        return {"embed_tokens": EMBED, "lm_head": HEAD}.get(matrix, matrix)
+    block, _, part = prefix.rpartition(".")
+    return f"{block}.{_BLOCKS.get(part, part)}.{_STACKED.get(matrix, matrix)}"
+
+
+def _not_stored(why: str) -> ConfigError:
+    return ConfigError(
+        f"the checkpoint does not store its matrices in {', '.join(GROUP_BYTES)}",
+        where="--quantization stored",
+        why=why,
+        hint="Leave --quantization out, then it is served in floating point.",
+    )

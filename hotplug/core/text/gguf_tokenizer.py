@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
-from hotplug.core.weights.gguf_file import GgufFile
+from hotplug.core.weights.gguf_file import GgufFile, Strings
 
 _CONTROL, _USER_DEFINED = 3, 4
 """`tokenizer.ggml.token_type`: markers such as <|im_end|>, and words that must not be split."""
@@ -34,8 +34,9 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
     """The tokenizer a GGUF file describes. Raises UnsupportedModelError and WeightsError."""
     kind = file.metadata.get("tokenizer.ggml.model")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if not isinstance(tokens, Strings) or not tokens:
         raise WeightsError("the metadata holds no vocabulary", where=str(file.path))
+    tokens = tokens.values
     if kind == "gpt2":
         tokenizer = _byte_level(file, tokens)
     elif kind == "llama":

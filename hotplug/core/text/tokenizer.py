@@ -168,7 +168,7 @@ def load_tokenizer(path: Path, chat_template_file: Path | None = None) -> Tokeni
     """
     from hotplug.core.weights.checkpoint import find_gguf
 
-    override = None if chat_template_file is None else _read_template(chat_template_file)
+    override = None if chat_template_file is None else read_template(chat_template_file)
     if path.is_dir() and (path / "tokenizer.json").exists():
         tokenizer = _from_folder(path, _load_backend(path / "tokenizer.json"))
     elif path.is_dir() and any((path / name).exists() for name in _SLOW_FILES):
@@ -278,7 +278,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _read_template(file: Path) -> str:
+def read_template(file: Path) -> str:
+    """The chat template in a file. Raises ConfigError for one that cannot be read or compiled."""
     try:
         source = file.read_text(encoding="utf-8")
         chat_templates.compile_template(source)

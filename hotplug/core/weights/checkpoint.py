@@ -6,10 +6,10 @@ tensors is the model's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from hotplug.core.errors import ConfigError, WeightsError, nearest
 from hotplug.core.weights.config import ModelConfig
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
     from hotplug.core.weights.stored import StoredMatrix
 
+Room: TypeAlias = "Callable[[str, tuple[int, ...]], torch.Tensor | None]"
+"""Where a weight of this name and shape may be written, float32 and contiguous on the host; None: nowhere yet."""
+
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+
+
+def no_room(name: str, shape: tuple[int, ...]) -> None:
+    """Weights come in memory of their own."""
 
 
 class Checkpoint(Protocol):
@@ -37,11 +44,18 @@ class Checkpoint(Protocol):
         """The format of each matrix by name, in lower case, where matrices may be in groups; else nothing."""
         ...
 
-    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
+    def tensors(
+        self, keep: Collection[str] = (), room: Room = no_room
+    ) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
         """Name and CPU tensor of each weight, one in memory at a time. Raises WeightsError.
 
-        Matrices in groups whose names are in `keep` come as they are stored, all others in floating point.
+        Matrices in groups whose names are in `keep` come as they are stored, all others in floating point. What has to
+        be dequantized is written to the tensor that `room` has for it, and is that tensor.
         """
+        ...
+
+    def release(self) -> None:
+        """Give back memory that reading has left mapped; tensors that `tensors` gave stay good."""
         ...
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hotplug.core.weights.checkpoint import Room, no_room
 from hotplug.core.weights.config import ModelConfig
 
 _STD = 0.02
@@ -30,13 +31,16 @@ class DummyCheckpoint:
         """No matrix is in groups."""
         return {}
 
-    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, keep: Collection[str] = (), room: Room = no_room) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names with CPU tensors of the config's dtype."""
         dtype = getattr(torch, self.config.dtype)
         for name, shape in parameter_shapes(self.config).items():
             tensor = torch.empty(shape, dtype=dtype)
             self.fill(name, tensor)
             yield name, tensor
+
+    def release(self) -> None:
+        """Nothing is mapped."""
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Fill `tensor`, on whatever device it is, with the weights called `name`, in place."""

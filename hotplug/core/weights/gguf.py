@@ -19,6 +19,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
+from hotplug.core.weights.checkpoint import Room, no_room
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import parameter_shapes
 from hotplug.core.weights.gguf_config import gguf_config
@@ -67,7 +68,9 @@ class GgufCheckpoint:
         """The type of each matrix, in lower case, by Hugging Face name."""
         return {name: tensor.kind.name.lower() for name, tensor in self._names.items() if len(tensor.shape) == 2}
 
-    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
+    def tensors(
+        self, keep: Collection[str] = (), room: Room = no_room
+    ) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
         """Hugging Face names with CPU tensors: F16 and BF16 as stored, every other type as float32.
 
         Matrices in `keep` come in their groups, as views of the mapped file where rows need no other order.
@@ -79,8 +82,21 @@ class GgufCheckpoint:
                 if name in keep and tensor.kind not in _PLAIN:
                     rows = _view(data.reshape(tensor.shape[0], -1))
                     yield name, StoredMatrix(formats[name], rows, torch.Size(tensor.shape))
+                elif tensor.kind in _PLAIN:
+                    yield (
+                        name,
+                        torch.from_numpy(data.reshape(-1).copy()).view(_PLAIN[tensor.kind]).reshape(tensor.shape),
+                    )
                 else:
-                    yield name, dequantize(data, tensor.kind, pool).reshape(tensor.shape)
+                    out = room(name, tensor.shape)
+                    out = torch.empty(tensor.shape) if out is None else out
+                    dequantize(data, tensor.kind, pool, out)
+                    yield name, out
+                self._file.release()
+
+    def release(self) -> None:
+        """Give back the memory that what was read of the file holds in this process."""
+        self._file.release()
 
     def _check(self) -> None:
         path, expected = str(self.files[0]), parameter_shapes(self.config)
@@ -129,23 +145,20 @@ def hf_name(name: str, path: Path) -> str:
     raise WeightsError(f"tensor {name!r} has no place in the model", where=str(path))
 
 
-def dequantize(data: npt.NDArray[np.uint8], kind: GGMLQuantizationType, pool: ThreadPoolExecutor) -> torch.Tensor:
-    """A flat tensor from raw bytes: float16 and bfloat16 keep their type, the rest becomes float32."""
-    flat = data.reshape(-1)
-    if kind in _PLAIN:
-        return torch.from_numpy(flat.copy()).view(_PLAIN[kind])
+def dequantize(
+    data: npt.NDArray[np.uint8], kind: GGMLQuantizationType, pool: ThreadPoolExecutor, out: torch.Tensor
+) -> None:
+    """Write the values of raw bytes to `out`, float32 and contiguous on the host."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    blocks = flat.reshape(-1, block_bytes)
-    out = np.empty((len(blocks), block), np.float32)
+    blocks, values = data.reshape(-1, block_bytes), out.numpy().reshape(-1, block)
 
     def chunk(start: int) -> None:
         part = blocks[start : start + _CHUNK]
         # One row, because the package walks over rows in groups too small to be quick.
-        out[start : start + _CHUNK] = gguf.quants.dequantize(part.reshape(1, -1), kind).reshape(-1, block)
+        values[start : start + _CHUNK] = gguf.quants.dequantize(part.reshape(1, -1), kind).reshape(-1, block)
 
     for _ in pool.map(chunk, range(0, len(blocks), _CHUNK)):
         pass
-    return torch.from_numpy(out.reshape(-1))
 
 
 _PLAIN: dict[Any, torch.dtype] = {

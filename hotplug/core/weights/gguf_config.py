@@ -9,7 +9,7 @@ import numpy as np
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.weights.config import ModelConfig, RopeConfig
-from hotplug.core.weights.gguf_file import GgufFile
+from hotplug.core.weights.gguf_file import GgufFile, Strings
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -97,7 +97,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         dtype=_FILE_TYPE_DTYPES.get(file.metadata.get("general.file_type", 0), "float32"),
         bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=end_token_ids(file),
-        raw={k: v for k, v in file.metadata.items() if not isinstance(v, list | np.ndarray)},
+        raw={k: v for k, v in file.metadata.items() if not isinstance(v, list | Strings | np.ndarray)},
     )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _NUMPY = {"?": "bool"} | {code: f"<{np.dtype(code).str[1:]}" for code in "BbHhIifQqd"}
 _MAX_DIMS = 4
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,38 @@ class GgufTensor:
     nbytes: int
 
 
+class Strings(Sequence[str]):
+    """An array of strings, decoded when one is first asked for: an engine has no use for a vocabulary's 50,000.
+
+    Raises WeightsError where they are not UTF-8.
+    """
+
+    def __init__(self, file: GgufFile, begin: int, count: int) -> None:
+        self._file, self._begin, self._count = file, begin, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self.values[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    @cached_property
+    def values(self) -> list[str]:
+        """All of them."""
+        return self._file.strings(self._begin, self._count)
+
+
 class GgufFile:
     """An open GGUF file: `metadata` by key and `tensors` by name, all extents checked against the file size.
 
-    Arrays of strings are lists, numeric arrays are NumPy arrays. Raises WeightsError for a file that is
+    Arrays of strings are `Strings`, numeric arrays are NumPy arrays. Raises WeightsError for a file that is
     truncated, corrupt or not GGUF, UnsupportedModelError for a version or variant that is not read.
     """
 
@@ -65,6 +96,23 @@ class GgufFile:
         """The tensor's bytes as stored, [rows, row_bytes], a read-only view of the mapped file."""
         flat = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
         return flat.reshape(prod(tensor.shape[:-1]), -1)
+
+    def strings(self, begin: int, count: int) -> list[str]:
+        """`count` strings that follow each other from byte `begin` on. Raises WeightsError."""
+        out, pos = [], begin
+        try:
+            for _ in range(count):
+                end = self._end_of_string(pos)
+                out.append(self._map[pos + _LENGTH.size : end].decode())
+                pos = end
+        except UnicodeDecodeError as e:
+            raise _corrupt(self.path, f"a string at byte {pos:,} is not UTF-8 ({e})") from e
+        return out
+
+    def release(self) -> None:
+        """Give back the memory that what was read of the file holds in this process; views stay good."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _parse(self) -> None:
         if self._map[:4] != b"GGUF":
@@ -131,20 +179,24 @@ class GgufFile:
         return value
 
     def _string(self) -> str:
-        return self._strings(1)[0]
+        begin, self._pos = self._pos, self._end_of_string(self._pos)
+        return self._map[begin + _LENGTH.size : self._pos].decode()
 
-    def _strings(self, count: int) -> list[str]:
-        data, pos, size = self._map, self._pos, len(self._map)
-        unpack = struct.Struct("<Q").unpack_from
-        out = []
-        for _ in range(count):
-            begin = pos + 8
-            pos = begin + unpack(data, pos)[0]
+    def _end_of_string(self, begin: int) -> int:
+        end: int = begin + _LENGTH.size + _LENGTH.unpack_from(self._map, begin)[0]
+        if end > len(self._map):
+            raise _corrupt(self.path, f"a string at byte {begin:,} runs past the end of the file")
+        return end
+
+    def _skip_strings(self, count: int) -> Strings:
+        begin = pos = self._pos
+        data, size, unpack, width = self._map, len(self._map), _LENGTH.unpack_from, _LENGTH.size
+        for _ in range(count):  # inlined `_end_of_string`: twice as fast
+            at, pos = pos, pos + width + unpack(data, pos)[0]
             if pos > size:
-                raise _corrupt(self.path, f"a string at byte {begin:,} runs past the end of the file")
-            out.append(data[begin:pos].decode())
+                raise _corrupt(self.path, f"a string at byte {at:,} runs past the end of the file")
         self._pos = pos
-        return out
+        return Strings(self, begin, count)
 
     def _value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -158,7 +210,7 @@ class GgufFile:
         if count * smallest > len(self._map) - self._pos:
             raise _corrupt(self.path, f"an array of {count:,} items at byte {self._pos:,} does not fit")
         if item == _STRING:
-            return self._strings(count)
+            return self._skip_strings(count)
         if item not in _SCALARS:
             return [self._value(item) for _ in range(count)]
         values = np.frombuffer(self._map, _NUMPY[_SCALARS[item]], count, self._pos)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
+from hotplug.core.weights.checkpoint import Room, no_room
 from hotplug.core.weights.config import ModelConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -34,12 +35,15 @@ class SafetensorsCheckpoint:
         """No matrix is in groups."""
         return {}
 
-    def tensors(self, keep: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, keep: Collection[str] = (), room: Room = no_room) -> Iterator[tuple[str, torch.Tensor]]:
         """Names as stored with CPU tensors, file by file."""
         for file in self.files:
             with _open(file) as shard:
                 for name in [n for n, f in self._where.items() if f == file and not n.endswith(_BUFFERS)]:
                     yield name, shard.get_tensor(name)
+
+    def release(self) -> None:
+        """A file is mapped while its tensors are read, and not longer."""
 
     def _check(self) -> None:
         for file in self.files:

@@ -13,7 +13,7 @@ from hotplug.vendor import DeviceInfo, ExecMode, Feature, KVLayout, Limits, Memo
 if TYPE_CHECKING:
     import torch
 
-    from hotplug.vendor import OpRegistry
+    from hotplug.vendor import OpRegistry, SiteSpec
 
 
 class CpuPlatform:
@@ -40,7 +40,7 @@ class CpuPlatform:
             dtypes=("float32", "bfloat16", "float16"),
             auto_dtype="float32" if narrow_is_slow else None,
             kv_dtypes=("float32", "bfloat16", "float16", "fp8_e4m3"),
-            quantization=("none", "*"),
+            quantization=("stored", "none", "*"),  # decoding goes by the bytes of the weights
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
             exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER) if recorded else (ExecMode.EAGER,),
@@ -51,20 +51,23 @@ class CpuPlatform:
         )
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:
-        import psutil
+        from hotplug.platforms.cpu.memory import host_memory
 
-        memory = psutil.virtual_memory()
-        limit = _cgroup_limit()
-        if limit is None or limit >= memory.total:
-            return MemoryInfo(free=memory.available, total=memory.total)
-        used = memory.total - memory.available
-        return MemoryInfo(free=max(0, min(memory.available, limit - used)), total=limit)
+        return host_memory()
 
     def register(self, ops: OpRegistry) -> None:
         from hotplug.platforms.cpu.kernels import KERNELS
 
         for kernel in KERNELS:
             ops.add(kernel)
+
+    def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
+        """Matrices in groups are packed for the native kernels; others stay as they are."""
+        from hotplug.platforms.cpu.native import stored
+
+        if provider != stored.PROVIDER or spec.op not in stored.PACKED_OPS:
+            return weight
+        return stored.repack(weight, spec["scheme"])
 
     def capture(self, step: Callable[[], Any], device: DeviceInfo) -> Callable[[], Any]:
         from hotplug.platforms.cpu.capture import capture
@@ -113,14 +116,3 @@ def _cpuinfo() -> tuple[str, frozenset[str]]:
     except OSError:
         pass  # not Linux: the machine name is all there is
     return name, flags
-
-
-def _cgroup_limit() -> int | None:
-    """Bytes this process may use by its control group, None without a limit."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() else None
-    return None

@@ -132,6 +132,11 @@ class _Recorder(TorchDispatchMode):
         self.kept: list[Any] = []
         """Tensors of memory that is neither the pool's nor a result of a part, alive while calls point there."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler when the first step is recorded: a second, and 120 MB, for nothing."""
+        return False
+
     def native(self, name: str, packed: bytes) -> None:
         if not self.parts or not isinstance(self.parts[-1], _Native):
             self.parts.append(_Native())

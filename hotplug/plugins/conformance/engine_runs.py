@@ -68,8 +68,8 @@ def config(target: Target, model: Path, **options: Any) -> EngineConfig:
     """An engine of the target for up to eight requests."""
     limits = target.limits
     fixed: dict[str, Any] = {
-        "model": str(model), "device": target.name, "dtype": limits.dtypes[0], "max_num_seqs": 8,
-        "max_num_batched_tokens": 256, "max_model_len": MAX_LEN, "kv_cache_memory": "16MiB",
+        "model": str(model), "device": target.name, "dtype": limits.dtypes[0], "quantization": "none",
+        "max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": MAX_LEN, "kv_cache_memory": "16MiB",
     }  # fmt: skip
     return EngineConfig(**{**fixed, **options})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from ctypes import c_char_p, c_int, c_int64, c_void_p
@@ -41,6 +42,8 @@ _SIGNATURES = {
     "hp_replay": ((c_void_p, c_int64, c_void_p), c_int),
     **dict.fromkeys(_CALLS, ((c_char_p,), c_int)),
 }
+_ELF = struct.Struct("<40xQ10xHH2x")
+"""Of a 64-bit ELF header: where section headers begin, the size of one, how many there are."""
 _STATUS = {1: "it refuses the arguments", 2: "out of memory"}
 
 
@@ -80,17 +83,29 @@ def _open(path: Path) -> Library | str:
     """The library, or why it cannot be had."""
     if not path.exists():
         return f"{path.name} is not there: {_BUILD}"
+    if _truncated(path):
+        return f"{path.name} is truncated; {_BUILD} anew"
     try:
         c = ctypes.CDLL(str(path))
         version = int(c.hp_version())
+        if version != VERSION:
+            return f"{path.name} has version {version} where {VERSION} is needed; {_BUILD} anew"
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(c, name)
+            function.argtypes, function.restype = arguments, result
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
-    if version != VERSION:
-        return f"{path.name} has version {version} where {VERSION} is needed; {_BUILD} anew"
-    for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(c, name)
-        function.argtypes, function.restype = arguments, result
     return Library(c)
+
+
+def _truncated(path: Path) -> bool:
+    """Whether an ELF file lacks its end, where its section headers are: loading it would end the process (SIGBUS)."""
+    with path.open("rb") as file:
+        header = file.read(_ELF.size)
+    if len(header) < _ELF.size or not header.startswith(b"\x7fELF"):
+        return False  # what it is instead, the loader says
+    sections, size, count = _ELF.unpack(header)
+    return bool(path.stat().st_size < sections + size * count)
 
 
 def load() -> Library:

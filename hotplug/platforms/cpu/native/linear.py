@@ -25,8 +25,9 @@ GROUP = 32
 TILE = 16
 """Outputs that are interleaved."""
 
-_SOURCE_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-_PACKED_BYTES = {kind: TILE * size for kind, size in _SOURCE_BYTES.items()}
+SOURCE_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+"""Of a group as a GGUF file has it."""
+_PACKED_BYTES = {kind: TILE * size for kind, size in SOURCE_BYTES.items()}
 _call = struct.Struct("@4P6q").pack
 """`hp_linear_call`, and `hp_linear_f32_call`."""
 
@@ -59,7 +60,7 @@ def pack(kind: str, raw: npt.NDArray[np.uint8], rows: int, cols: int, out: Tenso
     With `out`, uint8 of `packed_shape`, into memory that is there already: some tiles of a larger weight.
     """
     shape = packed_shape(kind, rows, cols)
-    needed = rows * cols // GROUP * _SOURCE_BYTES[kind]
+    needed = rows * cols // GROUP * SOURCE_BYTES[kind]
     if raw.dtype != np.uint8 or raw.nbytes != needed or not raw.flags.c_contiguous:
         raise ValueError(f"{kind} of [{rows}, {cols}] is {needed} contiguous bytes, not {raw.nbytes} of {raw.dtype}")
     if out is None:
