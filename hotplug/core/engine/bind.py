@@ -156,7 +156,7 @@ def bind(
         block_size=resolved.block_size,
         kv_layout=str(resolved.kv_layout),
         kv_dtype=resolved.kv_dtype,
-        static_steps=resolved.exec_mode is not ExecMode.EAGER,
+        static_steps=resolved.static_steps,
         scheme=scheme,
         table_scheme=table_scheme,
         max_position=max_model_len,

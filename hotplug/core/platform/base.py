@@ -6,6 +6,7 @@ therefore written by name ("float32", "bfloat16", ...). A platform answers facts
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,19 @@ class MemoryInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompileLimits:
+    """Where compiled steps differ from others. An empty tuple means what `Limits` says."""
+
+    dynamic: bool = False
+    """Whether a compiled step takes any number of tokens and requests up to its shape, so that nothing is padded."""
+    dtypes: tuple[str, ...] = ()
+    kv_dtypes: tuple[str, ...] = ()
+    quantization: tuple[str, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    kv_layouts: tuple[KVLayout, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What the core plans with on one device. The first entry of each tuple is the preferred one."""
 
@@ -89,6 +103,8 @@ class Limits:
     exec_modes: tuple[ExecMode, ...] = (ExecMode.EAGER,)
     max_graph_shapes: int = 0
     """Most step shapes that may be captured or compiled; 0 = no such limit."""
+    compiled: CompileLimits = CompileLimits()
+    """Where compiled steps differ."""
     step_tokens: int = 2048
     """Token budget of a step where the user sets none: the least that keeps the device's matrix units busy."""
     step_requests: int = 128
@@ -114,6 +130,13 @@ class Limits:
         _check(all(size > 0 for size in self.block_sizes), "block_sizes", "a block holds at least one token")
         for field in ("dtypes", "block_sizes", "kv_layouts", "exec_modes"):
             _check(bool(getattr(self, field)), field, "at least one is needed")
+
+    def within(self, mode: ExecMode) -> Limits:
+        """The limits of steps that run in `mode`."""
+        if mode is not ExecMode.COMPILE:
+            return self
+        own = {f.name: getattr(self.compiled, f.name) for f in dataclasses.fields(self.compiled) if f.name != "dynamic"}
+        return dataclasses.replace(self, **{name: values for name, values in own.items() if values})
 
 
 def _check(ok: bool, field: str, what: str, hint: str = "") -> None:
