@@ -13,6 +13,7 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine.compile_check import check_compiled
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.models.decoder import Decoder
@@ -163,6 +164,8 @@ def bind(
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
         model = build_model(model_config, context, extension.models)
+    if resolved.exec_mode is ExecMode.COMPILE:
+        check_compiled(selection.platform, plan.choices)
     batch = Batch(
         plan,
         max_rows=resolved.max_num_seqs,

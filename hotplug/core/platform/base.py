@@ -74,6 +74,8 @@ class CompileLimits:
 
     dynamic: bool = False
     """Whether a compiled step takes any number of tokens and requests up to its shape, so that nothing is padded."""
+    refusal: str = ""
+    """Why the platform, which can compile steps, cannot here: told to whom asks for it."""
     dtypes: tuple[str, ...] = ()
     kv_dtypes: tuple[str, ...] = ()
     quantization: tuple[str, ...] = ()
@@ -138,8 +140,12 @@ class Limits:
         """The limits of steps that run in `mode`."""
         if mode is not ExecMode.COMPILE:
             return self
-        own = {f.name: getattr(self.compiled, f.name) for f in dataclasses.fields(self.compiled) if f.name != "dynamic"}
+        own = {name: getattr(self.compiled, name) for name in _OWN}
         return dataclasses.replace(self, **{name: values for name, values in own.items() if values})
+
+
+_OWN = ("dtypes", "kv_dtypes", "quantization", "block_sizes", "kv_layouts")
+"""Fields of `CompileLimits` that stand in for those of `Limits`."""
 
 
 def _check(ok: bool, field: str, what: str, hint: str = "") -> None:

@@ -52,7 +52,8 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
     beside = ExecMode.EAGER if mode is ExecMode.CAPTURE else mode  # captured decodes go with eager prompt chunks
     for needed in dict.fromkeys((mode, beside)):
         if needed not in limits.exec_modes:
-            reasons.append(f"exec {needed} is not among {', '.join(limits.exec_modes)}")
+            why = f": {limits.compiled.refusal}" if needed is ExecMode.COMPILE and limits.compiled.refusal else ""
+            reasons.append(f"exec {needed} is not among {', '.join(limits.exec_modes)}{why}")
     if reasons:
         raise FeatureError("the platform does not serve this configuration", where=f"platform {platform}",
                            why=reasons, hint="Change these options or choose another --device.")  # fmt: skip

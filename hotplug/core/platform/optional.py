@@ -14,7 +14,7 @@ from hotplug.core.platform.base import DeviceInfo
 if TYPE_CHECKING:
     import torch
 
-    from hotplug.core.ops.registry import SiteSpec
+    from hotplug.core.ops.registry import SiteSpec, Verdict
     from hotplug.core.platform.program import StepProgram
     from hotplug.core.platform.tuning import TuningResult, TuningSummary
 
@@ -103,6 +103,14 @@ class HasCompile(Protocol):
 
         Also what running a step compiled, which it should not: the core reports it.
         """
+
+
+@runtime_checkable
+class HasCompileCheck(Protocol):
+    """Say before weights load what a compiled step cannot hold. Default: compiling finds out."""
+
+    def check_compile(self, spec: SiteSpec) -> Verdict:
+        """Whether a step with this call site can be compiled; a refusal with its reason."""
 
 
 @runtime_checkable

@@ -72,6 +72,7 @@ class StepProgram:
         self._inputs = inputs
         self.num_tokens, self.num_requests = inputs.shape
         self.weights: Mapping[str, Tensor] = model.weights
+        self.caches: Sequence[Tensor] = model.caches
         self.kernels: Mapping[str, Callable[..., Any]] = model.kernels(inputs.shape)
 
     @torch.no_grad()
