@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from openvino import Output
 
 INPUTS = ("token_ids", "positions", "slots", "block_table", "query_start", "seq_lens", "scores", "kept")
-CACHE_TYPES = {"float32": ov.Type.f32, "float16": ov.Type.f16}
 
 
 class Weight:
@@ -77,10 +76,10 @@ class Graph:
         return self._shared[key]
 
 
-def build(recipe: Recipe, weights: Mapping[str, Tensor], caches: Sequence[tuple[Sequence[int], str]]) -> ov.Model:
-    """The model of a recipe. `caches` are shapes [blocks, kv_heads, block_size, head_dim] and dtype names.
+def build(recipe: Recipe, weights: Mapping[str, Tensor]) -> tuple[ov.Model, list[np.ndarray]]:
+    """The model of a recipe, and arrays whose memory it reads.
 
-    Its parameters are those of `INPUTS` that are read, and `cache_0` and on; its results are hidden states and scores.
+    Its parameters are those of `INPUTS` that are read, and `cache_0` and on; its results are `hidden` and `logits`.
     """
     from hotplug.platforms.cpu.openvino.operations import TRANSLATIONS
 
@@ -90,8 +89,9 @@ def build(recipe: Recipe, weights: Mapping[str, Tensor], caches: Sequence[tuple[
     for name, number in zip(INPUTS, recipe.inputs[:NUM_INPUTS], strict=True):
         if number in wanted:
             values[number] = graph.parameter(name, (-1, -1) if name == "block_table" else (-1,), ov.Type.i64)
-    for i, (number, (shape, dtype)) in enumerate(zip(recipe.inputs[NUM_INPUTS:], caches, strict=True)):
-        values[number] = graph.parameter(f"cache_{i}", (-1, *shape[1:]), CACHE_TYPES[dtype])
+    for i, number in enumerate(recipe.inputs[NUM_INPUTS:]):
+        # Of no type: the plugin sets the cache's own. It would work on a converted copy of a narrower one declared.
+        values[number] = graph.parameter(f"cache_{i}", (-1, -1, -1, -1), ov.Type.dynamic)
     for number, name in recipe.weights.items():
         values[number] = Weight(name, weights[name], graph)
     for call in recipe.calls:

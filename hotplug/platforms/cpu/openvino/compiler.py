@@ -55,10 +55,10 @@ class Compiler:
             recipe = self._recipe(program, cache / "step.recipe")
             if self._core is None:
                 self._core = ov.Core()
-            caches = program.caches
-            model, memory = build(recipe, program.weights, [(c.shape, _name(c.dtype)) for c in caches])
+            kv_dtype = program.caches[0].dtype
+            model, memory = build(recipe, program.weights)
             try:
-                compiled = self._core.compile_model(model, "CPU", _options(caches[0].dtype))
+                compiled = self._core.compile_model(model, "CPU", _options(kv_dtype))
             except RuntimeError as e:
                 raise PlatformError("OpenVINO cannot compile the step", why=str(e).strip(), hint="Use --exec eager.") from e
         return _Step(compiled, memory)

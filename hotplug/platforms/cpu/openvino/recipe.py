@@ -21,7 +21,8 @@ NUM_INPUTS = 8
 """Of a step before its caches: token ids, positions, slots, block table, query starts, lengths, scores, kept."""
 
 _RESHAPES = {"aten::view", "aten::reshape", "aten::flatten.using_ints", "aten::unsqueeze", "aten::_unsafe_view"}
-_SAME = {"aten::contiguous", "aten::clone", "aten::alias", "aten::detach", "aten::dropout"}
+_SAME = {"aten::to.dtype", "aten::_to_copy", "aten::contiguous", "aten::clone", "aten::alias"}
+"""Their result is their first argument, where it has the dtype already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ def recipe_of(exported: torch.export.ExportedProgram, known: frozenset[str]) -> 
                 inputs.append(numbers[node])
             elif node.users:
                 weights[numbers[node]] = str(spec.target)
+        elif _same(node):
+            numbers[node] = numbers[node.args[0]]  # type: ignore[index]
         elif node.users and not isinstance(node.meta.get("val"), int | torch.SymInt):
             calls.append(_call(node, numbers, known))
     return Recipe(inputs, weights, calls, numbers[hidden], numbers[logits])
@@ -88,13 +91,15 @@ def _call(node: fx.Node, numbers: dict[fx.Node, int], known: frozenset[str]) -> 
     site, args = node.name, list(node.args)
     if name.startswith("hotplug::"):
         *args, site = args
-    if name in _SAME:
-        name, args = "reshape", [node.args[0], _shape(node)]
-    elif name in _RESHAPES:
+    if name in _RESHAPES:
         name, args = "reshape", [node.args[0], _shape(node)]
     elif name not in known:
         raise PlatformError(f"no translation of {name} to OpenVINO", where=site, hint="Use --exec eager.")
     return Call(name, str(site), [_plain(arg, numbers, node) for arg in args], numbers[node])
+
+
+def _same(node: fx.Node) -> bool:
+    return _name(node) in _SAME and node.meta["val"].dtype is node.args[0].meta["val"].dtype  # type: ignore[union-attr]
 
 
 def _name(node: fx.Node) -> str:
