@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hotplug.platforms.cpu.openvino.build import Graph, Weight
 
-GROUP = 32
+GROUP, TILE = 32, 16
 BYTES = {18: "q4_0", 20: "q4_1", 34: "q8_0"}
 """Of a group, by format."""
 
@@ -58,25 +58,52 @@ def _table(graph: Graph, data: Weight, width: int, site: str) -> tuple[Any, ...]
 
 
 def _parts(graph: Graph, data: Tensor, width: int, site: str, *, packed: bool) -> tuple[Output, Output, Output | None]:
-    """Weights [rows, groups, 32], scales and zeros [rows, groups, 1] of a matrix; no zeros where all are 0."""
-    count = width // GROUP
-    groups = data.detach().numpy().reshape(len(data), count, -1)
-    scheme = BYTES.get(groups.shape[-1])
-    scale = np.ascontiguousarray(groups[..., :2]).view(np.float16).astype(np.float32)
-    if scheme == "q8_0":
-        return graph.array(np.ascontiguousarray(groups[..., 2:]).view(np.int8)), graph.array(scale), None
+    """Weights [rows, groups, 32], scales and zeros [rows, groups, 1] of a matrix; no zeros where all are 0.
+
+    With `packed`, 4-bit weights are two to a byte.
+    """
+    array, count = data.detach().numpy(), width // GROUP
+    rows = len(array) if array.ndim == 2 else len(array) * TILE
+    scheme = BYTES.get(array.size // (rows * count))
     if scheme is None:
-        raise PlatformError(f"no format has {groups.shape[-1]} bytes a group", where=site)
-    packed_pairs = groups[..., 4 if scheme == "q4_1" else 2 :]
-    low, high = packed_pairs & 15, packed_pairs >> 4
-    nibbles = np.concatenate((low, high), -1)
-    if scheme == "q4_0":
-        zero = np.full_like(scale, 8)
+        raise PlatformError(f"no format has {array.size / (rows * count):g} bytes a group", where=site)
+    scale, least, weights = (_of_rows if array.ndim == 2 else _of_tiles)(array.reshape(-1), rows, count, scheme)
+    scales = graph.array(scale.astype(np.float32))
+    if scheme == "q8_0":
+        return graph.array(weights.view(np.int8)), scales, None
+    if least is None:
+        zero = np.full(scale.shape, 8, np.float32)
     else:
-        least = np.ascontiguousarray(groups[..., 2:4]).view(np.float16).astype(np.float32)
+        scale, least = scale.astype(np.float32), least.astype(np.float32)
         zero = np.divide(-least, scale, out=np.zeros_like(scale), where=scale != 0)
     if packed:
-        weights = graph.array(nibbles[..., ::2] | nibbles[..., 1::2] << 4, ov.Type.u4)
-    else:
-        weights = graph.array(nibbles)
-    return weights, graph.array(scale), graph.array(zero)
+        return graph.array(weights[..., ::2] | weights[..., 1::2] << 4, ov.Type.u4), scales, graph.array(zero)
+    return graph.array(weights), scales, graph.array(zero)
+
+
+_Parts = tuple[np.ndarray, np.ndarray | None, np.ndarray]
+"""Float16 scales and minima [rows, groups, 1], the latter of Q4_1 alone, and bytes [rows, groups, 32] of weights."""
+
+
+def _of_rows(data: np.ndarray, rows: int, count: int, scheme: str) -> _Parts:
+    """Of groups as a file has them, row by row (`hotplug.core.quant.stored`)."""
+    groups = data.reshape(rows, count, -1)
+    start = 4 if scheme == "q4_1" else 2
+    heads = np.ascontiguousarray(groups[..., :start]).view(np.float16)
+    weights = groups[..., start:]
+    if scheme != "q8_0":
+        weights = np.concatenate((weights & 15, weights >> 4), -1)
+    return heads[..., :1], heads[..., 1:] if scheme == "q4_1" else None, np.ascontiguousarray(weights)
+
+
+def _of_tiles(data: np.ndarray, rows: int, count: int, scheme: str) -> _Parts:
+    """Of groups of 16 rows at a time, as the native kernels read them (`native/src/kernels.h`)."""
+    groups = data.reshape(rows // TILE, count, -1)
+    start = 4 * TILE if scheme == "q4_1" else 2 * TILE
+    heads = np.ascontiguousarray(groups[..., :start]).view(np.float16).reshape(rows // TILE, count, -1, TILE)
+    heads = heads.transpose(2, 0, 3, 1).reshape(-1, rows, count, 1)
+    lines = groups[..., start:].reshape(rows // TILE, count, -1, TILE, 4)  # byte 4 r + j of line l
+    weights = lines.transpose(0, 3, 1, 2, 4).reshape(rows, count, -1)
+    if scheme != "q8_0":
+        weights = np.concatenate((weights & 15, weights >> 4), -1)
+    return heads[0], heads[1] if scheme == "q4_1" else None, np.ascontiguousarray(weights)
