@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.compile_check import check_compiled
+from hotplug.core.engine.compile_check import compiled_by
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.models.decoder import Decoder
@@ -79,6 +79,8 @@ class Bound:
     """Blocks of the swap space on the host, the null block among them; 0 without one."""
     block_copy: BlockCopy | None
     """The op that gathers and scatters them; None without a swap space."""
+    compiled_by: Mapping[str, str]
+    """By call site, what computes it in compiled steps, where the platform says that its kernel does not."""
 
     def report(self) -> dict[str, Any]:
         """The plan and its surroundings as plain data (`hotplug explain --json`, `GET /debug/plan`)."""
@@ -106,7 +108,7 @@ class Bound:
             "max_model_len": self.max_model_len,
             "plan_hash": self.plan.hash,
             "reference_sites": len(self.plan.reference_sites),
-            "sites": self.plan.report(),
+            "sites": [{**site, "compiled_by": self.compiled_by.get(site["site"], "")} for site in self.plan.report()],
         }
 
 
@@ -164,8 +166,7 @@ def bind(
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
         model = build_model(model_config, context, extension.models)
-    if resolved.exec_mode is ExecMode.COMPILE:
-        check_compiled(selection.platform, plan.choices)
+    whole = compiled_by(selection.platform, plan.choices) if resolved.exec_mode is ExecMode.COMPILE else {}
     batch = Batch(
         plan,
         max_rows=resolved.max_num_seqs,
@@ -206,6 +207,7 @@ def bind(
         tracer,
         host_blocks,
         block_copy,
+        whole,
     )
 
 

@@ -10,14 +10,16 @@ from hotplug.core.platform.base import Platform
 from hotplug.core.platform.optional import HasCompileCheck
 
 
-def check_compiled(platform: Platform, choices: Sequence[Choice]) -> None:
-    """Raise PlatformError with every reason, and where it holds, if a site of the model cannot be compiled.
+def compiled_by(platform: Platform, choices: Sequence[Choice]) -> dict[str, str]:
+    """What computes each site of a model in compiled steps, as far as the platform says.
 
-    A fused op is as good as its parts: a program has either.
+    Raises PlatformError with every reason, and where it holds, if a site cannot be compiled. A fused op is as good as
+    its parts: a program has either.
     """
     if not isinstance(platform, HasCompileCheck):
-        return
-    reasons = {c.spec.site: "" if (v := platform.check_compile(c.spec)).ok else v.reason for c in choices}
+        return {}
+    verdicts = {c.spec.site: platform.check_compile(c.spec) for c in choices}
+    reasons = {site: "" if verdict.ok else verdict.reason for site, verdict in verdicts.items()}
     parts: dict[str, list[str]] = {}
     for choice in choices:
         if choice.part_of:
@@ -33,3 +35,4 @@ def check_compiled(platform: Platform, choices: Sequence[Choice]) -> None:
                for reason, sites in faults.items()]  # fmt: skip
         raise PlatformError("it cannot compile this model's steps", where=f"platform {platform.name}", why=why,
                             hint="Use --exec eager.")  # fmt: skip
+    return {site: verdict.reason for site, verdict in verdicts.items() if verdict.ok}

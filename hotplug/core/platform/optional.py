@@ -110,7 +110,10 @@ class HasCompileCheck(Protocol):
     """Say before weights load what a compiled step cannot hold. Default: compiling finds out."""
 
     def check_compile(self, spec: SiteSpec) -> Verdict:
-        """Whether a step with this call site can be compiled; a refusal with its reason."""
+        """Whether a step with this call site can be compiled; a refusal with its reason.
+
+        Of a site that can, the reason names what computes it in compiled steps, if that is not the site's own kernel.
+        """
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""One step, of static shape or of varying sizes, as a `torch.export` program, for platforms that compile whole steps."""
+"""One step as a `torch.export` program, of static shape or of varying sizes, for platforms that compile."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ class Compiler:
             try:
                 compiled = self._core.compile_model(model, "CPU", _options(kv_dtype))
             except RuntimeError as e:
-                raise PlatformError("OpenVINO cannot compile the step", why=str(e).strip(), hint="Use --exec eager.") from e
+                why = str(e).strip()
+                raise PlatformError("OpenVINO cannot compile the step", why=why, hint="Use --exec eager.") from e
         return _Step(compiled, memory)
 
     def _recipe(self, program: StepProgram, path: Path) -> Recipe:

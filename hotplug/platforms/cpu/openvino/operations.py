@@ -53,9 +53,7 @@ def linear_silu_mul(graph: Graph, site: str, x: Output, weight: Weight, bias: We
     return silu_mul(graph, site, linear(graph, site, x, weight, bias))
 
 
-def rope(
-    graph: Graph, site: str, q: Output, k: Output, positions: Output, cos_sin: Weight
-) -> tuple[Output, Output]:
+def rope(graph: Graph, site: str, q: Output, k: Output, positions: Output, cos_sin: Weight) -> tuple[Output, Output]:
     cos, sin = graph.once(("angles", cos_sin.tensor.data_ptr()), lambda: _angles(graph, positions, cos_sin))
     return _rotated(graph, q, cos, sin), _rotated(graph, k, cos, sin)
 

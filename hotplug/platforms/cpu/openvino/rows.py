@@ -81,13 +81,14 @@ def _move(graph: fx.Graph, source: fx.Node, rows: fx.Node, selected: dict[tuple[
         args[place] = selected[key]
     with graph.inserting_before(made.next):
         call = graph.call_function(made.target, tuple(args), made.kwargs)
+    call.meta["val"] = _selected(made.meta["val"], rows)
     parts = [made] if made is source else list(made.users)
     for part in parts:
         result = call
         if part is not made:
             with graph.inserting_before(part):
                 result = graph.call_function(getitem, (call, part.args[1]))
-        result.meta["val"] = _selected(part.meta["val"], rows)
+            result.meta["val"] = _selected(part.meta["val"], rows)
         for use in list(part.users):
             use.replace_all_uses_with(result)
             graph.erase_node(use)
@@ -96,5 +97,8 @@ def _move(graph: fx.Graph, source: fx.Node, rows: fx.Node, selected: dict[tuple[
     graph.erase_node(made)
 
 
-def _selected(value: torch.Tensor, rows: fx.Node) -> torch.Tensor:
+def _selected(value: Any, rows: fx.Node) -> Any:
+    """What is known of a result, or of several, with as many rows as are selected."""
+    if isinstance(value, tuple | list):
+        return tuple(_selected(each, rows) for each in value)
     return value.new_empty((*rows.meta["val"].shape, *value.shape[1:]))
