@@ -95,7 +95,7 @@ class CpuPlatform:
         return check(spec)
 
     def compile(self, program: StepProgram, device: DeviceInfo, cache: Path) -> Callable[..., Sequence[torch.Tensor]]:
-        return self._compiler.compile(program, cache)
+        return self._compiler.compile(program, device.arch, cache)
 
     def fingerprint(self) -> str:
         from hotplug.platforms.cpu.openvino.compiler import fingerprint

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+SCORES, KEPT = 6, 7
+"""Places of the two among a step's inputs."""
+
 _PRECISIONS = {"float32": "f32", "float16": "f16"}
 """Of the KV cache, as the plugin calls them."""
 
@@ -45,7 +48,7 @@ class Compiler:
         self._core: Any = None
         self.num_compiled = 0
 
-    def compile(self, program: StepProgram, cache: Path) -> Callable[..., list[Tensor]]:
+    def compile(self, program: StepProgram, arch: str, cache: Path) -> Callable[..., list[Tensor]]:
         """See `HasCompile.compile`. Raises PlatformError for what cannot be translated, or what OpenVINO refuses."""
         import openvino as ov
 
@@ -58,7 +61,7 @@ class Compiler:
             kv_dtype = program.caches[0].dtype
             model, memory = build(recipe, program.weights)
             try:
-                compiled = self._core.compile_model(model, "CPU", _options(kv_dtype))
+                compiled = self._core.compile_model(model, "CPU", _options(kv_dtype, arch))
             except RuntimeError as e:
                 why = str(e).strip()
                 raise PlatformError("OpenVINO cannot compile the step", why=why, hint="Use --exec eager.") from e
@@ -107,11 +110,17 @@ class _Step:
             request.set_tensor(name, shared(tensor.numpy(), shared_memory=True))
         request.infer()
         hidden, logits = (torch.from_numpy(request.get_tensor(name).data) for name in ("hidden", "logits"))
+        if (len(hidden), len(logits)) != (len(tensors[KEPT]), len(tensors[SCORES])):  # it does not report every failure
+            raise PlatformError("OpenVINO failed to compute a step", why=f"it gave {len(logits)} rows of scores for "
+                                f"{len(tensors[SCORES])}", hint="Use --exec eager.")  # fmt: skip
         return [hidden, logits, *caches]
 
 
-def _options(kv_dtype: torch.dtype) -> dict[str, Any]:
+def _options(kv_dtype: torch.dtype, arch: str) -> dict[str, Any]:
+    # The plugin looks for VNNI and finds it even where oneDNN is told to do without, and then products fail.
+    rounded = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0} if arch == "avx2" else {}
     return {
+        **rounded,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": physical_cores(),

@@ -35,7 +35,9 @@ def linear_stored(graph: Graph, site: str, x: Output, data: Weight, bias: Weight
 def embed_stored(graph: Graph, site: str, token_ids: Output, data: Weight, hidden: int) -> Output:
     """Rows are gathered first and dequantized then."""
     table = graph.once(("table", data.tensor.data_ptr()), lambda: _table(graph, data, hidden, site))
-    weights, scale, zero = (None if x is None else op.gather(x, token_ids, graph.ints(0)) for x in table)
+    weights, scale, zero = (
+        x if x is None or x.get_shape()[0] == 1 else op.gather(x, token_ids, graph.ints(0)).output(0) for x in table
+    )
     values = op.convert(weights, ov.Type.f32)
     if zero is not None:
         values = op.subtract(values, op.convert(zero, ov.Type.f32))
@@ -48,7 +50,7 @@ def _matrix(graph: Graph, data: Weight, width: int, site: str) -> Output:
     weights, scale, zero = _parts(graph, data.tensor, width, site, packed=True)
     values = op.convert(weights, ov.Type.f32)
     if zero is not None:
-        values = op.subtract(values, zero)
+        values = op.subtract(values, zero if zero.get_element_type() == ov.Type.f32 else op.convert(zero, ov.Type.f32))
     values = op.multiply(values, scale)
     return op.reshape(values, graph.ints(-1, width), False).output(0)
 
@@ -58,7 +60,8 @@ def _table(graph: Graph, data: Weight, width: int, site: str) -> tuple[Any, ...]
 
 
 def _parts(graph: Graph, data: Tensor, width: int, site: str, *, packed: bool) -> tuple[Output, Output, Output | None]:
-    """Weights [rows, groups, 32], scales and zeros [rows, groups, 1] of a matrix; no zeros where all are 0.
+    """Weights [rows, groups, 32] and scales [rows, groups, 1] of a matrix; zeros of the same shape, or one for all, of
+    the type that kernels know best; none where all are 0.
 
     With `packed`, 4-bit weights are two to a byte.
     """
@@ -72,13 +75,13 @@ def _parts(graph: Graph, data: Tensor, width: int, site: str, *, packed: bool) -
     if scheme == "q8_0":
         return graph.array(weights.view(np.int8)), scales, None
     if least is None:
-        zero = np.full(scale.shape, 8, np.float32)
+        zero = graph.array(np.full((1, 1, 1), 8, np.uint8))
     else:
         scale, least = scale.astype(np.float32), least.astype(np.float32)
-        zero = np.divide(-least, scale, out=np.zeros_like(scale), where=scale != 0)
+        zero = graph.array(np.divide(-least, scale, out=np.zeros_like(scale), where=scale != 0))
     if packed:
-        return graph.array(weights[..., ::2] | weights[..., 1::2] << 4, ov.Type.u4), scales, graph.array(zero)
-    return graph.array(weights), scales, graph.array(zero)
+        return graph.array(weights[..., ::2] | weights[..., 1::2] << 4, ov.Type.u4), scales, zero
+    return graph.array(weights), scales, zero
 
 
 _Parts = tuple[np.ndarray, np.ndarray | None, np.ndarray]
