@@ -379,6 +379,17 @@ def test_a_processor_without_avx2_is_refused_by_name() -> None:
     assert "needs a processor with AVX2, this one has neon" in openvino.refusal("neon")
 
 
+@needs_openvino
+def test_the_plan_says_what_computes_each_site_of_a_compiled_step(model: Path) -> None:
+    options = {"model": str(model), "device": "cpu", "dtype": "float32"}
+    sites = bind(EngineConfig(exec="compile", **options), meta=True).report()["sites"]
+    whole = {site["op"] for site in sites if site["compiled_by"] == "OpenVINO"}
+    assert {"embed", "rms_norm", "linear", "rope_kv_write", "attention", "logits"} <= whole
+    assert {site["op"] for site in sites if not site["compiled_by"]} >= {"prepare_step", "sample", "argmax"}
+    plain = bind(EngineConfig(exec="eager", **options), meta=True).report()["sites"]
+    assert not any(site["compiled_by"] for site in plain)
+
+
 def test_auto_is_not_compile() -> None:
     platform = CpuPlatform()
     (device,) = platform.probe()
