@@ -246,6 +246,35 @@ def same_tokens(path: Path, texts: Sequence[str]) -> None:
     assert only_compiled(core)
 
 
+class Failing:
+    """An infer request of a plugin that fails with an error, or says nothing and gives no rows."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error = error
+
+    def set_tensor(self, name: str, tensor: Any) -> None: ...
+
+    def infer(self) -> None:
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def get_tensor(self, name: str) -> Any:
+        return type("Empty", (), {"data": np.zeros((0, 4), np.float32)})
+
+
+@needs_openvino
+@pytest.mark.parametrize(("error", "words"), [("no primitive", "no primitive"), ("", "it gave 0 rows of scores for 1")])
+def test_a_step_that_fails_is_an_error_in_words(
+    error: str, words: str, compiled: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (entry,) = compiled._executable._ready
+    caches = [cache for blocks in compiled._executable._kv for cache in blocks]
+    monkeypatch.setattr(entry.run, "_request", Failing(error))
+    monkeypatch.setattr(entry.run, "_caches", [])  # which the request that comes back has to be given
+    with pytest.raises(PlatformError, match=f"OpenVINO failed to compute a step: {words}"):
+        step(compiled, [5], [0], torch.tensor([[1]]), [0, 1], [1], caches)
+
+
 # --- matrices in groups ---------------------------------------------------------------------------
 
 

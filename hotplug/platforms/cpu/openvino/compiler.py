@@ -29,6 +29,8 @@ _logger = logging.getLogger(__name__)
 SCORES, KEPT = 6, 7
 """Places of the two among a step's inputs."""
 
+FAILED = "OpenVINO failed to compute a step"
+
 _PRECISIONS = {"float32": "f32", "float16": "f16"}
 """Of the KV cache, as the plugin calls them."""
 
@@ -108,10 +110,13 @@ class _Step:
         held = [tensors[i].contiguous() for i, _ in self._inputs]
         for (_, name), tensor in zip(self._inputs, held, strict=True):
             request.set_tensor(name, shared(tensor.numpy(), shared_memory=True))
-        request.infer()
+        try:
+            request.infer()
+        except RuntimeError as e:
+            raise PlatformError(FAILED, why=str(e).strip(), hint="Use --exec eager.") from e
         hidden, logits = (torch.from_numpy(request.get_tensor(name).data) for name in ("hidden", "logits"))
         if (len(hidden), len(logits)) != (len(tensors[KEPT]), len(tensors[SCORES])):  # it does not report every failure
-            raise PlatformError("OpenVINO failed to compute a step", why=f"it gave {len(logits)} rows of scores for "
+            raise PlatformError(FAILED, why=f"it gave {len(logits)} rows of scores for "
                                 f"{len(tensors[SCORES])}", hint="Use --exec eager.")  # fmt: skip
         return [hidden, logits, *caches]
 

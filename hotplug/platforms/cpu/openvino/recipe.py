@@ -93,7 +93,7 @@ def _call(node: fx.Node, numbers: dict[fx.Node, int], known: frozenset[str]) -> 
         *args, site = args
     if name in _RESHAPES:
         name, args = "reshape", [node.args[0], _shape(node)]
-    elif name not in known:
+    elif name not in known or node.kwargs:
         raise PlatformError(f"no translation of {name} to OpenVINO", where=site, hint="Use --exec eager.")
     return Call(name, str(site), [_plain(arg, numbers, node) for arg in args], numbers[node])
 
