@@ -21,7 +21,7 @@ from hotplug.core.errors import ConfigError, FeatureError, PlanError, PlatformEr
 from hotplug.core.ops.norm import rms_norm
 from hotplug.core.ops.program import node
 from hotplug.core.ops.registry import Impl, Op
-from hotplug.core.platform.base import DeviceInfo, ExecMode
+from hotplug.core.platform.base import CompileLimits, DeviceInfo, ExecMode
 from hotplug.core.platform.program import StepProgram
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
@@ -47,6 +47,10 @@ class Compiler(FakePlatform):
     programs: dict[tuple[int, int], StepProgram] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
     ran: list[tuple[int, int]] = field(default_factory=list)
+    sizes: list[tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=list)
+    """Each step's shape, and how many tokens and requests it was given."""
+    kept: list[tuple[tuple[int, int], int]] = field(default_factory=list)
+    """Each step's shape, and how many hidden states it was asked for, if it is of varying size."""
     mark: str = "1"
     gate: threading.Event | None = None
     """Holds back what comes after the first shape."""
@@ -66,6 +70,8 @@ class Compiler(FakePlatform):
 
         def run(*inputs: Tensor) -> Sequence[Tensor]:
             self.ran.append(shape)
+            self.sizes.append((shape, (len(inputs[0]), len(inputs[5]))))
+            self.kept.append((shape, len(inputs[7])))
             return module(*inputs)
 
         return run
@@ -223,6 +229,35 @@ def test_mixed_steps_fit_a_shape_for_all_requests(start, expected):
     platform = Compiler(facts=limits(**{**COMPILES, "mixed_steps": True}), shapes=[(8, 8), (24, 8)])
     assert tokens(start(platform)) == expected
     assert set(platform.ran) == {(8, 8), (24, 8)}
+
+
+def test_steps_of_varying_sizes_are_not_padded(start, expected):
+    facts = {**COMPILES, "mixed_steps": True, "compiled": CompileLimits(dynamic=True)}
+    platform = Compiler(facts=limits(**facts), shapes=[(24, 8)])
+    core = start(platform)
+    assert tokens(core) == expected
+    assert tokens(core) == expected  # from the prefix cache, in short chunks
+    assert {shape for shape, _ in platform.sizes} == {(24, 8)}
+    assert {given for _, given in platform.sizes} >= {(1, 1), (24, 3), (5, 5)}
+
+
+def test_only_scored_tokens_have_hidden_states_in_steps_of_varying_sizes(start):
+    platform = Compiler(facts=limits(**{**COMPILES, "compiled": CompileLimits(dynamic=True)}), shapes=[(24, 8)])
+    core, eager = start(platform), start(FakePlatform(facts=limits(accelerator=False)), wait=False)
+    prompt = list(range(3, 40))
+
+    def scores(core: EngineCore) -> list[float]:
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=0)
+        core.add(Request(id="a", prompt_token_ids=prompt, sampling=params))
+        found = [delta for _ in range(9) if core.has_work for delta in core.step()]
+        return [e.logprobs[0] for d in found for e in d.prompt_logprobs or () if e is not None]
+
+    assert scores(core) == pytest.approx(scores(eager), abs=1e-4)
+    platform.kept.clear()
+    core.add(Request(id="b", prompt_token_ids=list(range(50, 90)), sampling=SamplingParams(max_tokens=1)))
+    while core.has_work:
+        core.step()
+    assert [kept for _, kept in platform.kept] == [0, 1]  # 24 tokens without a score, 16 of which the last has one
 
 
 def test_a_larger_shape_and_op_by_op_steps_serve_until_a_shape_is_ready(start, expected):

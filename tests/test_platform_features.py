@@ -25,7 +25,7 @@ def settle(facts: Limits, checkpoint: str = "bfloat16", **options: Any) -> Resol
 def test_open_choices_take_what_the_platform_prefers() -> None:
     facts = limits(dtypes=("float16", "bfloat16"), block_sizes=(32, 16), kv_layouts=(KVLayout.HND, KVLayout.NHD))
     assert settle(facts) == Resolved(dtype="bfloat16", kv_dtype="bfloat16", block_size=32, kv_layout=KVLayout.HND,
-                                     exec_mode=ExecMode.EAGER, max_num_seqs=128,
+                                     exec_mode=ExecMode.EAGER, static_steps=False, max_num_seqs=128,
                                      max_num_batched_tokens=2048)  # fmt: skip
 
 

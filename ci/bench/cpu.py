@@ -7,7 +7,8 @@ is measured. Prints a table of medians, the best of the peers, and hotplug's rat
 shipped Q4_1 are made from it, so that no engine has better weights than another.
 
 `--isa avx2` holds every engine to AVX2 on a processor that has more: hotplug's kernels, PyTorch, MKL and oneDNN
-(OpenVINO's too) by their settings, llama.cpp by a build of its own (`make bench-peers ARGS=llama-avx2`).
+(OpenVINO's too) by their settings, llama.cpp by a build of its own (`make bench-peers ARGS=llama-avx2`). What cannot
+be held: OpenVINO's products with plain float32 weights, by a library that asks the processor itself.
 """
 
 from __future__ import annotations
@@ -76,6 +77,18 @@ def engines(folder: Path, cores: int) -> list[Peer]:
             )
             for kind in KINDS
             if kind != "F16"
+        ),
+        Peer(
+            "hotplug float32 compiled",
+            "hotplug",
+            "",
+            {**ours, "dtype": "float32", "quantization": "none", "exec": "compile"},
+        ),
+        Peer(
+            "hotplug Q4_1 compiled",
+            "hotplug",
+            "",
+            {**ours, "dtype": "float32", "quantization": "stored", "exec": "compile"},
         ),
         Peer("transformers", "transformers", "", {"model": str(folder / "hf")}),
         Peer("vllm", "vllm", "vllm", {"model": str(folder / "hf")}),

@@ -72,7 +72,8 @@ def _print(report: dict[str, Any]) -> None:
     for group in groups:
         count, op = f"{len(group.sites)}x", group.op if group.op != before else ""
         before = group.op
-        line = f"{count:>5} {group.op if op else '':<{op_width}} -> {group.provider}: {explanation(group)}"
+        whole = f"{group.compiled_by}; until compiled " if group.compiled_by else ""
+        line = f"{count:>5} {group.op if op else '':<{op_width}} -> {whole}{group.provider}: {explanation(group)}"
         console.print(f"{escape(line)}  [dim]{escape(short(group.sites))}")
 
 

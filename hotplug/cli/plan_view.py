@@ -18,15 +18,17 @@ class Group:
     provider: str
     reason: str
     rejected: tuple[tuple[str, str], ...]
+    compiled_by: str
+    """What serves instead in compiled steps; empty where nothing does."""
     sites: list[str] = field(default_factory=list)
 
 
 def group_sites(sites: Sequence[dict[str, Any]]) -> list[Group]:
-    """Sites with the same operation, provider, reason and rejected candidates, in the order of the model."""
+    """Sites with all of this the same, in the order of the model."""
     groups: dict[tuple[Any, ...], Group] = {}
     for site in sites:
         rejected = tuple((r["provider"], r["reason"]) for r in site["rejected"])
-        key = (site["op"], site["provider"], site["reason"], rejected)
+        key = (site["op"], site["provider"], site["reason"], rejected, site.get("compiled_by", ""))
         groups.setdefault(key, Group(*key)).sites.append(site["site"])
     return list(groups.values())
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine.compile_check import compiled_by
 from hotplug.core.engine.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
@@ -80,6 +81,8 @@ class Bound:
     """Blocks of the swap space on the host, the null block among them; 0 without one."""
     block_copy: BlockCopy | None
     """The op that gathers and scatters them; None without a swap space."""
+    compiled_by: Mapping[str, str]
+    """By call site, what computes it in compiled steps, where the platform says that its kernel does not."""
 
     def report(self) -> dict[str, Any]:
         """The plan and its surroundings as plain data (`hotplug explain --json`, `GET /debug/plan`)."""
@@ -108,7 +111,7 @@ class Bound:
             "max_model_len": self.max_model_len,
             "plan_hash": self.plan.hash,
             "reference_sites": len(self.plan.reference_sites),
-            "sites": self.plan.report(),
+            "sites": [{**site, "compiled_by": self.compiled_by.get(site["site"], "")} for site in self.plan.report()],
         }
 
 
@@ -162,7 +165,7 @@ def bind(
         block_size=resolved.block_size,
         kv_layout=str(resolved.kv_layout),
         kv_dtype=resolved.kv_dtype,
-        static_steps=resolved.exec_mode is not ExecMode.EAGER,
+        static_steps=resolved.static_steps,
         scheme=weights.scheme,
         table_scheme=weights.table_scheme,
         site_schemes=weights.site_schemes,
@@ -170,6 +173,7 @@ def bind(
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
         model = build_model(model_config, context, extension.models)
+    whole = compiled_by(selection.platform, plan.choices) if resolved.exec_mode is ExecMode.COMPILE else {}
     batch = Batch(
         plan,
         max_rows=resolved.max_num_seqs,
@@ -211,6 +215,7 @@ def bind(
         tracer,
         host_blocks,
         block_copy,
+        whole,
     )
 
 

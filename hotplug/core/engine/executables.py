@@ -16,6 +16,7 @@ from hotplug.core.platform.optional import HasCapture, HasCompile
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
 from hotplug.core.runner.capture import CapturedSteps, decode_shapes, decode_shapes_on_use
 from hotplug.core.runner.compile import Compiled, CompiledSteps, StepBounds, checked_shapes
+from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.program import ModelProgram, StepProgram
 from hotplug.core.runner.static import StaticInputs, StepShape
@@ -38,6 +39,7 @@ def compiled_shapes(bound: Bound) -> tuple[list[StepShape], StepBounds] | None:
         max_num_seqs=seqs,
         max_shapes=bound.limits.max_graph_shapes,
         mixed_steps=bound.limits.mixed_steps,
+        dynamic=bound.limits.compiled.dynamic,
         where=f"{platform.name}.buckets({tokens}, {seqs})",
     )
 
@@ -87,14 +89,15 @@ def compiled(bound: Bound, shapes: Sequence[StepShape], kv: list[KVBlocks], eage
     root = cache_folder() / "compiled" / bound.selection.platform.name
     facts = _program_facts(bound, kv, platform.fingerprint())
 
-    def compile_shape(static: StaticInputs) -> Compiled:
-        folder = artifact_folder(root, {**facts, "shape": list(static.shape)})
-        return platform.compile(StepProgram(programs, static), device, folder)
+    def compile_shape(inputs: StaticInputs | DynamicInputs) -> Compiled:
+        folder = artifact_folder(root, {**facts, "shape": list(inputs.shape)})
+        return platform.compile(StepProgram(programs, inputs), device, folder)
 
+    kind = DynamicInputs if bound.limits.compiled.dynamic else StaticInputs
     return CompiledSteps(
         platform,
         compile_shape,
-        [StaticInputs(s, max_blocks=tables.shape[1], index_dtype=tables.dtype, device=tables.device) for s in shapes],
+        [kind(s, max_blocks=tables.shape[1], index_dtype=tables.dtype, device=tables.device) for s in shapes],
         kv,
         bound.batch,
         eager if ExecMode.EAGER in bound.limits.exec_modes else None,
@@ -105,6 +108,9 @@ def _program_facts(bound: Bound, kv: Sequence[KVBlocks], fingerprint: str) -> di
     """Everything that the programs of an engine follow from, but for their shapes."""
     tables, device = bound.batch.block_tables, bound.selection.device
     layers = {type(module).__module__ for module in bound.model.modules()}
+    cache = list(kv[0][0].shape)
+    if bound.limits.compiled.dynamic:
+        cache[0] = -1  # the number of blocks varies
     ops = {bound.plan.registry.op(choice.spec.op).reference.__module__ for choice in bound.plan.choices}
     return {
         "hotplug": hotplug.__version__,
@@ -117,6 +123,6 @@ def _program_facts(bound: Bound, kv: Sequence[KVBlocks], fingerprint: str) -> di
         "model": dataclasses.asdict(bound.checkpoint.config),
         "max_position": bound.max_model_len,
         "dtype": bound.resolved.dtype,
-        "kv": [str(kv[0][0].dtype), str(bound.resolved.kv_layout), list(kv[0][0].shape)],
+        "kv": [str(kv[0][0].dtype), str(bound.resolved.kv_layout), cache],
         "block_table": [str(tables.dtype), tables.shape[1]],
     }

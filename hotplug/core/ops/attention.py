@@ -214,14 +214,23 @@ def _bucket(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, 
     return Bucket(q.shape[0], step.max_query_len)
 
 
+def _caches(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+def _like_queries(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
 _CACHE_FACTS = ("num_kv_heads", "head_dim", "block_size", "layout", "kv_dtype")
 
 OPS = (
-    Op("kv_write", kv_write, facts=_CACHE_FACTS, functional=functional_kv_write),
+    Op("kv_write", kv_write, facts=_CACHE_FACTS, functional=functional_kv_write, outline=_caches),
     Op(
         "attention",
         attention,
         facts=("num_heads", "window", "sinks", "soft_cap", "static", *_CACHE_FACTS),
         bucket=_bucket,
+        outline=_like_queries,
     ),
 )

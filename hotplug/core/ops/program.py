@@ -45,7 +45,7 @@ def node(op: Op) -> Any:
         _LIBRARY.define(schema)
         overload = getattr(getattr(torch.ops, NAMESPACE), op.name).default
         known = _defined[op.name] = _Node(schema, _flat(reference), overload)
-        _register(op.name, known)
+        _register(op.name, known, op.outline)
     elif known.schema != schema:
         raise PlanError("another op of this name, with other parameters, is in use in this process", where=op.name)
     known.reference = _flat(reference)
@@ -90,7 +90,7 @@ def flatten(args: Iterable[Any]) -> list[Any]:
     return flat
 
 
-def _register(name: str, known: _Node) -> None:
+def _register(name: str, known: _Node, outline: Fn | None) -> None:
     def run(*args: Any) -> Any:
         result = known.reference(*args[:-1])
         inputs = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
@@ -98,7 +98,8 @@ def _register(name: str, known: _Node) -> None:
         return tree_map_only(Tensor, lambda t: t.clone() if t.untyped_storage()._cdata in inputs else t, result)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", run, lib=_LIBRARY)
+    fake = run if outline is None else lambda *args: outline(*args[:-1])
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
 
 def _schema(name: str, reference: Fn) -> str:

@@ -67,6 +67,8 @@ class Op:
     `bucket(*args)` reads the step's shape off the call's arguments, for kernels that serve only some shapes.
     `functional` is the reference of an op that writes to its arguments, returning new tensors instead: whole-step
     programs use it.
+    `outline` answers tensors of the results' shapes and dtypes and computes nothing, where tracing the reference
+    through every layer of a whole-step program is slow.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Op:
     lower: Callable[[Bind, SiteSpec], Fn] | None = None
     bucket: Callable[..., Bucket] | None = None
     functional: Fn | None = None
+    outline: Fn | None = None
 
 
 Observe = Callable[[Op, SiteSpec, str, Fn], Fn]

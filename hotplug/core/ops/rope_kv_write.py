@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from hotplug.core.ops.attention import functional_kv_write, kv_write
@@ -105,6 +108,12 @@ def lower_qk_norm_rope_kv_write(bind: Bind, spec: SiteSpec) -> Fn:
     return _qk_norm_rope_then(_bind_rotate(bind, "qk_norm_rope", spec), _bind_write(bind, spec))
 
 
+def _rotated_and_caches(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of either op, whose arguments end with the caches, the slots and the layout."""
+    k_cache, v_cache = rest[-4:-2]
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
 _FACTS = ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "block_size", "layout", "kv_dtype")
 
 OPS = (
@@ -114,6 +123,7 @@ OPS = (
         facts=_FACTS,
         lower=lower_rope_kv_write,
         functional=_rope_then(rope, functional_kv_write),
+        outline=_rotated_and_caches,
     ),
     Op(
         "qk_norm_rope_kv_write",
@@ -121,5 +131,6 @@ OPS = (
         facts=_FACTS,
         lower=lower_qk_norm_rope_kv_write,
         functional=_qk_norm_rope_then(qk_norm_rope, functional_kv_write),
+        outline=_rotated_and_caches,
     ),
 )

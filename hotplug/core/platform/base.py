@@ -6,6 +6,7 @@ therefore written by name ("float32", "bfloat16", ...). A platform answers facts
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,21 @@ class MemoryInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompileLimits:
+    """Where compiled steps differ from others. An empty tuple means what `Limits` says."""
+
+    dynamic: bool = False
+    """Whether a compiled step takes any number of tokens and requests up to its shape, so that nothing is padded."""
+    refusal: str = ""
+    """Why the platform, which can compile steps, cannot here: told to whom asks for it."""
+    dtypes: tuple[str, ...] = ()
+    kv_dtypes: tuple[str, ...] = ()
+    quantization: tuple[str, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    kv_layouts: tuple[KVLayout, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What the core plans with on one device. The first entry of each tuple is the preferred one."""
 
@@ -95,6 +111,8 @@ class Limits:
     capture_on_use: bool = False
     """Whether recording a step costs about what running it does, and gives its results too: then each size is recorded
     when it is first needed, and none at start."""
+    compiled: CompileLimits = CompileLimits()
+    """Where compiled steps differ."""
     step_tokens: int = 2048
     """Token budget of a step where the user sets none: the least that keeps the device's matrix units busy."""
     step_requests: int = 128
@@ -120,6 +138,17 @@ class Limits:
         _check(all(size > 0 for size in self.block_sizes), "block_sizes", "a block holds at least one token")
         for field in ("dtypes", "block_sizes", "kv_layouts", "exec_modes"):
             _check(bool(getattr(self, field)), field, "at least one is needed")
+
+    def within(self, mode: ExecMode) -> Limits:
+        """The limits of steps that run in `mode`."""
+        if mode is not ExecMode.COMPILE:
+            return self
+        own = {name: getattr(self.compiled, name) for name in _OWN}
+        return dataclasses.replace(self, **{name: values for name, values in own.items() if values})
+
+
+_OWN = ("dtypes", "kv_dtypes", "quantization", "block_sizes", "kv_layouts")
+"""Fields of `CompileLimits` that stand in for those of `Limits`."""
 
 
 def _check(ok: bool, field: str, what: str, hint: str = "") -> None:

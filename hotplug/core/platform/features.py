@@ -21,6 +21,8 @@ class Resolved:
     block_size: int
     kv_layout: KVLayout
     exec_mode: ExecMode
+    static_steps: bool
+    """Whether steps may run in static shapes, where kernels cannot read lengths on the host."""
     max_num_seqs: int
     max_num_batched_tokens: int
 
@@ -28,6 +30,10 @@ class Resolved:
 def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_dtype: str) -> Resolved:
     """Settle dtypes, block size and execution mode. Raises FeatureError with every reason at once."""
     reasons: list[str] = []
+    built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
+    asked = "eager" if config.trace_ops else config.exec
+    mode = ExecMode(asked) if asked != "auto" else (built or [ExecMode.EAGER])[0]
+    limits = limits.within(mode)
     dtype = _compute_dtype(config, limits, checkpoint_dtype)
     if dtype not in limits.dtypes:
         reasons.append(f"dtype {dtype} is not among {', '.join(limits.dtypes)}")
@@ -43,19 +49,22 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
     scheme = config.quantization or "none"
     if scheme not in limits.quantization and (scheme == "none" or "*" not in limits.quantization):
         reasons.append(f"quantization {scheme} is not among {', '.join(limits.quantization)}")
-    built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
-    asked = "eager" if config.trace_ops else config.exec
-    mode = ExecMode(asked) if asked != "auto" else (built or [ExecMode.EAGER])[0]
     beside = ExecMode.EAGER if mode is ExecMode.CAPTURE else mode  # captured decodes go with eager prompt chunks
     for needed in dict.fromkeys((mode, beside)):
         if needed not in limits.exec_modes:
-            reasons.append(f"exec {needed} is not among {', '.join(limits.exec_modes)}")
+            why = f": {limits.compiled.refusal}" if needed is ExecMode.COMPILE and limits.compiled.refusal else ""
+            reasons.append(f"exec {needed} is not among {', '.join(limits.exec_modes)}{why}")
     if reasons:
         raise FeatureError("the platform does not serve this configuration", where=f"platform {platform}",
                            why=reasons, hint="Change these options or choose another --device.")  # fmt: skip
     seqs, tokens = _step_size(config, limits)
     return Resolved(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, kv_layout=limits.kv_layouts[0],
-                    exec_mode=mode, max_num_seqs=seqs, max_num_batched_tokens=tokens)  # fmt: skip
+                    exec_mode=mode, static_steps=_static(mode, limits), max_num_seqs=seqs,
+                    max_num_batched_tokens=tokens)  # fmt: skip
+
+
+def _static(mode: ExecMode, limits: Limits) -> bool:
+    return mode is ExecMode.CAPTURE or (mode is ExecMode.COMPILE and not limits.compiled.dynamic)
 
 
 def _step_size(config: EngineConfig, limits: Limits) -> tuple[int, int]:

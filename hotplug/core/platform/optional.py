@@ -14,7 +14,7 @@ from hotplug.core.platform.base import DeviceInfo
 if TYPE_CHECKING:
     import torch
 
-    from hotplug.core.ops.registry import SiteSpec
+    from hotplug.core.ops.registry import SiteSpec, Verdict
     from hotplug.core.platform.program import StepProgram
     from hotplug.core.platform.tuning import TuningResult, TuningSummary
 
@@ -102,6 +102,17 @@ class HasCompile(Protocol):
         """Programs compiled in this process so far, artifacts that were loaded not counted.
 
         Also what running a step compiled, which it should not: the core reports it.
+        """
+
+
+@runtime_checkable
+class HasCompileCheck(Protocol):
+    """Say before weights load what a compiled step cannot hold. Default: compiling finds out."""
+
+    def check_compile(self, spec: SiteSpec) -> Verdict:
+        """Whether a step with this call site can be compiled; a refusal with its reason.
+
+        Of a site that can, the reason names what computes it in compiled steps, if that is not the site's own kernel.
         """
 
 

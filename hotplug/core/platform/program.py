@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -16,15 +16,23 @@ class StepProgram(Protocol):
     [R + 1], seq_lens [R] and logit_indices [R], all of `Limits.index_dtype`; then each layer's key and value cache.
     Its outputs: hidden states [T, hidden], float32 scores [R, vocab]; then the caches with the step written.
     Weights are the program's parameters and buffers. Nothing in it writes to an input, and every size is fixed.
+
+    Where `Limits.compiled.dynamic` says so T, R, the block table's columns and the number of blocks vary, and there
+    is an input more, before the caches: `kept` [K], the tokens whose hidden states are wanted. Then logit_indices [S]
+    are among the K, hidden states are [K, hidden] and scores [S, vocab]; K and S may be 0.
     """
 
     @property
     def num_tokens(self) -> int:
-        """T. Equal to `num_requests` where every request has one token: decodes."""
+        """T, or the most that it may be. Equal to `num_requests` where every request has one token: decodes."""
 
     @property
     def num_requests(self) -> int:
-        """R."""
+        """R, or the most that it may be."""
+
+    @property
+    def caches(self) -> Sequence[torch.Tensor]:
+        """The key and value caches of the engine, in the order of the program's inputs."""
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:

@@ -1,6 +1,7 @@
-"""Compiled executables: whole steps of a few fixed shapes, compiled ahead of time and kept on disk.
+"""Compiled executables: whole steps of a few shapes, compiled ahead of time and kept on disk.
 
-Shapes are compiled largest first, in a thread beside the serving one where the platform can also run op by op: until
+A shape is fixed and steps are padded into it, or it bounds steps that run as they are (`CompileLimits.dynamic`). Shapes
+are compiled largest first, in a thread beside the serving one where the platform can also run op by op: until
 a shape is ready, a larger one or op-by-op execution serves its steps. A platform that only compiles starts once all
 shapes are ready.
 """
@@ -21,6 +22,7 @@ from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.platform.optional import HasCompile
 from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.static import StaticInputs, StepShape
 
@@ -37,11 +39,20 @@ class StepBounds:
 
 
 def checked_shapes(
-    buckets: Sequence[tuple[int, int]], *, max_num_seqs: int, max_shapes: int, mixed_steps: bool, where: str
+    buckets: Sequence[tuple[int, int]],
+    *,
+    max_num_seqs: int,
+    max_shapes: int,
+    mixed_steps: bool,
+    where: str,
+    dynamic: bool = False,
 ) -> tuple[list[StepShape], StepBounds]:
-    """A platform's buckets as shapes, smallest first. Raises PlatformError where they leave a step unserved."""
+    """A platform's buckets as shapes, smallest first. Raises PlatformError where they leave a step unserved.
+
+    `dynamic` says that nothing is padded, so that a shape with room for prompt chunks is as good for decodes.
+    """
     shapes = sorted({StepShape(*bucket) for bucket in buckets})
-    decodes = max((s.num_requests for s in shapes if s.decodes), default=0)
+    decodes = max((s.num_requests for s in shapes if s.decodes or dynamic), default=0)
     prefills = [s for s in shapes if not s.decodes]
     faults = [f"({s.num_tokens}, {s.num_requests}) has fewer tokens than requests"
               for s in shapes if not 0 < s.num_requests <= s.num_tokens]  # fmt: skip
@@ -63,7 +74,7 @@ def checked_shapes(
 class _Entry:
     """One shape on its way to an executable."""
 
-    static: StaticInputs
+    inputs: StaticInputs | DynamicInputs
     state: Literal["waiting", "compiling", "ready"] = "waiting"
     seconds: float = 0.0
     run: Compiled | None = None
@@ -78,8 +89,8 @@ class CompiledSteps:
     def __init__(
         self,
         platform: HasCompile,
-        compile_shape: Callable[[StaticInputs], Compiled],
-        statics: Sequence[StaticInputs],
+        compile_shape: Callable[[StaticInputs | DynamicInputs], Compiled],
+        inputs: Sequence[StaticInputs | DynamicInputs],
         kv: list[KVBlocks],
         batch: Batch,
         eager: EagerStep | None,
@@ -89,11 +100,11 @@ class CompiledSteps:
         self._compile_shape = compile_shape
         self._kv = kv
         self._eager = eager
-        self._entries = [_Entry(static) for static in sorted(statics, key=lambda s: s.shape)]
+        self._entries = [_Entry(each) for each in sorted(inputs, key=lambda each: each.shape)]
         self._ready: tuple[_Entry, ...] = ()
         self._failure = ""
         self._known = platform.num_compiled()
-        self.shapes = tuple(entry.static.shape for entry in self._entries)
+        self.shapes = tuple(entry.inputs.shape for entry in self._entries)
         self.eager_steps = 0
         """Steps that ran op by op because no shape was ready for them."""
         self._thread = threading.Thread(target=self._compile_all, name="compile")
@@ -113,16 +124,16 @@ class CompiledSteps:
 
     def report(self) -> list[dict[str, Any]]:
         """What became of each shape, as plain data."""
-        return [{"shape": list(e.static.shape), "state": e.state, "seconds": round(e.seconds, 3)}
+        return [{"shape": list(e.inputs.shape), "state": e.state, "seconds": round(e.seconds, 3)}
                 for e in self._entries]  # fmt: skip
 
     def __call__(self, step: HostStep) -> StepOutputs:
         self._raise_failure()
-        inputs = self._batch.inputs(step.plan)
+        inputs = self._batch.inputs(step.plan, scored_only=step.scored_only)
         attention = inputs.attention
         tokens, requests = len(inputs.token_ids), len(attention.seq_lens)
         for entry in self._ready:
-            if entry.static.shape.holds(tokens, requests, attention.max_query_len):
+            if entry.inputs.shape.holds(tokens, requests, attention.max_query_len):
                 return self._run(entry, inputs)
         if self._eager is None:
             raise PlatformError(f"no compiled shape holds a step of {tokens} tokens and {requests} requests")
@@ -131,10 +142,11 @@ class CompiledSteps:
 
     def _run(self, entry: _Entry, inputs: StepInputs) -> StepOutputs:
         assert entry.run is not None
-        entry.static.fill(inputs)
-        hidden, logits, *caches = entry.run(*entry.static.tensors, *(cache for blocks in self._kv for cache in blocks))
+        arguments = entry.inputs.arguments(inputs)
+        hidden, logits, *caches = entry.run(*arguments, *(cache for blocks in self._kv for cache in blocks))
         self._kv[:] = zip(caches[::2], caches[1::2], strict=True)
-        return StepOutputs(hidden[: len(inputs.token_ids)], logits[: len(inputs.logit_indices)])
+        every = None if inputs.scored is not None else hidden[: len(inputs.token_ids)]
+        return StepOutputs(every, logits[: len(inputs.logit_indices)])
 
     def _compile_all(self) -> None:
         try:
@@ -147,7 +159,7 @@ class CompiledSteps:
 
     def _compile(self, entry: _Entry) -> None:
         entry.state, begin = "compiling", time.perf_counter()
-        entry.run = self._compile_shape(entry.static)
+        entry.run = self._compile_shape(entry.inputs)
         entry.state, entry.seconds = "ready", time.perf_counter() - begin
         self._known = self._platform.num_compiled()
         self._ready = tuple(e for e in self._entries if e.state == "ready")

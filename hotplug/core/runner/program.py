@@ -1,4 +1,4 @@
-"""One step of static shape as a `torch.export` program, for platforms that compile whole steps."""
+"""One step as a `torch.export` program, of static shape or of varying sizes, for platforms that compile."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.ops.plan import COMPOSED, Plan
 from hotplug.core.ops.program import as_node, references
 from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Op
+from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.static import StaticInputs, StepShape
 
 _TRACING = threading.RLock()
@@ -66,19 +67,23 @@ class ModelProgram:
 class StepProgram:
     """Implements `hotplug.core.platform.program.StepProgram` for one shape."""
 
-    def __init__(self, model: ModelProgram, static: StaticInputs) -> None:
+    def __init__(self, model: ModelProgram, inputs: StaticInputs | DynamicInputs) -> None:
         self._model = model
-        self._static = static
-        self.num_tokens, self.num_requests = static.shape
+        self._inputs = inputs
+        self.num_tokens, self.num_requests = inputs.shape
         self.weights: Mapping[str, Tensor] = model.weights
-        self.kernels: Mapping[str, Callable[..., Any]] = model.kernels(static.shape)
+        self.caches: Sequence[Tensor] = model.caches
+        self.kernels: Mapping[str, Callable[..., Any]] = model.kernels(inputs.shape)
 
     @torch.no_grad()
     def export(self) -> torch.export.ExportedProgram:
         model, _ = self._model.nodes
-        step = _Step(model, self._static.inputs.attention.max_query_len)
+        inputs, caches = self._inputs, self._model.caches
+        dynamic = isinstance(inputs, DynamicInputs)
+        step = (_DynamicStep if dynamic else _Step)(model, inputs.max_query_len)
+        dims = (inputs.dims(len(caches)),) if isinstance(inputs, DynamicInputs) else None
         with _TRACING:
-            return torch.export.export(step, (*self._static.tensors, *self._model.caches), strict=False)
+            return torch.export.export(step, (*inputs.examples, *caches), dynamic_shapes=dims, strict=False)
 
     @torch.no_grad()
     def inlined(self) -> torch.export.ExportedProgram:
@@ -110,7 +115,7 @@ class _NodeBinder:
 
 
 class _Step(nn.Module):
-    """A step as a function of tensors alone."""
+    """A step of static shape as a function of tensors alone."""
 
     def __init__(self, model: Decoder, max_query_len: int) -> None:
         super().__init__()
@@ -118,12 +123,29 @@ class _Step(nn.Module):
         self._max_query_len = max_query_len
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        token_ids, positions, slots, block_table, query_start, seq_lens, logit_indices, *caches = tensors
+        *inputs, logit_indices = tensors[:7]
+        hidden, caches = self._hidden(inputs, logit_indices, tensors[7:])
+        return hidden, self.model.logits(hidden[logit_indices]), *caches
+
+    def _hidden(
+        self, inputs: Sequence[Tensor], logit_indices: Tensor, caches: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states of all tokens, and the caches with the step written."""
+        token_ids, positions, slots, block_table, query_start, seq_lens = inputs
         attention = AttentionInputs.from_node(block_table, query_start, seq_lens, self._max_query_len)
-        step = StepInputs(token_ids, positions, slots, attention, logit_indices)
         kv = list(zip(caches[::2], caches[1::2], strict=True))
-        hidden, written = self.model(step, kv)
-        return hidden, self.model.logits(hidden[logit_indices]), *(cache for blocks in written for cache in blocks)
+        hidden, written = self.model(StepInputs(token_ids, positions, slots, attention, logit_indices), kv)
+        return hidden, [cache for blocks in written for cache in blocks]
+
+
+class _DynamicStep(_Step):
+    """A step of varying sizes, which answers with the hidden states that it is asked to keep."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *inputs, logit_indices, kept = tensors[:8]
+        hidden, caches = self._hidden(inputs, kept, tensors[8:])
+        hidden = hidden[kept]
+        return hidden, self.model.logits(hidden[logit_indices]), *caches
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -60,6 +60,20 @@ class StaticInputs:
         )
 
     @property
+    def max_query_len(self) -> int:
+        return self.inputs.attention.max_query_len
+
+    @property
+    def examples(self) -> tuple[Tensor, ...]:
+        """What a program of this shape is traced with."""
+        return self.tensors
+
+    def arguments(self, step: StepInputs) -> tuple[Tensor, ...]:
+        """The tensors, with a step filled in."""
+        self.fill(step)
+        return self.tensors
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Token ids, positions, slots, block table, query starts, sequence lengths, logit indices."""
         own, attention = self.inputs, self.inputs.attention

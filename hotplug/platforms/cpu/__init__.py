@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform as host
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hotplug.vendor import DeviceInfo, ExecMode, Feature, KVLayout, Limits, MemoryInfo
+from hotplug.vendor import CompileLimits, DeviceInfo, ExecMode, Feature, KVLayout, Limits, MemoryInfo
 
 if TYPE_CHECKING:
     import torch
 
-    from hotplug.vendor import OpRegistry, SiteSpec
+    from hotplug.platforms.cpu.openvino.compiler import Compiler
+    from hotplug.vendor import OpRegistry, SiteSpec, StepProgram, Verdict
 
 
 class CpuPlatform:
@@ -30,12 +32,15 @@ class CpuPlatform:
         return [DeviceInfo(index=0, name=model, arch=isa, cores=cores, details=f"{cores} cores, {isa}")]
 
     def limits(self, device: DeviceInfo) -> Limits:
+        from hotplug.platforms.cpu import openvino
         from hotplug.platforms.cpu.native.library import refusal
 
         # Without the library a step is made of PyTorch's calls alone, which recording does not make faster.
         recorded = refusal() is None
         # Below AVX-512 a bfloat16 matrix product is emulated and several times slower than float32.
         narrow_is_slow = device.arch not in ("amx", "avx512_bf16")
+        modes = (ExecMode.CAPTURE, ExecMode.EAGER) if recorded else (ExecMode.EAGER,)
+        not_compiled = openvino.refusal(device.arch)
         return Limits(
             dtypes=("float32", "bfloat16", "float16"),
             auto_dtype="float32" if narrow_is_slow else None,
@@ -43,8 +48,17 @@ class CpuPlatform:
             quantization=("stored", "none", "*"),  # decoding goes by the bytes of the weights
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
-            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER) if recorded else (ExecMode.EAGER,),
+            exec_modes=modes if not_compiled else (*modes, ExecMode.COMPILE),
             capture_on_use=True,
+            compiled=CompileLimits(
+                dynamic=True,
+                refusal=not_compiled,
+                dtypes=("float32",),
+                kv_dtypes=("float32", "float16"),
+                quantization=("stored", "none"),
+                block_sizes=(32,),
+                kv_layouts=(KVLayout.HND,),
+            ),
             shared_host_memory=True,
             accelerator=False,
             features=frozenset({Feature.FP8_KV}),
@@ -73,6 +87,32 @@ class CpuPlatform:
         from hotplug.platforms.cpu.capture import capture
 
         return capture(step)
+
+    def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
+        """One, since a compiled step takes any size."""
+        return [(max(max_tokens, max_requests + 1), max_requests)]
+
+    def check_compile(self, spec: SiteSpec) -> Verdict:
+        from hotplug.platforms.cpu.openvino.check import check
+
+        return check(spec)
+
+    def compile(self, program: StepProgram, device: DeviceInfo, cache: Path) -> Callable[..., Sequence[torch.Tensor]]:
+        return self._compiler.compile(program, device.arch, cache)
+
+    def fingerprint(self) -> str:
+        from hotplug.platforms.cpu.openvino.compiler import fingerprint
+
+        return fingerprint()
+
+    def num_compiled(self) -> int:
+        return self._compiler.num_compiled if "_compiler" in self.__dict__ else 0
+
+    @functools.cached_property
+    def _compiler(self) -> Compiler:
+        from hotplug.platforms.cpu.openvino.compiler import Compiler
+
+        return Compiler()
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: DeviceInfo) -> torch.Tensor:
         """Zeroed memory that the kernel maps page by page as blocks are first written."""

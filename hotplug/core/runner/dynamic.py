@@ -1,0 +1,53 @@
+"""Steps of any size up to a shape, for platforms whose compiled steps take them as they come: nothing is padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.runner.static import StepShape
+
+
+class DynamicInputs:
+    """What a program of varying sizes is traced with, and how a step becomes its arguments.
+
+    `shape` bounds the tokens and requests of a step.
+    """
+
+    def __init__(self, shape: StepShape, *, max_blocks: int, index_dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        self._max_blocks = max_blocks
+        self._index_dtype, self._device = index_dtype, device
+
+    @property
+    def max_query_len(self) -> int:
+        return self.shape.num_tokens
+
+    @property
+    def examples(self) -> tuple[Tensor, ...]:
+        """Tensors of the bounds' size; their values mean nothing."""
+        tokens, requests = self.shape
+        sizes = ((tokens,), (tokens,), (tokens,), (requests, self._max_blocks), (requests + 1,), (requests,),
+                 (requests,), (tokens,))  # fmt: skip
+        return tuple(torch.zeros(size, dtype=self._index_dtype, device=self._device) for size in sizes)
+
+    def dims(self, num_caches: int) -> tuple[dict[int, Any], ...]:
+        """`dynamic_shapes` of `torch.export` for `examples` and caches, whose number of blocks varies too."""
+        dim = {name: torch.export.Dim(name) for name in ("tokens", "requests", "columns", "scores", "kept", "blocks")}
+        tokens, requests = {0: dim["tokens"]}, dim["requests"]
+        return (tokens, tokens, tokens, {0: requests, 1: dim["columns"]}, {0: requests + 1}, {0: requests},
+                {0: dim["scores"]}, {0: dim["kept"]}, *[{0: dim["blocks"]}] * num_caches)  # fmt: skip
+
+    def arguments(self, step: StepInputs) -> tuple[Tensor, ...]:
+        """A step's tensors as they are, and which hidden states it keeps: all, or the scored ones alone."""
+        scores, attention = step.logit_indices, step.attention
+        if step.scored is None:
+            tokens = len(step.token_ids)
+            kept = torch.arange(tokens, dtype=self._index_dtype, device=self._device)
+        else:
+            kept, scores = scores, torch.arange(len(scores), dtype=self._index_dtype, device=self._device)
+        return (step.token_ids, step.positions, step.slots, attention.block_table, attention.query_start,
+                attention.seq_lens, scores, kept)  # fmt: skip
