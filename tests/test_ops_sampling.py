@@ -156,7 +156,7 @@ def test_rows_of_a_batch_take_the_tokens_that_the_sampler_takes() -> None:
     for counter in range(2, 6):  # two tokens are there already
         logits = torch.randn((len(rows), vocab), generator=torch.Generator().manual_seed(counter)) * 2
         actual = sample_rows(logits, torch.from_numpy(rows), **state, counters=torch.full((len(rows),), counter))
-        assert actual.tolist() == sampler.sample(logits, rows).tokens.tolist()
+        assert actual.tolist() == sampler.sample(logits, rows, np.full(len(rows), counter)).tokens.tolist()
 
 
 def test_greedy_rows_take_the_first_of_equals_and_ignore_filters() -> None:

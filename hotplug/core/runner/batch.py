@@ -77,15 +77,16 @@ class Batch:
         np.cumsum(plan.num_tokens, out=query_start[1:])
         seq_lens = plan.start + plan.num_tokens
         longest = int(seq_lens.max())
-        samples = np.flatnonzero(plan.samples)
-        host_tokens, rows, starts, first, last, which, ones = self.upload(
+        entries, scored_at = plan.scored()
+        host_tokens, rows, starts, first, last, which, ones, scored_lens = self.upload(
             self._host_tokens(plan, query_start),
             plan.rows,
             query_start,
             plan.start,
-            query_start[1:][samples] - 1,
-            samples,
-            np.arange(len(samples) + 1),
+            query_start[entries] + scored_at - plan.start[entries],
+            entries,
+            np.arange(len(entries) + 1),
+            scored_at + 1,
         )
         token_ids, positions, slots, lens, block_table = self._prepare(
             host_tokens, rows, starts, first, self.last_tokens, self.block_tables, self._block_size,
@@ -102,17 +103,16 @@ class Batch:
             max_seq_len=longest,
         )
         scored = None
-        if scored_only and len(samples) < query_start[-1]:
-            scored_lens = seq_lens[samples]
+        if scored_only and len(entries) < query_start[-1]:
             scored = AttentionInputs(
                 block_table=block_table[which],
                 query_start=ones,
-                seq_lens=lens[which],
-                query_lens_host=[1] * len(samples),
-                seq_lens_host=scored_lens.tolist(),
-                num_decodes=len(samples),
+                seq_lens=scored_lens,
+                query_lens_host=[1] * len(entries),
+                seq_lens_host=(scored_at + 1).tolist(),
+                num_decodes=len(entries),
                 max_query_len=1,
-                max_seq_len=int(scored_lens.max(initial=1)),
+                max_seq_len=int(scored_at.max(initial=0)) + 1,
             )
         return StepInputs(token_ids, positions, slots, attention, last, scored)
 
@@ -139,7 +139,8 @@ class Batch:
     def _host_tokens(self, plan: StepPlan, query_start: np.ndarray) -> np.ndarray:
         """[T] token ids; -1 where only the device knows the value. Loops over prompt chunks, never decodes."""
         token_ids = np.full(query_start[-1], -1, np.int64)
-        for i in range(plan.num_decodes, len(plan.rows)):
+        token_ids[plan.num_decodes : query_start[plan.first_chunk]] = plan.drafts
+        for i in range(plan.first_chunk, len(plan.rows)):
             row, start = plan.rows[i], plan.start[i]
             token_ids[query_start[i] : query_start[i + 1]] = self.tokens[row, start : start + plan.num_tokens[i]]
         return token_ids

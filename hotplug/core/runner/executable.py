@@ -21,15 +21,15 @@ from hotplug.core.scheduler.plan import IntArray, StepPlan
 
 @dataclass(slots=True)
 class HostStep:
-    """A step as the host knows it, S of its R requests with a token to sample."""
+    """A step as the host knows it, with S tokens to sample: one of most of its R requests, several of a verification."""
 
     plan: StepPlan
     rows: IntArray
-    """[S] batch rows that get a token."""
+    """[S] batch rows that get a token, one after the other; a verification's as often as it may get one."""
     draw: Draw
     """What sampling needs."""
     counters: npt.NDArray[np.int64]
-    """[S] how many tokens each has generated."""
+    """[S] how many tokens each has generated before."""
     scored_only: bool = True
     """Whether nobody wants the hidden states of tokens that are not sampled."""
 

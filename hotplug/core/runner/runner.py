@@ -60,21 +60,48 @@ class StepHandle:
     plan: StepPlan
     sampled: Sampled | None
     tokens: _Tokens | None
+    """[S] sampled; where the plan verifies, followed by how many proposals of each sampling request hold."""
     prompt_scores: list[_PromptScores]
 
     def result(self) -> StepResult:
-        token_ids = np.zeros(len(self.plan.rows), np.int32)
-        logprobs: dict[int, TokenLogprobs] = {}
+        plan = self.plan
+        token_ids = np.zeros(len(plan.rows), np.int32)
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        verified: dict[int, list[int]] = {}
         if self.sampled is not None and self.tokens is not None:
-            token_ids[self.plan.samples] = self.tokens.wait()
+            tokens = self.tokens.wait()
+            if plan.num_verifies:
+                first = first_scored(plan)
+                tokens, confirmed = tokens[: first[-1]], tokens[first[-1] :]
+                ends = first[:-1] + confirmed
+                for i in plan.verifies:
+                    verified[int(plan.rows[i])] = tokens[first[i] : ends[i] + 1].tolist()
+                tokens = tokens[ends]
+            token_ids[plan.samples] = tokens
             if self.sampled.logprobs is not None:
                 entries = self.sampled.logprobs.to_host(self.sampled.logprob_counts)
-                logprobs = dict(zip(self.sampled.logprob_rows, entries, strict=True))
+                for row, entry in zip(self.sampled.logprob_rows, entries, strict=True):
+                    logprobs.setdefault(row, []).append(entry)
         prompt = {
             scores.row: [entry for part in scores.parts for entry in part.to_host([scores.num_top] * len(part.rank))]
             for scores in self.prompt_scores
         }
-        return StepResult(token_ids, logprobs, prompt)
+        return StepResult(token_ids, logprobs, prompt, verified)
+
+
+def first_scored(plan: StepPlan) -> npt.NDArray[np.int64]:
+    """[Q + 1] where each of the Q entries that sample begins among the plan's scored tokens, and their number."""
+    entries, _ = plan.scored()
+    return np.append(np.flatnonzero(np.diff(entries, prepend=-1)), len(entries))
+
+
+def proposed(plan: StepPlan) -> npt.NDArray[np.int64]:
+    """[S] what was proposed to follow each of the plan's scored tokens; -1 where nothing was."""
+    tokens = np.full(len(plan.scored()[0]), -1, np.int64)
+    begin = plan.num_decodes  # each decode has one scored token
+    tokens[begin : begin + len(plan.drafts) - 1] = plan.drafts[1:]
+    tokens[begin + np.cumsum(plan.num_tokens[begin : plan.first_chunk]) - 1] = -1
+    return tokens
 
 
 class Runner:
@@ -110,20 +137,35 @@ class Runner:
         if self._transfer is not None:
             self._transfer.load(plan.loads)
         self._apply(plan)
-        rows = plan.rows[plan.samples]
-        scored_only = not any(row in self._prompt_logprobs for row in plan.rows[plan.num_decodes :].tolist())
-        outputs = self._executable(HostStep(plan, rows, *self._sampler.demand(rows), scored_only))
+        entries, position = plan.scored()
+        rows = plan.rows[entries]
+        counters = position + 1 - self._batch.num_prompt_tokens[rows]
+        scored_only = not any(row in self._prompt_logprobs for row in plan.rows[plan.first_chunk :].tolist())
+        demand = self._sampler.demand(rows, counters)
+        outputs = self._executable(HostStep(plan, rows, demand, counters, scored_only))
         sampled = tokens = None
         if len(rows):
             if outputs.tokens is not None:
-                sampled = self._sampler.accept(outputs.tokens, rows)
+                sampled = Sampled(outputs.tokens, None, [], [])
+                tokens = _Tokens(sampled.tokens, self._runtime)
             else:
                 assert outputs.logits is not None
-                sampled = self._sampler.sample(outputs.logits, rows)
-                last_tokens = self._batch.last_tokens
-                last_tokens[self._batch.upload(rows)[0]] = sampled.tokens.to(last_tokens.dtype)
-            tokens = _Tokens(sampled.tokens, self._runtime)
+                sampled = self._sampler.sample(outputs.logits, rows, counters)
+                tokens = _Tokens(self._settle(plan, sampled.tokens), self._runtime)
         return StepHandle(plan, sampled, tokens, self._score_prompts(plan, outputs))
+
+    def _settle(self, plan: StepPlan, tokens: Tensor) -> Tensor:
+        """Keep each request's last one of the sampled `tokens` [S]; returns what the host needs (`StepHandle.tokens`)."""
+        batch, host = self._batch, tokens
+        rows = plan.rows[plan.samples]
+        if plan.num_verifies:
+            where, first, drafts = batch.upload(rows, first_scored(plan), proposed(plan))
+            confirmed, last = self._sampler.verify(tokens, drafts, first)
+            host = torch.cat((tokens, confirmed.to(tokens.dtype)))
+        else:
+            (where,), last = batch.upload(rows), tokens
+        batch.last_tokens[where] = last.to(batch.last_tokens.dtype)
+        return host
 
     @torch.inference_mode()
     def save(self, blocks: list[tuple[int, bytes]]) -> None:
@@ -150,7 +192,7 @@ class Runner:
             return []
         found = []
         ends = np.cumsum(plan.num_tokens)
-        for i in range(plan.num_decodes, len(plan.rows)):
+        for i in range(plan.first_chunk, len(plan.rows)):
             row, start, count = int(plan.rows[i]), int(plan.start[i]), int(plan.num_tokens[i])
             if row not in self._prompt_logprobs:
                 continue

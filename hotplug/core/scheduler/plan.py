@@ -36,7 +36,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Arrays of length R run over the scheduled requests, decodes first.
+    """One step. Arrays of length R run over the scheduled requests: decodes, verifications, then prompt chunks.
 
     The runner applies it in this order: `saves`, `swap_out`, `swap_in`, `loads`, `released`, `admitted`, new blocks,
     then the forward pass over positions [start, start + num_tokens) of each row. Key and value of every token in the
@@ -51,7 +51,8 @@ class StepPlan:
     num_tokens: IntArray
     """[R] tokens each row computes."""
     samples: BoolArray
-    """[R] whether the row's last token yields a new token (false for a prompt chunk that is not the last)."""
+    """[R] whether the row's last token yields a new token (false for a prompt chunk that is not the last). In a
+    verification every token yields one."""
     num_decodes: int
     """Leading entries whose one input token is the row's last sampled token."""
     released: IntArray
@@ -71,10 +72,38 @@ class StepPlan:
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     """(device block, host block) to copy to the device, each device block once. A source may be a target of
     `swap_out` in the same plan; a later plan may write it."""
+    num_verifies: int = 0
+    """Entries after the decodes that verify proposals: their tokens are the row's last one and what was proposed to
+    follow it. A row is in no further plan before the result of its verification is known."""
+    drafts: IntArray = field(default_factory=lambda: np.empty(0, np.int32))
+    """The input tokens of the verifications, one after the other."""
 
     @property
     def total_tokens(self) -> int:
         return int(self.num_tokens.sum())
+
+    @property
+    def verifies(self) -> range:
+        """The entries that verify proposals."""
+        return range(self.num_decodes, self.first_chunk)
+
+    @property
+    def first_chunk(self) -> int:
+        """The first entry that is a prompt chunk."""
+        return self.num_decodes + self.num_verifies
+
+    def scored(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The S tokens that need scores, in order: the entry of each [S], and its position in the sequence [S]."""
+        entries, ends = np.flatnonzero(self.samples), (self.start + self.num_tokens).astype(np.int64)
+        if not self.num_verifies:
+            return entries, ends[entries] - 1
+        counts = np.ones(len(entries), np.int64)
+        first, last = self.num_decodes, self.first_chunk  # entries before these all yield a token
+        counts[first:last] = self.num_tokens[first:last]
+        before = np.cumsum(counts) - counts
+        behind = np.repeat(before + counts, counts) - np.arange(counts.sum())
+        entries = np.repeat(entries, counts)
+        return entries, ends[entries] - behind
 
 
 @dataclass(slots=True)
@@ -82,8 +111,10 @@ class StepResult:
     """What a step returned to the host, in the plan's order."""
 
     token_ids: IntArray
-    """[R] sampled token of each row; undefined where `plan.samples` is false."""
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    """By row: log-probabilities of the sampled token, for rows that asked."""
+    """[R] the last sampled token of each row; undefined where `plan.samples` is false."""
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """By row: log-probabilities of the sampled tokens, for rows that asked."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row: log-probabilities of prompt tokens start+1 .. of this chunk, for rows that asked."""
+    verified: dict[int, list[int]] = field(default_factory=dict)
+    """By row, for verifications: the proposals that were confirmed and the token sampled after them."""

@@ -41,7 +41,7 @@ class CpuPlatform:
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
             shared_host_memory=True,
             accelerator=False,
-            features=frozenset({Feature.FP8_KV}),
+            features=frozenset({Feature.FP8_KV, Feature.SPECULATIVE}),
         )
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:
