@@ -312,7 +312,7 @@ class FakeEngine:
 
     def _check_plan(self, plan: StepPlan) -> None:
         config = self.config
-        decodes_only = plan.num_decodes == len(plan.rows)
+        decodes_only = plan.first_chunk == len(plan.rows)
         most = max(config.max_num_batched_tokens, config.max_num_seqs * decodes_only)
         assert 0 < plan.total_tokens <= most
         if config.max_prefill_requests is not None and not decodes_only:
@@ -321,9 +321,9 @@ class FakeEngine:
         if plan.num_verifies:
             assert config.speculation is not None
             assert max(plan.num_tokens[plan.num_decodes : plan.first_chunk]) <= config.speculation.tokens + 1
-            assert len(plan.scored()[0]) <= (config.max_prefill_requests or max(config.max_num_seqs, MOST_SCORED))
+            assert len(plan.unrolled().rows) <= (config.max_prefill_requests or max(config.max_num_seqs, MOST_SCORED))
         assert (plan.num_tokens >= 1).all()
         if not config.mixed_steps:
-            assert plan.num_decodes in (0, len(plan.rows)), "a mixed step"
+            assert plan.first_chunk in (0, len(plan.rows)), "a mixed step"
         if not config.chunked_prefill:
             assert plan.samples.all(), "a chunk of a prompt"

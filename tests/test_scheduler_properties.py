@@ -45,7 +45,7 @@ def engines(draw: st.DrawFn) -> FakeEngine:
     tokens = draw(st.integers(1, max_model_len + max_model_len // 2))
     window = draw(st.sampled_from([None, None, 1, 3, 5, 16]))
     prefix_cache = draw(st.sampled_from([True, True, True, False]))
-    speculation = draw(st.none() | speculations()) if mixed else None
+    speculation = draw(st.none() | speculations())
     return FakeEngine(
         num_blocks=2 + tokens // block_size,
         block_size=block_size,

@@ -45,7 +45,7 @@ class Feature(enum.StrEnum):
 
     FP8_KV = "fp8_kv"
     SPECULATIVE = "speculative"
-    """Steps in which requests verify proposed tokens: several scored tokens of one request beside decodes."""
+    """Steps that verify proposed tokens: decodes of which several are of one request, one position after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +112,6 @@ class Limits:
                 _check(name in known, field, f"{name!r} is no dtype", nearest(str(name), known))
         _check(self.auto_dtype in (None, *self.dtypes), "auto_dtype", f"{self.auto_dtype!r} is not in dtypes")
         _check(self.index_dtype in INDEX_DTYPES, "index_dtype", f"{self.index_dtype!r} is neither int32 nor int64")
-        _check(self.mixed_steps or Feature.SPECULATIVE not in self.features, "features",
-               "speculative needs mixed_steps: verifying is computed as a prompt chunk is, beside decodes")  # fmt: skip
         _check(self.step_tokens >= self.step_requests > 0, "step_tokens", "a step holds a token of every request")
         _check(all(size > 0 for size in self.block_sizes), "block_sizes", "a block holds at least one token")
         for field in ("dtypes", "block_sizes", "kv_layouts", "exec_modes"):

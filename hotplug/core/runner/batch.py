@@ -72,21 +72,20 @@ class Batch:
             self.block_tables[rows, cols] = ids
 
     def inputs(self, plan: StepPlan, *, scored_only: bool = False) -> StepInputs:
-        """The device inputs of a step; `scored_only` says that nobody wants hidden states of tokens without scores."""
+        """The device inputs of an unrolled step; `scored_only`: nobody wants hidden states of tokens without scores."""
         query_start = np.zeros(len(plan.rows) + 1, np.int64)
         np.cumsum(plan.num_tokens, out=query_start[1:])
         seq_lens = plan.start + plan.num_tokens
         longest = int(seq_lens.max())
-        entries, scored_at = plan.scored()
-        host_tokens, rows, starts, first, last, which, ones, scored_lens = self.upload(
+        samples = np.flatnonzero(plan.samples)
+        host_tokens, rows, starts, first, last, which, ones = self.upload(
             self._host_tokens(plan, query_start),
             plan.rows,
             query_start,
             plan.start,
-            query_start[entries] + scored_at - plan.start[entries],
-            entries,
-            np.arange(len(entries) + 1),
-            scored_at + 1,
+            query_start[1:][samples] - 1,
+            samples,
+            np.arange(len(samples) + 1),
         )
         token_ids, positions, slots, lens, block_table = self._prepare(
             host_tokens, rows, starts, first, self.last_tokens, self.block_tables, self._block_size,
@@ -103,26 +102,27 @@ class Batch:
             max_seq_len=longest,
         )
         scored = None
-        if scored_only and len(entries) < query_start[-1]:
+        if scored_only and len(samples) < query_start[-1]:
+            scored_lens = seq_lens[samples]
             scored = AttentionInputs(
                 block_table=block_table[which],
                 query_start=ones,
-                seq_lens=scored_lens,
-                query_lens_host=[1] * len(entries),
-                seq_lens_host=(scored_at + 1).tolist(),
-                num_decodes=len(entries),
+                seq_lens=lens[which],
+                query_lens_host=[1] * len(samples),
+                seq_lens_host=scored_lens.tolist(),
+                num_decodes=len(samples),
                 max_query_len=1,
-                max_seq_len=int(scored_at.max(initial=0)) + 1,
+                max_seq_len=int(scored_lens.max(initial=1)),
             )
         return StepInputs(token_ids, positions, slots, attention, last, scored)
 
-    def decodes(self, rows: Tensor, start: Tensor, unknown: Tensor, query_start: Tensor) -> StepInputs:
-        """The inputs of a step of static shape with one token a row, made on the device alone.
+    def decodes(self, rows: Tensor, start: Tensor, given: Tensor, query_start: Tensor) -> StepInputs:
+        """The inputs of a step of static shape with one token an entry, made on the device alone.
 
-        rows, start: [R]; `unknown` [R] is -1 everywhere, `query_start` counts from 0 to R.
+        rows, start: [R]; `given` [R] is -1 where the token is the row's last; `query_start` counts from 0 to R.
         """
         token_ids, positions, slots, lens, block_table = self._prepare(
-            unknown, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
+            given, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
         )
         attention = AttentionInputs(
             block_table=block_table,
@@ -139,8 +139,8 @@ class Batch:
     def _host_tokens(self, plan: StepPlan, query_start: np.ndarray) -> np.ndarray:
         """[T] token ids; -1 where only the device knows the value. Loops over prompt chunks, never decodes."""
         token_ids = np.full(query_start[-1], -1, np.int64)
-        token_ids[plan.num_decodes : query_start[plan.first_chunk]] = plan.drafts
-        for i in range(plan.first_chunk, len(plan.rows)):
+        token_ids[plan.num_decodes - len(plan.drafts) : plan.num_decodes] = plan.drafts
+        for i in range(plan.num_decodes, len(plan.rows)):
             row, start = plan.rows[i], plan.start[i]
             token_ids[query_start[i] : query_start[i + 1]] = self.tokens[row, start : start + plan.num_tokens[i]]
         return token_ids

@@ -120,8 +120,7 @@ class CompiledSteps:
         self._raise_failure()
         inputs = self._batch.inputs(step.plan)
         attention = inputs.attention
-        # A shape has room for the scores of one token a request; a verification has several.
-        tokens, requests = len(inputs.token_ids), max(len(attention.seq_lens), len(inputs.logit_indices))
+        tokens, requests = len(inputs.token_ids), len(attention.seq_lens)
         for entry in self._ready:
             if entry.static.shape.holds(tokens, requests, attention.max_query_len):
                 return self._run(entry, inputs)

@@ -21,11 +21,12 @@ from hotplug.core.scheduler.plan import IntArray, StepPlan
 
 @dataclass(slots=True)
 class HostStep:
-    """A step as the host knows it, with S tokens to sample: one of most of its R requests, several of a verification."""
+    """A step as the host knows it, S of its R entries with a token to sample."""
 
     plan: StepPlan
+    """Unrolled: no verifications."""
     rows: IntArray
-    """[S] batch rows that get a token, one after the other; a verification's as often as it may get one."""
+    """[S] batch rows that get a token."""
     draw: Draw
     """What sampling needs."""
     counters: npt.NDArray[np.int64]

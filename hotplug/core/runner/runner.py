@@ -71,11 +71,11 @@ class StepHandle:
         if self.sampled is not None and self.tokens is not None:
             tokens = self.tokens.wait()
             if plan.num_verifies:
-                first = first_scored(plan)
-                tokens, confirmed = tokens[: first[-1]], tokens[first[-1] :]
-                ends = first[:-1] + confirmed
+                begins = _begins(plan)
+                tokens, confirmed = tokens[: begins[-1]], tokens[begins[-1] :]
+                ends = begins[:-1] + confirmed
                 for i in plan.verifies:
-                    verified[int(plan.rows[i])] = tokens[first[i] : ends[i] + 1].tolist()
+                    verified[int(plan.rows[i])] = tokens[begins[i] : ends[i] + 1].tolist()
                 tokens = tokens[ends]
             token_ids[plan.samples] = tokens
             if self.sampled.logprobs is not None:
@@ -89,18 +89,19 @@ class StepHandle:
         return StepResult(token_ids, logprobs, prompt, verified)
 
 
-def first_scored(plan: StepPlan) -> npt.NDArray[np.int64]:
-    """[Q + 1] where each of the Q entries that sample begins among the plan's scored tokens, and their number."""
-    entries, _ = plan.scored()
-    return np.append(np.flatnonzero(np.diff(entries, prepend=-1)), len(entries))
+def _begins(plan: StepPlan) -> npt.NDArray[np.int64]:
+    """[Q + 1] where the tokens of each of the Q entries that sample begin among those sampled, and how many there are.
+    """
+    counts = np.ones(int(plan.samples.sum()), np.int64)
+    counts[plan.num_decodes : plan.first_chunk] = plan.num_tokens[plan.num_decodes : plan.first_chunk]
+    return np.append(0, np.cumsum(counts))
 
 
-def proposed(plan: StepPlan) -> npt.NDArray[np.int64]:
-    """[S] what was proposed to follow each of the plan's scored tokens; -1 where nothing was."""
-    tokens = np.full(len(plan.scored()[0]), -1, np.int64)
-    begin = plan.num_decodes  # each decode has one scored token
-    tokens[begin : begin + len(plan.drafts) - 1] = plan.drafts[1:]
-    tokens[begin + np.cumsum(plan.num_tokens[begin : plan.first_chunk]) - 1] = -1
+def _proposed(plan: StepPlan, begins: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[S] what was proposed in the place of each token that is sampled; -1 where nothing was."""
+    tokens = np.full(begins[-1], -1, np.int64)
+    tokens[plan.num_decodes : plan.num_decodes + len(plan.drafts) - 1] = plan.drafts[1:]
+    tokens[begins[1:] - 1] = -1
     return tokens
 
 
@@ -137,33 +138,35 @@ class Runner:
         if self._transfer is not None:
             self._transfer.load(plan.loads)
         self._apply(plan)
-        entries, position = plan.scored()
-        rows = plan.rows[entries]
-        counters = position + 1 - self._batch.num_prompt_tokens[rows]
-        scored_only = not any(row in self._prompt_logprobs for row in plan.rows[plan.first_chunk :].tolist())
+        step = plan.unrolled()
+        rows = step.rows[step.samples]
+        ends = (step.start + step.num_tokens)[step.samples]
+        counters = (ends - self._batch.num_prompt_tokens[rows]).astype(np.int64)
+        scored_only = not any(row in self._prompt_logprobs for row in step.rows[step.num_decodes :].tolist())
         demand = self._sampler.demand(rows, counters)
-        outputs = self._executable(HostStep(plan, rows, demand, counters, scored_only))
+        outputs = self._executable(HostStep(step, rows, demand, counters, scored_only))
         sampled = tokens = None
         if len(rows):
             if outputs.tokens is not None:
                 sampled = Sampled(outputs.tokens, None, [], [])
-                tokens = _Tokens(sampled.tokens, self._runtime)
             else:
                 assert outputs.logits is not None
                 sampled = self._sampler.sample(outputs.logits, rows, counters)
-                tokens = _Tokens(self._settle(plan, sampled.tokens), self._runtime)
-        return StepHandle(plan, sampled, tokens, self._score_prompts(plan, outputs))
+            kept = outputs.tokens is not None and not plan.num_verifies  # in the batch already
+            host = sampled.tokens if kept else self._settle(plan, sampled.tokens)
+            tokens = _Tokens(host, self._runtime)
+        return StepHandle(plan, sampled, tokens, self._score_prompts(step, outputs))
 
     def _settle(self, plan: StepPlan, tokens: Tensor) -> Tensor:
-        """Keep each request's last one of the sampled `tokens` [S]; returns what the host needs (`StepHandle.tokens`)."""
-        batch, host = self._batch, tokens
-        rows = plan.rows[plan.samples]
+        """Keep each row's last one of the sampled `tokens` [S]; returns what the host needs (`StepHandle.tokens`)."""
+        batch, rows = self._batch, plan.rows[plan.samples]
         if plan.num_verifies:
-            where, first, drafts = batch.upload(rows, first_scored(plan), proposed(plan))
-            confirmed, last = self._sampler.verify(tokens, drafts, first)
+            begins = _begins(plan)
+            where, first, proposed = batch.upload(rows, begins, _proposed(plan, begins))
+            confirmed, last = self._sampler.verify(tokens, proposed, first)
             host = torch.cat((tokens, confirmed.to(tokens.dtype)))
         else:
-            (where,), last = batch.upload(rows), tokens
+            (where,), last, host = batch.upload(rows), tokens, tokens
         batch.last_tokens[where] = last.to(batch.last_tokens.dtype)
         return host
 
@@ -192,7 +195,7 @@ class Runner:
             return []
         found = []
         ends = np.cumsum(plan.num_tokens)
-        for i in range(plan.first_chunk, len(plan.rows)):
+        for i in range(plan.num_decodes, len(plan.rows)):
             row, start, count = int(plan.rows[i]), int(plan.start[i]), int(plan.num_tokens[i])
             if row not in self._prompt_logprobs:
                 continue

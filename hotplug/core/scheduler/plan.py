@@ -7,7 +7,7 @@ is described by a few small arrays and nothing per request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,8 @@ class StepPlan:
     """[R] whether the row's last token yields a new token (false for a prompt chunk that is not the last). In a
     verification every token yields one."""
     num_decodes: int
-    """Leading entries whose one input token is the row's last sampled token."""
+    """Leading entries whose one input token is the row's last sampled token. Where the plan is unrolled, the last of
+    them have a token of `drafts` each instead."""
     released: IntArray
     """Rows that were freed since the last plan."""
     admitted: list[Admission]
@@ -92,18 +93,27 @@ class StepPlan:
         """The first entry that is a prompt chunk."""
         return self.num_decodes + self.num_verifies
 
-    def scored(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The S tokens that need scores, in order: the entry of each [S], and its position in the sequence [S]."""
-        entries, ends = np.flatnonzero(self.samples), (self.start + self.num_tokens).astype(np.int64)
+    def unrolled(self) -> StepPlan:
+        """The same step with each token of a verification as an entry of its own, after the decodes and counted as one.
+
+        That is how it is computed: a row then occurs as often as it has tokens, one position after the other.
+        """
         if not self.num_verifies:
-            return entries, ends[entries] - 1
-        counts = np.ones(len(entries), np.int64)
-        first, last = self.num_decodes, self.first_chunk  # entries before these all yield a token
-        counts[first:last] = self.num_tokens[first:last]
-        before = np.cumsum(counts) - counts
-        behind = np.repeat(before + counts, counts) - np.arange(counts.sum())
-        entries = np.repeat(entries, counts)
-        return entries, ends[entries] - behind
+            return self
+        counts = np.ones(len(self.rows), np.int32)
+        counts[self.num_decodes : self.first_chunk] = self.num_tokens[self.num_decodes : self.first_chunk]
+        of = np.repeat(np.arange(len(self.rows)), counts)
+        num_tokens = np.where(counts > 1, 1, self.num_tokens)
+        place = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return replace(
+            self,
+            rows=self.rows[of],
+            start=self.start[of] + place.astype(np.int32),
+            num_tokens=num_tokens[of],
+            samples=self.samples[of],
+            num_decodes=self.num_decodes + len(self.drafts),
+            num_verifies=0,
+        )
 
 
 @dataclass(slots=True)

@@ -61,10 +61,6 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         budget = self.max_num_batched_tokens
-        if self.speculation is not None and not self.mixed_steps:
-            raise ConfigError("speculation needs mixed steps",
-                              why="some requests verify proposals, as a prompt chunk is computed, while others decode",
-                              )  # fmt: skip
         if self.mixed_steps and budget < self.max_num_seqs:
             raise ConfigError(f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs})",
                               why="every running request needs one token of the budget a step",
