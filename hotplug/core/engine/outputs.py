@@ -92,7 +92,7 @@ class Completion:
         shown = token_ids
         if delta.stop_token is not None and not self._params.include_stop_str_in_output:
             shown = shown[:-1]  # the token that ended the sequence is not text
-        if self._params.stop and len(shown) > 1:
+        if self._params.stop and len(token_ids) > 1:
             text = ""
             for count, token in enumerate(shown, 1):  # what follows a stop string is no part of the completion
                 text += self._detokenizer.push([token])
