@@ -114,7 +114,9 @@ def test_a_text_without_repetition_has_no_proposals() -> None:
     assert not one.expects(int32(list(range(50))))
 
 
-@pytest.mark.parametrize("options", [{"tokens": 0}, {"max_requests": 0}, {"shortest": 0}, {"shortest": 5, "longest": 4}])
+@pytest.mark.parametrize(
+    "options", [{"tokens": 0}, {"max_requests": 0}, {"shortest": 0}, {"shortest": 5, "longest": 4}]
+)
 def test_impossible_options_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         Speculation(by_default=True, **options)

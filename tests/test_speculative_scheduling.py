@@ -26,7 +26,9 @@ def int32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-def engine(*, depth: int = 0, repeats: int = LOOPS, max_requests: int = 8, tokens: int = 4, **options: Any) -> FakeEngine:
+def engine(
+    *, depth: int = 0, repeats: int = LOOPS, max_requests: int = 8, tokens: int = 4, **options: Any
+) -> FakeEngine:
     speculation = Speculation(by_default=True, tokens=tokens, shortest=2, max_requests=max_requests)
     return FakeEngine(depth=depth, repeats=repeats, speculation=speculation, **options)
 

@@ -90,8 +90,7 @@ class StepHandle:
 
 
 def _begins(plan: StepPlan) -> npt.NDArray[np.int64]:
-    """[Q + 1] where the tokens of each of the Q entries that sample begin among those sampled, and how many there are.
-    """
+    """[Q + 1] where each of the Q entries that sample has its first among the tokens sampled, and their number."""
     counts = np.ones(int(plan.samples.sum()), np.int64)
     counts[plan.num_decodes : plan.first_chunk] = plan.num_tokens[plan.num_decodes : plan.first_chunk]
     return np.append(0, np.cumsum(counts))

@@ -37,7 +37,7 @@ from hotplug.core.scheduler.speculator import Speculator
 from hotplug.core.scheduler.waiting import WaitingQueue
 
 MOST_SCORED = 64
-"""Tokens with scores that a step may always have, however few requests may run: bounds what proposals cost in memory."""
+"""Tokens with scores that a step may have however few requests may run: bounds the memory that proposals take."""
 
 
 @dataclass(frozen=True, kw_only=True)

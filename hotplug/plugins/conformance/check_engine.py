@@ -35,7 +35,8 @@ RANDOM_STEPS = 1000
 def end_to_end(target: Target, report: Report) -> None:
     """Greedy tokens are the references': alone, together, in chunks, after a prefix hit, preempted, with a window.
 
-    A request is preempted twice over: to compute its KV again, and to find it in the swap space.
+    A request is preempted twice over: to compute its KV again, and to find it in the swap space. Where the platform
+    declares it, requests speculate too.
     """
     quick = target.options.quick
     tokens = 8 if quick else 32
@@ -56,6 +57,9 @@ def end_to_end(target: Target, report: Report) -> None:
     _scenario(target, report, "preempted", model, growing, grown, longer, tight)
     _scenario(target, report, "swapped", model, growing, grown, longer, swapping)
     _scenario(target, report, "with a sliding window", sliding, asked, windowed, tokens, {})
+    if Feature.SPECULATIVE in target.limits.features:
+        speculating = {"speculative": "ngram", "speculative_ngram_min": 1}
+        _scenario(target, report, "speculating", model, asked, expected, tokens, speculating)
     if target.options.model is not None:
         real = Path(target.options.model)
         few = {name: ids[:40] for name, ids in list(asked.items())[:4]}
@@ -84,6 +88,8 @@ def _scenario(
         raise RuntimeError("the cache was too large for anything to be preempted")
     if words == "swapped" and not core.stats().blocks_swapped_in:
         raise RuntimeError("nothing was swapped out and in again")
+    if words == "speculating" and not core.stats().proposed_tokens:
+        raise RuntimeError("no prompt had a token to propose")
     report.cases += len(asked)
     difference = first_difference(found, expected, target.limits.dtypes[0])
     if difference:
@@ -213,4 +219,5 @@ def _undeclared(target: Target) -> list[tuple[str, Any]]:
         *(("kv_cache_dtype", dtype) for dtype in KV_DTYPES if dtype not in kv_dtypes),
         *(("block_size", size) for size in (3, 16, 48, 512) if size not in limits.block_sizes),
         *(("exec", str(mode)) for mode in ExecMode if mode not in limits.exec_modes),
+        *([] if Feature.SPECULATIVE in limits.features else [("speculative", "ngram")]),
     ]
