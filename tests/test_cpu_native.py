@@ -7,6 +7,7 @@ modelled exactly, where only float32 sums may differ, and with the activations t
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -440,7 +441,7 @@ def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "VERSION", 99)
     library._open.cache_clear()
-    assert "libhotplug_cpu.so has version 2 where 99 is needed" in str(library.refusal())
+    assert re.search(r"libhotplug_cpu.so has version \d+ where 99 is needed", str(library.refusal()))
     library._open.cache_clear()
 
 

@@ -1,10 +1,13 @@
 """hotplug and its peers on this processor, the same weights and prompts, interleaved.
 
-    python ci/bench/cpu.py [ENGINE ...] [--repeat 5] [--starts 3] [--json FILE]
+    python ci/bench/cpu.py [ENGINE ...] [--repeat 5] [--starts 3] [--isa avx2] [--json FILE]
 
 Peers are those whose environments `make bench-peers` made. Each engine is a process of its own, idle while another
 is measured. Prints a table of medians, the best of the peers, and hotplug's ratio to it. Formats other than the
 shipped Q4_1 are made from it, so that no engine has better weights than another.
+
+`--isa avx2` holds every engine to AVX2 on a processor that has more: hotplug's kernels, PyTorch, MKL and oneDNN
+(OpenVINO's too) by their settings, llama.cpp by a build of its own (`make bench-peers ARGS=llama-avx2`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +34,8 @@ from hotplug.core.weights.source import cache_folder, resolve
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "cpu_engines" / "worker.py"
 COLUMNS = (*(title for _, _, title, _ in FIGURES), "start s", "RSS GB")
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""Variables of the environment that hold PyTorch, MKL and oneDNN to AVX2."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Peer:
     environment: str
     """The folder of its virtual environment, below `.peers`; empty: the environment that runs this."""
     options: dict[str, Any]
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of its process' environment."""
 
     @property
     def python(self) -> Path:
@@ -79,6 +86,14 @@ def engines(folder: Path, cores: int) -> list[Peer]:
     return found
 
 
+def held(peer: Peer, isa: str | None) -> Peer:
+    """`peer` with no more than an instruction set."""
+    if isa is None:
+        return peer
+    environment = f"llama-{isa}" if peer.environment == "llama" else peer.environment
+    return replace(peer, environment=environment, options={**peer.options, "isa": isa}, variables=AVX2)
+
+
 def prepare() -> Path:
     """The folder with the model in every form, made once."""
     source = find_gguf(resolve("smollm2"))
@@ -100,7 +115,8 @@ class Worker:
     """An engine's process. Raises RuntimeError where it ends instead of answering."""
 
     def __init__(self, peer: Peer) -> None:
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+                       **peer.variables}  # fmt: skip
         self._peer = peer
         self._process = subprocess.Popen(
             [str(peer.python), str(WORKER), peer.module, json.dumps(peer.options)], stdin=subprocess.PIPE,
@@ -237,13 +253,14 @@ def main() -> None:
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help="those whose names begin so; default: all here")
     parser.add_argument("--repeat", type=int, default=5, help="measured runs, after one that warms up")
     parser.add_argument("--starts", type=int, default=3, help="starts from nothing")
+    parser.add_argument("--isa", choices=["avx2"], help="hold every engine to this instruction set")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value here")
     options = parser.parse_args()
 
     folder = prepare()
     cores = len(os.sched_getaffinity(0))
     wanted = tuple(options.engines) or ("",)
-    peers = [p for p in engines(folder, cores) if p.name.startswith(wanted)]
+    peers = [held(p, options.isa) for p in engines(folder, cores) if p.name.startswith(wanted)]
     for peer in peers:
         if not peer.python.exists():
             print(f"{peer.name}: not here, `make bench-peers` makes its environment", file=sys.stderr)
@@ -256,7 +273,10 @@ def main() -> None:
     for peer in peers:
         if peer.name in found:
             print(f"\n{peer.name}: {found[peer.name].about}", end="")
-    print(f"\n{cores} cores, medians of {options.repeat}; start: the best cache that the engine keeps is there")
+    held_to = f", held to {options.isa}" if options.isa else ""
+    print(
+        f"\n{cores} cores{held_to}, medians of {options.repeat}; start: the best cache that the engine keeps is there"
+    )
     if options.json is not None:
         document = {name: {"about": m.about, **m.values} for name, m in found.items()}
         options.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -9,12 +9,18 @@ import hotplug
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.request import Request, SamplingParams
+from hotplug.platforms import cpu
+from hotplug.platforms.cpu.native import library
 
 
 class Hotplug:
-    """Options: those of `EngineConfig`."""
+    """Options: those of `EngineConfig`, and "isa", an instruction set that is not to be exceeded."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        isa = options.pop("isa", None)
+        if isa is not None:
+            library.load().use(isa)
+            cpu._ISAS = ((isa, isa),)
         self._core = EngineCore(EngineConfig(**options))
         self._core.wait_until_compiled()
         self._asked = 0

@@ -12,7 +12,7 @@ import openvino_genai as genai
 
 
 class OpenVINO:
-    """Options: model, a GGUF file in a folder of its own, where the converted model is kept."""
+    """Options: model, a GGUF file in a folder of its own, where the converted model is kept; isa."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         path = Path(options["model"])
@@ -23,7 +23,9 @@ class OpenVINO:
         config.max_num_seqs = 16
         config.cache_size = 1
         config.enable_prefix_caching = True
-        self._pipeline = genai.ContinuousBatchingPipeline(str(path.parent), config, "CPU")
+        # Where the processor has bfloat16 products it would ask for them, whatever oneDNN is held to.
+        properties = {"INFERENCE_PRECISION_HINT": "f32"} if options.get("isa") == "avx2" else {}
+        self._pipeline = genai.ContinuousBatchingPipeline(str(path.parent), config, "CPU", properties)
         self._asked = 0
         self.about = f"OpenVINO GenAI {genai.__version__.split('-')[0]}, {options['weights']}"
 

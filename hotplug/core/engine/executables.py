@@ -14,7 +14,7 @@ from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.optional import HasCapture, HasCompile
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
-from hotplug.core.runner.capture import CapturedSteps, decode_shapes
+from hotplug.core.runner.capture import CapturedSteps, decode_shapes, decode_shapes_on_use
 from hotplug.core.runner.compile import Compiled, CompiledSteps, StepBounds, checked_shapes
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.program import ModelProgram, StepProgram
@@ -46,17 +46,20 @@ def captured_shapes(bound: Bound) -> list[StepShape]:
     """The shapes to record, smallest first; none where nothing is recorded."""
     if bound.resolved.exec_mode is not ExecMode.CAPTURE:
         return []
+    if bound.limits.capture_on_use:
+        return decode_shapes_on_use(bound.batch.spare_row)
     return decode_shapes(bound.batch.spare_row, bound.limits.max_graph_shapes)
 
 
 def captured(
     bound: Bound, eager: EagerStep, shapes: Sequence[StepShape], recorded: Callable[[], object] = lambda: None
 ) -> CapturedSteps:
-    """Recorded decode steps of these shapes, the largest first; `recorded` is called after each."""
+    """Recorded decode steps of these shapes, the largest first; `recorded` is called after each recorded now."""
     platform, device = bound.selection.platform, bound.selection.device
     if not isinstance(platform, HasCapture):
         raise PlatformError("the platform declares capture but has no `capture` method", where=platform.name)
-    return CapturedSteps(eager, bound.batch, bound.sampler, platform, device, shapes, recorded)
+    on_use = bound.limits.capture_on_use
+    return CapturedSteps(eager, bound.batch, bound.sampler, platform, device, shapes, recorded, on_use=on_use)
 
 
 def graph_memory(bound: Bound, scratch: list[KVBlocks]) -> int:
@@ -65,7 +68,7 @@ def graph_memory(bound: Bound, scratch: list[KVBlocks]) -> int:
     Recorded steps share their memory, so that each smaller one adds about what the second largest did.
     """
     shapes = captured_shapes(bound)
-    if not shapes:
+    if not shapes or bound.limits.capture_on_use:  # those run in memory that the largest steps had too
         return 0
     platform, device = bound.selection.platform, bound.selection.device
     free = [platform.memory(device).free]

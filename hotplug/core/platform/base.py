@@ -91,6 +91,9 @@ class Limits:
     exec_modes: tuple[ExecMode, ...] = (ExecMode.EAGER,)
     max_graph_shapes: int = 0
     """Most step shapes that may be captured or compiled; 0 = no such limit."""
+    capture_on_use: bool = False
+    """Whether recording a step costs about what running it does, and gives its results too: then each size is recorded
+    when it is first needed, and none at start."""
     step_tokens: int = 2048
     """Token budget of a step where the user sets none: the least that keeps the device's matrix units busy."""
     step_requests: int = 128

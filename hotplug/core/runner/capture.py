@@ -1,7 +1,8 @@
 """Captured executables: whole decode steps, from row numbers to sampled tokens, recorded once a size and replayed.
 
 What a step needs from the host is one small array; everything else is on the device. Steps with prompt chunks run
-op by op.
+op by op. Sizes are recorded at start, or each when it is first needed where the platform says that this costs nothing
+(`Limits.capture_on_use`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from hotplug.core.sample.sampler import Draw, Sampler
 
 _FINE, _MIDDLE = 16, 256
 """Sizes are this far apart from the first on, and twice that above the second."""
+_EXACT = 64
+"""Sizes up to this are not padded where they are recorded on use."""
+
+Capture = Callable[[Callable[[], None]], Callable[[], Any]]
+"""`HasCapture.capture` on one device."""
 
 
 def decode_shapes(max_num_seqs: int, max_shapes: int) -> list[StepShape]:
@@ -38,6 +44,13 @@ def decode_shapes(max_num_seqs: int, max_shapes: int) -> list[StepShape]:
         coarse = range(_MIDDLE, max_num_seqs + 1, 2 * _FINE)
         sizes = sorted({max_num_seqs, *(p for p in powers if p < _FINE), *fine, *coarse})
     return [StepShape(size, size) for size in sizes]
+
+
+def decode_shapes_on_use(max_num_seqs: int) -> list[StepShape]:
+    """Shapes that may be captured where a size costs nothing before it is needed: nearly no padding."""
+    exact = range(1, min(max_num_seqs, _EXACT) + 1)
+    padded = range(_EXACT + _FINE, max_num_seqs + 1, _FINE)
+    return [StepShape(size, size) for size in sorted({max_num_seqs, *exact, *padded})]
 
 
 class _Decodes:
@@ -63,15 +76,17 @@ class _Decodes:
         for draw in Draw:
             self._finish(draw, logits)
 
-    def record(self, platform: HasCapture, device: DeviceInfo) -> None:
+    def record(self, capture: Capture) -> None:
+        """Record every way to draw."""
         self.warm_up()
         for draw in Draw:
-            self._replay[draw] = platform.capture(partial(self._step, draw), device)
+            self._replay[draw] = capture(partial(self._step, draw))
 
     def release(self) -> None:
         self._replay.clear()  # a platform's replay may hold the step, which is ours
 
-    def __call__(self, step: HostStep) -> StepOutputs:
+    def __call__(self, step: HostStep, capture: Capture | None = None) -> StepOutputs:
+        """Replay, or record with `capture` what was not recorded yet."""
         plan, n = step.plan, len(step.plan.rows)
         staged = self._batch.stage((4, self.size))
         values = staged.numpy()
@@ -81,7 +96,12 @@ class _Decodes:
         values[3] = -1
         values[3, n - len(plan.drafts) : n] = plan.drafts
         self._input.copy_(staged, non_blocking=True)
-        self._replay[step.draw]()
+        replay = self._replay.get(step.draw)
+        if replay is not None:
+            replay()
+        else:
+            assert capture is not None
+            self._replay[step.draw] = capture(partial(self._step, step.draw))
         if step.draw is Draw.LOGITS:
             return StepOutputs(None, self._logits[:n])
         return StepOutputs(None, None, self._tokens[:n])
@@ -104,18 +124,27 @@ class _Decodes:
         self._tokens.copy_(tokens)
 
 
-def _decodes(eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape]) -> list[_Decodes]:
-    """One a shape. They share the memory of the scores."""
-    sizes = [shape.num_requests for shape in shapes]
-    logits = torch.empty((sizes[-1], sampler.vocab), dtype=torch.float32, device=batch.device)
-    return [_Decodes(size, eager, batch, sampler, logits) for size in sizes]
+class _Sizes:
+    """A `_Decodes` a shape, made when asked for. They share the memory of the scores."""
+
+    def __init__(self, eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape]) -> None:
+        self.sizes = [shape.num_requests for shape in shapes]
+        self._logits = torch.empty((self.sizes[-1], sampler.vocab), dtype=torch.float32, device=batch.device)
+        self._step = eager, batch, sampler
+        self.made: dict[int, _Decodes] = {}
+
+    def __getitem__(self, size: int) -> _Decodes:
+        if size not in self.made:
+            self.made[size] = _Decodes(size, *self._step, self._logits)
+        return self.made[size]
 
 
 @torch.inference_mode()
 def run_once(eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape]) -> None:
     """Run what `CapturedSteps` would record of `shapes`, op by op."""
-    for decodes in _decodes(eager, batch, sampler, shapes):
-        decodes.warm_up()
+    decodes = _Sizes(eager, batch, sampler, shapes)
+    for size in decodes.sizes:
+        decodes[size].warm_up()
 
 
 class CapturedSteps:
@@ -133,24 +162,30 @@ class CapturedSteps:
         device: DeviceInfo,
         shapes: Sequence[StepShape],
         recorded: Callable[[], object] = lambda: None,
+        *,
+        on_use: bool = False,
     ) -> None:
-        """Record `shapes` (smallest first) in every way to draw, the largest first; `recorded` is called after each."""
+        """Record `shapes` (smallest first) in every way to draw, the largest first; `recorded` is called after each.
+
+        With `on_use`, record nothing before a step needs it.
+        """
         self._eager = eager
         self.shapes = tuple(shapes)
-        self._sizes = [shape.num_requests for shape in shapes]
-        self._captured = _decodes(eager, batch, sampler, shapes)
-        for captured in reversed(self._captured):  # the largest first, so that others fit into its memory
-            captured.record(platform, device)
-            recorded()
+        self._decodes = _Sizes(eager, batch, sampler, shapes)
+        self._capture = partial(platform.capture, device=device)
+        if not on_use:
+            for size in reversed(self._decodes.sizes):  # the largest first, so that others fit into its memory
+                self._decodes[size].record(self._capture)
+                recorded()
 
     def release(self) -> None:
         """Drop what was recorded, and with it its memory; no step can run any more."""
-        for captured in self._captured:
-            captured.release()
+        for decodes in self._decodes.made.values():
+            decodes.release()
 
     def __call__(self, step: HostStep) -> StepOutputs:
-        plan = step.plan
-        at = bisect_left(self._sizes, len(plan.rows))
-        if plan.num_decodes < len(plan.rows) or at == len(self._sizes):
+        plan, sizes = step.plan, self._decodes.sizes
+        at = bisect_left(sizes, len(plan.rows))
+        if plan.num_decodes < len(plan.rows) or at == len(sizes):
             return self._eager(step)
-        return self._captured[at](step)
+        return self._decodes[sizes[at]](step, self._capture)

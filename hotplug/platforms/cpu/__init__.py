@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform as host
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hotplug.vendor import DeviceInfo, Feature, KVLayout, Limits, MemoryInfo
+from hotplug.vendor import DeviceInfo, ExecMode, Feature, KVLayout, Limits, MemoryInfo
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,10 @@ class CpuPlatform:
         return [DeviceInfo(index=0, name=model, arch=isa, cores=cores, details=f"{cores} cores, {isa}")]
 
     def limits(self, device: DeviceInfo) -> Limits:
+        from hotplug.platforms.cpu.native.library import refusal
+
+        # Without the library a step is made of PyTorch's calls alone, which recording does not make faster.
+        recorded = refusal() is None
         # Below AVX-512 a bfloat16 matrix product is emulated and several times slower than float32.
         narrow_is_slow = device.arch not in ("amx", "avx512_bf16")
         return Limits(
@@ -39,6 +43,8 @@ class CpuPlatform:
             quantization=("none", "*"),
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
+            exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER) if recorded else (ExecMode.EAGER,),
+            capture_on_use=True,
             shared_host_memory=True,
             accelerator=False,
             features=frozenset({Feature.FP8_KV, Feature.SPECULATIVE}),
@@ -59,6 +65,11 @@ class CpuPlatform:
 
         for kernel in KERNELS:
             ops.add(kernel)
+
+    def capture(self, step: Callable[[], Any], device: DeviceInfo) -> Callable[[], Any]:
+        from hotplug.platforms.cpu.capture import capture
+
+        return capture(step)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: DeviceInfo) -> torch.Tensor:
         """Zeroed memory that the kernel maps page by page as blocks are first written."""

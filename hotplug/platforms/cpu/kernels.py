@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotplug.platforms.cpu.capture import opaque
 from hotplug.platforms.cpu.native.attention import KERNELS as ATTENTION_KERNELS
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.platforms.cpu.native.linear import linear_float32
@@ -29,11 +31,17 @@ class _DecodeState:
     """[requests, 1, 1, context] which positions each query sees; None where one request sees all of them."""
 
 
+@opaque
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
     sinks: None = None, soft_cap: None = None,
 ) -> Tensor:  # fmt: skip
     """Decodes as one padded batch, prompt chunks one request at a time, through PyTorch's fused attention."""
+    if step.seq_lens_host is None:  # of static shape: prepared anew, since what it holds changes
+        lens = step.seq_lens.tolist()
+        step = dataclasses.replace(
+            step, query_lens_host=step.query_start.diff().tolist(), seq_lens_host=lens, prepared=None
+        )
     decodes = step.num_decodes
     if not q.shape[0]:
         return torch.empty_like(q)
@@ -136,6 +144,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+@opaque
 def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Each expert over the tokens that chose it, and no others."""
     top_k, flat = experts.shape[1], experts.flatten()
@@ -163,9 +172,7 @@ def _token_major(spec: SiteSpec) -> Verdict:
     return Verdict(True)
 
 
-def _host_lengths(spec: SiteSpec) -> Verdict:
-    if spec["static"]:
-        return Verdict(False, "reads sequence lengths on the host, which a step of static shape does not have")
+def _plain(spec: SiteSpec) -> Verdict:
     if spec["sinks"] or spec["soft_cap"] is not None:
         return Verdict(False, "PyTorch's attention has no sinks and no soft cap")
     return _token_major(spec)
@@ -200,7 +207,7 @@ def _few_rows(bucket: Bucket) -> bool:
 
 
 KERNELS = (
-    Impl("attention", "cpu.sdpa", attention, check=_host_lengths, rank=10),
+    Impl("attention", "cpu.sdpa", attention, check=_plain, rank=10),
     Impl("kv_write", "cpu.index_copy", kv_write, check=_same_dtype, rank=10),
     Impl("rope", "cpu.joint", rope, check=_whole_float32, rank=10),
     Impl("rms_norm", "cpu.fused", rms_norm, rank=10),

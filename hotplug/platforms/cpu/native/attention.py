@@ -10,7 +10,7 @@ import struct
 import torch
 from torch import Tensor
 
-from hotplug.platforms.cpu.native.library import checked, load, refusal
+from hotplug.platforms.cpu.native.library import call, refusal
 from hotplug.vendor import AttentionInputs, Impl, SiteSpec, Verdict
 
 MAX_HEAD_DIM = 256
@@ -48,7 +48,7 @@ def attention(
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
     out = torch.empty((tokens, heads, dim))
-    call = _call(
+    call("hp_attention", _call(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
         table.data_ptr(), starts.data_ptr(), lens.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
         tokens, q_token, q_head,
@@ -56,9 +56,7 @@ def attention(
         table.stride(0), table.shape[1], len(lens),
         heads, kv_heads, dim, num_blocks, block_size,
         _CACHE_KINDS[k_cache.dtype], window or 0, scale, soft_cap or 0.0,
-    )  # fmt: skip
-    if status := load().c.hp_attention(call):
-        checked(status, "hp_attention")
+    ))  # fmt: skip
     return out
 
 

@@ -5,15 +5,18 @@ It is a plain C library (`src/hotplug_cpu.h`), loaded with ctypes: one build ser
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import threading
+from collections.abc import Callable, Iterator
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 from hotplug.vendor import PlatformError
 
-VERSION = 2
+VERSION = 3
 """`HP_VERSION` of the header that this package is written against."""
 PATH = Path(__file__).parent / "libhotplug_cpu.so"
 
@@ -22,7 +25,8 @@ _BUILD = "`python -m hotplug.platforms.cpu.native.build` makes it"
 BASELINE = "portable"
 """The instruction set that every processor has."""
 
-_PRODUCT = (c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64)
+_CALLS = ("hp_linear", "hp_linear_silu_mul", "hp_linear_f32", "hp_attention", "hp_rope_kv_write")
+"""What a step is made of: each takes its struct, packed (`call`)."""
 _SIGNATURES = {
     "hp_instruction_sets": ((), c_char_p),
     "hp_instruction_set": ((), c_char_p),
@@ -31,11 +35,8 @@ _SIGNATURES = {
     "hp_set_threads": ((c_int,), c_int),
     "hp_packed_bytes": ((c_int, c_int64, c_int64), c_int64),
     "hp_pack": ((c_int, c_void_p, c_int64, c_int64, c_void_p), c_int),
-    "hp_linear": ((c_int, c_void_p, *_PRODUCT), c_int),
-    "hp_linear_silu_mul": ((c_int, c_void_p, *_PRODUCT), c_int),
-    "hp_linear_f32": ((c_void_p, c_int64, *_PRODUCT), c_int),
-    "hp_attention": ((c_char_p,), c_int),
-    "hp_rope_kv_write": ((c_char_p,), c_int),
+    "hp_replay": ((c_void_p, c_int64, c_void_p), c_int),
+    **dict.fromkeys(_CALLS, ((c_char_p,), c_int)),
 }
 _STATUS = {1: "it refuses the arguments", 2: "out of memory"}
 
@@ -105,6 +106,38 @@ def refusal() -> str | None:
     if found.instruction_set == BASELINE:
         return "the processor has none of the instruction sets they are written for (AVX2 with FMA and F16C, or more)"
     return None
+
+
+class ReplayEntry(ctypes.Structure):
+    """`hp_replay_entry`: the address of a call's function, and its struct."""
+
+    _fields_ = (("function", c_void_p), ("call", c_char_p))
+
+
+_thread = threading.local()
+
+
+def call(name: str, packed: bytes) -> None:
+    """Make a call of a step with its struct, and note it where this thread records.
+
+    Raises PlatformError unless it goes well.
+    """
+    if status := getattr(load().c, name)(packed):
+        checked(status, name)
+    note = getattr(_thread, "note", None)
+    if note is not None:
+        note(name, packed)
+
+
+@contextlib.contextmanager
+def noted(note: Callable[[str, bytes], None] | None) -> Iterator[None]:
+    """Within it, `note` is told the name and the struct of every call that this thread makes; None: nobody is."""
+    before = getattr(_thread, "note", None)
+    _thread.note = note
+    try:
+        yield
+    finally:
+        _thread.note = before
 
 
 def checked(status: int, call: str) -> None:

@@ -8,6 +8,7 @@ PlatformError.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hotplug.platforms.cpu.native.library import checked, load
+from hotplug.platforms.cpu.native.library import call, checked, load
 
 KINDS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
 """What can be packed, and GGUF's number for it."""
@@ -26,6 +27,8 @@ TILE = 16
 
 _SOURCE_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 _PACKED_BYTES = {kind: TILE * size for kind, size in _SOURCE_BYTES.items()}
+_call = struct.Struct("@4P6q").pack
+"""`hp_linear_call`, and `hp_linear_f32_call`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,11 +74,10 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """`x` float32 [n, cols] times the weight transposed plus `bias` float32 [rows]; float32 [n, rows]."""
     n, stride = _rows_of(x, weight.cols)
     out = x.new_empty((n, weight.rows))
-    status = load().c.hp_linear(
-        KINDS[weight.kind], weight.tiles.data_ptr(), weight.rows, weight.cols, x.data_ptr(), n, stride,
-        _bias(bias, weight.rows), out.data_ptr(), weight.rows,
-    )  # fmt: skip
-    checked(status, "hp_linear")
+    call("hp_linear", _call(
+        weight.tiles.data_ptr(), x.data_ptr(), _bias(bias, weight.rows), out.data_ptr(),
+        KINDS[weight.kind], weight.rows, weight.cols, n, stride, weight.rows,
+    ))  # fmt: skip
     return out
 
 
@@ -89,11 +91,10 @@ def linear_silu_mul(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Te
         raise ValueError(f"gate and up of {weight.rows} rows together are not twice a multiple of {TILE}")
     n, stride = _rows_of(x, weight.cols)
     out = x.new_empty((n, width))
-    status = load().c.hp_linear_silu_mul(
-        KINDS[weight.kind], weight.tiles.data_ptr(), width, weight.cols, x.data_ptr(), n, stride,
-        _bias(bias, weight.rows), out.data_ptr(), width,
-    )  # fmt: skip
-    checked(status, "hp_linear_silu_mul")
+    call("hp_linear_silu_mul", _call(
+        weight.tiles.data_ptr(), x.data_ptr(), _bias(bias, weight.rows), out.data_ptr(),
+        KINDS[weight.kind], width, weight.cols, n, stride, width,
+    ))  # fmt: skip
     return out
 
 
@@ -104,19 +105,10 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         raise ValueError(f"the weight must be float32 on the host with neighbouring inputs, not {_kind_of(weight)}")
     n, stride = _rows_of(x, cols)
     out = x.new_empty((n, rows))
-    status = load().c.hp_linear_f32(
-        weight.data_ptr(),
-        weight.stride(0),
-        rows,
-        cols,
-        x.data_ptr(),
-        n,
-        stride,
-        _bias(bias, rows),
-        out.data_ptr(),
-        rows,
-    )
-    checked(status, "hp_linear_f32")
+    call("hp_linear_f32", _call(
+        weight.data_ptr(), x.data_ptr(), _bias(bias, rows), out.data_ptr(),
+        weight.stride(0), rows, cols, n, stride, rows,
+    ))  # fmt: skip
     return out
 
 
@@ -133,9 +125,10 @@ def _rows_of(x: Tensor, cols: int) -> tuple[int, int]:
     return n, stride
 
 
-def _bias(bias: Tensor | None, rows: int) -> int | None:
+def _bias(bias: Tensor | None, rows: int) -> int:
+    """Its address, 0 without one."""
     if bias is None:
-        return None
+        return 0
     if bias.dtype != torch.float32 or bias.shape != (rows,) or not (bias.is_cpu and bias.is_contiguous()):
         raise ValueError(f"the bias must be contiguous float32 [{rows}] on the host, not {_kind_of(bias)}")
     return bias.data_ptr()

@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from hotplug.platforms.cpu.native.library import checked, load, refusal
+from hotplug.platforms.cpu.native.library import call, refusal
 from hotplug.vendor import Impl, SiteSpec, Verdict
 
 _call = struct.Struct("@9P20q").pack
@@ -37,15 +37,13 @@ def rope_kv_write(
         k_strides, v_strides = (k_block, k_next, k_side), (v_block, v_next, v_side)
     cos_sin, positions, slots = cos_sin.contiguous(), positions.contiguous(), slots.contiguous()
     out = torch.empty((tokens, heads, dim))
-    call = _call(
+    call("hp_rope_kv_write", _call(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(), slots.data_ptr(),
         out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         tokens, heads, kv_heads, dim, cos_sin.shape[1], cos_sin.shape[0],
         q_token, q_head, k_token, k_head, v_token, v_head,
         *k_strides, *v_strides, num_blocks, block_size,
-    )  # fmt: skip
-    if status := load().c.hp_rope_kv_write(call):
-        checked(status, "hp_rope_kv_write")
+    ))  # fmt: skip
     return out, k_cache, v_cache
 
 

@@ -10,7 +10,7 @@
 #define HP_API extern "C" __attribute__((visibility("default")))
 
 // Raised when a signature, a packed layout or a meaning below changes; the loader refuses any other number.
-constexpr int HP_VERSION = 2;
+constexpr int HP_VERSION = 3;
 
 // What a call returns.
 enum hp_status : int {
@@ -39,16 +39,31 @@ HP_API int64_t hp_packed_bytes(int kind, int64_t rows, int64_t cols);
 // read fastest, as all else it may lie anywhere.
 HP_API int hp_pack(int kind, const uint8_t* groups, int64_t rows, int64_t cols, uint8_t* packed);
 
-// out[n][rows] = x[n][cols] times the packed weight transposed, plus bias[rows] unless it is null.
-HP_API int hp_linear(int kind, const uint8_t* packed, int64_t rows, int64_t cols, const float* x, int64_t n,
-                     int64_t x_stride, const float* bias, float* out, int64_t out_stride);
-// The same with 2 * width outputs of which the first half gates the second: out[n][width] = silu(gate) * up.
-// `width` is a multiple of 16.
-HP_API int hp_linear_silu_mul(int kind, const uint8_t* packed, int64_t width, int64_t cols, const float* x, int64_t n,
-                              int64_t x_stride, const float* bias, float* out, int64_t out_stride);
-// hp_linear of a float32 weight w[rows][cols], of any sizes; made for few rows of x.
-HP_API int hp_linear_f32(const float* w, int64_t w_stride, int64_t rows, int64_t cols, const float* x, int64_t n,
-                         int64_t x_stride, const float* bias, float* out, int64_t out_stride);
+// What follows are the calls of a step. Each takes one struct, so that it can be kept and made again (hp_replay): lengths,
+// positions and token ids are read from the memory that it points to, when it is made.
+
+struct hp_linear_call {
+    const uint8_t* packed;
+    const float* x;     // [n][cols] by x_stride
+    const float* bias;  // [rows] or null
+    float* out;         // [n][rows] by out_stride
+    int64_t kind, rows, cols, n, x_stride, out_stride;
+};
+// out = x times the packed weight transposed, plus the bias.
+HP_API int hp_linear(const hp_linear_call* call);
+// The same with a weight and a bias of 2 * rows outputs of which the first half gates the second:
+// out[n][rows] = silu(gate) * up. `rows` is a multiple of 16.
+HP_API int hp_linear_silu_mul(const hp_linear_call* call);
+
+struct hp_linear_f32_call {
+    const float* w;     // [rows][cols] by w_stride
+    const float* x;     // as above
+    const float* bias;
+    float* out;
+    int64_t w_stride, rows, cols, n, x_stride, out_stride;
+};
+// hp_linear of a float32 weight of any sizes; made for few rows of x.
+HP_API int hp_linear_f32(const hp_linear_f32_call* call);
 
 // Paged attention, as `attention` in hotplug/core/ops/attention.py defines it. Everything is on the host; strides count
 // elements, and a head's values lie side by side. Requests' lengths are read from here alone.
@@ -94,3 +109,11 @@ struct hp_rope_kv_write_call {
 };
 // HP_BAD_ARGUMENT for a position or a slot that there is none of; nothing is written then.
 HP_API int hp_rope_kv_write(const hp_rope_kv_write_call* call);
+
+// Calls made one after the other, as their results may be each other's arguments.
+struct hp_replay_entry {
+    int (*function)(const void* call);  // one of the above
+    const void* call;                   // its struct
+};
+// The status of the first that fails, and then its index in `failed`; no later one is made.
+HP_API int hp_replay(const hp_replay_entry* entries, int64_t count, int64_t* failed);

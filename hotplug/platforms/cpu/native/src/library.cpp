@@ -103,9 +103,9 @@ State& state() {
     return *instance;
 }
 
-bool known(int kind) { return kind == kQ4_0 || kind == kQ4_1 || kind == kQ8_0; }
+bool known(int64_t kind) { return kind == kQ4_0 || kind == kQ4_1 || kind == kQ8_0; }
 
-bool valid(int kind, int64_t rows, int64_t cols) { return known(kind) && rows > 0 && cols > 0 && cols % kGroup == 0; }
+bool valid(int64_t kind, int64_t rows, int64_t cols) { return known(kind) && rows > 0 && cols > 0 && cols % kGroup == 0; }
 
 constexpr int64_t kMaxRows = 128;              // activation rows of an item, what its buffers hold
 constexpr int64_t kCachedActivations = 1 << 17;  // bytes of activations that an item goes through for each tile
@@ -129,7 +129,7 @@ struct Grid {
 };
 
 // Activations in the workspace, quantized by all threads if there are many.
-bool quantize(State& s, const float* x, int64_t n, int64_t x_stride, int64_t cols, int kind,
+bool quantize(State& s, const float* x, int64_t n, int64_t x_stride, int64_t cols, int64_t kind,
               Activations& result) {
     const int64_t groups = cols / kGroup, total = n * groups;
     auto* memory = static_cast<uint8_t*>(s.workspace.get(static_cast<size_t>(total) * (kGroup + 12)));
@@ -138,7 +138,7 @@ bool quantize(State& s, const float* x, int64_t n, int64_t x_stride, int64_t col
     auto* scale = reinterpret_cast<float*>(memory + total * kGroup);
     auto* sum = scale + total;
     auto* offset = reinterpret_cast<int32_t*>(sum + total);
-    const int32_t zero_point = s.kernels.zero_point(kind);
+    const int32_t zero_point = s.kernels.zero_point(static_cast<int>(kind));
     Pool& pool = s.threads();
     const int64_t each = n * cols < 16384 ? n : std::max<int64_t>(1, n / (4 * pool.threads()));
     pool.run(divide_up(n, each), [&](int64_t item) {
@@ -157,40 +157,43 @@ void tile_bias(const float* bias, int64_t first, int64_t rows, float* out) {
     for (int64_t r = 0; r < kTile; ++r) out[r] = bias != nullptr && first + r < rows ? bias[first + r] : 0.0f;
 }
 
-void linear_item(const State& s, int kind, const Grid& grid, int64_t item, const uint8_t* packed, int64_t rows,
-                 const Activations& x, const float* bias, float* out, int64_t out_stride) {
+void linear_item(const State& s, const Grid& grid, int64_t item, const hp_linear_call& call, const Activations& x) {
+    const int kind = static_cast<int>(call.kind);
+    const int64_t rows = call.rows, out_stride = call.out_stride;
     const int64_t begin = item / grid.across() * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
     const int64_t first = item % grid.across() * grid.tiles_each, last = std::min(first + grid.tiles_each, grid.tiles);
     const int64_t tile_bytes = x.groups * group_bytes(kind);
     alignas(64) float offsets[kTile];
     for (int64_t t = first; t < last; ++t) {
-        tile_bias(bias, t * kTile, rows, offsets);
-        float* target = out + begin * out_stride + t * kTile;
+        tile_bias(call.bias, t * kTile, rows, offsets);
+        float* target = call.out + begin * out_stride + t * kTile;
         if ((t + 1) * kTile <= rows) {
-            s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, target, out_stride);
+            s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, target, out_stride);
             continue;
         }
         alignas(64) float padded[kMaxRows * kTile];
-        s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, padded, kTile);
+        s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, padded, kTile);
         for (int64_t i = 0; i < count; ++i) {
             std::memcpy(target + i * out_stride, padded + i * kTile, static_cast<size_t>(rows - t * kTile) * 4);
         }
     }
 }
 
-void gated_item(const State& s, int kind, const Grid& grid, int64_t item, const uint8_t* packed, int64_t width,
-                const Activations& x, const float* bias, float* out, int64_t out_stride) {
+void gated_item(const State& s, const Grid& grid, int64_t item, const hp_linear_call& call, const Activations& x) {
+    const int kind = static_cast<int>(call.kind);
+    const int64_t width = call.rows;
     const int64_t begin = item / grid.across() * grid.rows_each, count = std::min(grid.rows_each, grid.n - begin);
     const int64_t first = item % grid.across() * grid.tiles_each, last = std::min(first + grid.tiles_each, grid.tiles);
     const int64_t tile_bytes = x.groups * group_bytes(kind);
     alignas(64) float offsets[kTile], gate[kMaxRows * kTile], up[kMaxRows * kTile];
     for (int64_t t = first; t < last; ++t) {
-        tile_bias(bias, t * kTile, 2 * width, offsets);
-        s.kernels.tile(kind)(packed + t * tile_bytes, x, begin, count, offsets, gate, kTile);
-        tile_bias(bias, width + t * kTile, 2 * width, offsets);
-        s.kernels.tile(kind)(packed + (grid.tiles + t) * tile_bytes, x, begin, count, offsets, up, kTile);
+        tile_bias(call.bias, t * kTile, 2 * width, offsets);
+        s.kernels.tile(kind)(call.packed + t * tile_bytes, x, begin, count, offsets, gate, kTile);
+        tile_bias(call.bias, width + t * kTile, 2 * width, offsets);
+        s.kernels.tile(kind)(call.packed + (grid.tiles + t) * tile_bytes, x, begin, count, offsets, up, kTile);
         for (int64_t i = 0; i < count; ++i) {
-            s.kernels.silu_mul(gate + i * kTile, up + i * kTile, out + (begin + i) * out_stride + t * kTile);
+            s.kernels.silu_mul(gate + i * kTile, up + i * kTile,
+                               call.out + (begin + i) * call.out_stride + t * kTile);
         }
     }
 }
@@ -251,8 +254,8 @@ int hp_pack(int kind, const uint8_t* groups, int64_t rows, int64_t cols, uint8_t
     return HP_OK;
 }
 
-int hp_linear(int kind, const uint8_t* packed, int64_t rows, int64_t cols, const float* x, int64_t n, int64_t x_stride,
-              const float* bias, float* out, int64_t out_stride) {
+int hp_linear(const hp_linear_call* call) {
+    const auto& [packed, x, bias, out, kind, rows, cols, n, x_stride, out_stride] = *call;
     if (!valid(kind, rows, cols) || n < 0) return HP_BAD_ARGUMENT;
     if (n == 0) return HP_OK;
     State& s = state();
@@ -260,14 +263,12 @@ int hp_linear(int kind, const uint8_t* packed, int64_t rows, int64_t cols, const
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
     const Grid grid(n, divide_up(rows, kTile), cols, s.threads().threads());
-    s.threads().run(grid.items(), [&](int64_t item) {
-        linear_item(s, kind, grid, item, packed, rows, a, bias, out, out_stride);
-    });
+    s.threads().run(grid.items(), [&](int64_t item) { linear_item(s, grid, item, *call, a); });
     return HP_OK;
 }
 
-int hp_linear_silu_mul(int kind, const uint8_t* packed, int64_t width, int64_t cols, const float* x, int64_t n,
-                       int64_t x_stride, const float* bias, float* out, int64_t out_stride) {
+int hp_linear_silu_mul(const hp_linear_call* call) {
+    const auto& [packed, x, bias, out, kind, width, cols, n, x_stride, out_stride] = *call;
     if (!valid(kind, width, cols) || width % kTile != 0 || n < 0) return HP_BAD_ARGUMENT;
     if (n == 0) return HP_OK;
     State& s = state();
@@ -275,22 +276,20 @@ int hp_linear_silu_mul(int kind, const uint8_t* packed, int64_t width, int64_t c
     Activations a;
     if (!quantize(s, x, n, x_stride, cols, kind, a)) return HP_OUT_OF_MEMORY;
     const Grid grid(n, width / kTile, cols, s.threads().threads());
-    s.threads().run(grid.items(), [&](int64_t item) {
-        gated_item(s, kind, grid, item, packed, width, a, bias, out, out_stride);
-    });
+    s.threads().run(grid.items(), [&](int64_t item) { gated_item(s, grid, item, *call, a); });
     return HP_OK;
 }
 
-int hp_linear_f32(const float* w, int64_t w_stride, int64_t rows, int64_t cols, const float* x, int64_t n,
-                  int64_t x_stride, const float* bias, float* out, int64_t out_stride) {
+int hp_linear_f32(const hp_linear_f32_call* call) {
+    const auto& [w, x, bias, out, w_stride, rows, cols, n, x_stride, out_stride] = *call;
     if (rows <= 0 || cols <= 0 || n < 0) return HP_BAD_ARGUMENT;
     if (n == 0) return HP_OK;
     State& s = state();
     const std::lock_guard lock(s.mutex);
     const int64_t each = std::max<int64_t>(4, divide_up(divide_up(rows, 4 * s.threads().threads()), 4) * 4);
     s.threads().run(divide_up(rows, each), [&](int64_t item) {
-        s.kernels.linear_f32(w, w_stride, item * each, std::min(rows, (item + 1) * each), cols, x, n, x_stride, bias,
-                             out, out_stride);
+        s.kernels.linear_f32(call->w, call->w_stride, item * each, std::min(call->rows, (item + 1) * each), call->cols,
+                             call->x, call->n, call->x_stride, call->bias, call->out, call->out_stride);
     });
     return HP_OK;
 }
@@ -314,4 +313,14 @@ int hp_rope_kv_write(const hp_rope_kv_write_call* call) {
     State& s = state();
     const std::lock_guard lock(s.mutex);
     return rope_kv_write(*call, s.threads());
+}
+
+int hp_replay(const hp_replay_entry* entries, int64_t count, int64_t* failed) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (const int status = entries[i].function(entries[i].call)) {
+            *failed = i;
+            return status;
+        }
+    }
+    return HP_OK;
 }
