@@ -18,6 +18,8 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.outputs import Completion
 from hotplug.core.errors import ConfigError, FeatureError, RequestError
+from hotplug.core.ops.registry import Impl
+from hotplug.core.ops.sampling import reject_sample
 from hotplug.core.platform.base import DeviceInfo, ExecMode, Feature, Limits
 from hotplug.core.request import Request, SamplingParams, TokenDelta, TokenLogprobs
 from hotplug.core.text.tokenizer import load_tokenizer
@@ -149,6 +151,22 @@ def test_steps_that_verify_are_captured_too(tiny_model: Path) -> None:
     _, steps = generate(core, [repeating])
     assert core.stats().verifications > 3
     assert platform.replays == steps - 1  # all but the prompt's
+
+
+def test_a_profiled_platform_has_run_a_step_that_verifies(tiny_model: Path) -> None:
+    """Before it knows how much memory is left for the KV cache."""
+    ran: list[int] = []
+
+    def spy(tokens: Any, proposed: Any, first: Any) -> Any:
+        ran.append(len(tokens))
+        return reject_sample(tokens, proposed, first)
+
+    own_memory = FakePlatform(facts=facts(shared_host_memory=False), total=64 << 20,
+                              kernels=[Impl("reject_sample", "acme", spy)])  # fmt: skip
+    core = start(tiny_model, own_memory, kv_cache_memory=None, speculative="ngram")
+    assert ran == [64]
+    asked = asked_of(random.Random(3), 4)
+    assert generate(core, asked)[0] == generate(start(tiny_model), asked)[0]
 
 
 def test_it_is_refused_where_the_platform_does_not_declare_it(tiny_model: Path) -> None:

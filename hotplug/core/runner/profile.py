@@ -37,7 +37,8 @@ def largest_steps(
     if max_verified:
         tokens = min(max_verified, max_num_batched_tokens, max_model_len)
         plan = _prefill(1, tokens)
-        yield dataclasses.replace(plan, num_verifies=1, drafts=np.zeros(tokens, np.int32))
+        admitted = [dataclasses.replace(one, num_prompt_tokens=1) for one in plan.admitted]  # the rest is output
+        yield dataclasses.replace(plan, admitted=admitted, num_verifies=1, drafts=np.zeros(tokens, np.int32))
 
 
 def prompt_steps(max_num_batched_tokens: int, max_model_len: int) -> Iterator[StepPlan]:
