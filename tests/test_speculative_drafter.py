@@ -73,7 +73,16 @@ def test_the_window_doubles_while_all_is_confirmed_and_shrinks_to_what_was() -> 
         draft = one.draft(LOOP, 100)
         sizes.append(len(draft))
         one.learn(len(draft), min(confirmed, len(draft)))
-    assert sizes == [2, 4, 8, 8, 8, 3, 6]
+    assert sizes == [2, 4, 8, 8, 8, 2, 4]
+
+
+def test_proposals_are_a_power_of_two() -> None:
+    one = drafter(tokens=7)
+    sizes = []
+    for most in (9, 9, 9, 3, 1, 9):
+        sizes.append(len(one.draft(LOOP, most)))
+        one.learn(sizes[-1], sizes[-1])
+    assert sizes == [2, 4, 4, 2, 1, 4]
 
 
 def test_no_more_is_proposed_than_there_is_room_for() -> None:

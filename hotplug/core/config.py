@@ -83,7 +83,9 @@ class EngineConfig:
     speculative: Literal["ngram"] | None = option(
         None, "Verify several proposed tokens a step: ngram proposes what followed the same tokens before; "
         "default: for requests that ask")  # fmt: skip
-    speculative_tokens: int = option(8, "Most tokens proposed for a request in a step", low=1, high=63)
+    speculative_tokens: int = option(
+        8, "Most tokens proposed for a request in a step, in powers of two", low=1, high=63
+    )
     speculative_ngram_min: int = option(3, "Shortest n-gram that is looked up, in tokens", low=1, high=64)
     speculative_ngram_max: int = option(8, "Longest n-gram that is looked up, in tokens", low=1, high=64)
     speculative_max_requests: int = option(8, "Most requests that decode at once while any speculates", low=1)

@@ -1,9 +1,9 @@
 """What a speculating request proposes: tokens by prompt lookup, as many as its recent proposals were worth.
 
 Proposals never change an output, only how many tokens a step gives (`StepPlan.drafts`). The window follows the text:
-twice as wide after a step that confirmed all of it, as wide as what was confirmed after one that did not. Where the
-first proposal is wrong, matches are passed over, twice as many each time, so that a text that does not repeat costs
-next to nothing.
+twice as wide after a step that confirmed all of it, as wide as what was confirmed after one that did not. It is a power
+of two, so that steps come in few sizes. Where the first proposal is wrong, matches are passed over, twice as many each
+time, so that a text that does not repeat costs next to nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Speculation:
     by_default: bool
     """Whether requests do that do not say."""
     tokens: int = 8
-    """Most tokens proposed for a request in a step."""
+    """Most tokens proposed for a request in a step: so many or the next power of two below."""
     shortest: int = 3
     longest: int = 8
     """Tokens of the n-grams that are looked up."""
@@ -69,14 +69,15 @@ class Drafter:
         """Matches yet to be passed over."""
 
     def draft(self, tokens: IntArray, most: int) -> IntArray:
-        """Up to `most` tokens that may follow `tokens` [n], the request's prompt and output so far."""
+        """Up to `most` (1 at least) tokens that may follow `tokens` [n], the request's prompt and output so far."""
         match = self._index.find(tokens)
         if match is None:
             return _NONE
         if self._passed_over:
             self._passed_over -= 1
             return _NONE
-        return continuation(tokens, match[0], min(self._window, most))
+        count = min(self._window, most)
+        return continuation(tokens, match[0], 1 << (count.bit_length() - 1))
 
     def expects(self, tokens: IntArray) -> bool:
         """Whether there will probably be proposals once the token after `tokens` [n] is known."""
