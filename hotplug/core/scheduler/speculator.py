@@ -56,9 +56,9 @@ class Speculator:
         if self._config is None or not self.num_requests:
             return drafts, waiting
         batch = self._batch
-        rows = batch.decoding()
-        if len(rows) > self._config.max_requests:
+        if batch.num_running - num_prefilling > self._config.max_requests:
             return drafts, waiting
+        rows = batch.decoding()
         spare = min(self._max_tokens - len(rows), self._most_scored - len(rows) - num_prefilling) // 2
         for row in rows.tolist():
             drafter = batch.owner(row).drafter
