@@ -16,7 +16,7 @@ from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request, SamplingParams, TokenDelta
 from hotplug.core.scheduler.plan import StepPlan, StepResult
-from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
 
 VOCAB = 40
 EOS = 7
@@ -26,11 +26,17 @@ def fold(digest: int, token: int) -> int:
     return hash((digest, token))
 
 
-def next_token(digest: int) -> int:
+def next_token(digest: int, last: int, repeats: int = 0) -> int:
+    """The token after a history that ends with `last`; with `repeats` n, mostly what followed it before.
+
+    One token in n is not.
+    """
+    if repeats and digest % repeats:
+        return (last * 5 + 3) % 8 + 8
     return digest % VOCAB
 
 
-def generate_alone(request: Request, max_len: int) -> tuple[list[int], str]:
+def generate_alone(request: Request, max_len: int, repeats: int = 0) -> tuple[list[int], str]:
     """Output tokens and finish reason of a request without any engine."""
     digest = hash_of_salt(request.cache_salt)
     for token in request.prompt_token_ids:
@@ -40,8 +46,9 @@ def generate_alone(request: Request, max_len: int) -> tuple[list[int], str]:
     if not request.sampling.ignore_eos:
         stops |= set(request.eos_token_ids)
     output: list[int] = []
+    last = request.prompt_token_ids[-1]
     while True:
-        output.append(next_token(digest))
+        output.append(last := next_token(digest, last, repeats))
         if output[-1] in stops:
             return output, "stop"
         if len(output) >= most or len(request.prompt_token_ids) + len(output) >= max_len:
@@ -73,8 +80,11 @@ class FakeConnector:
 class FakeDevice:
     """Executes plans at once, in order, as a device stream would. `salts` maps a request's seed to its salt."""
 
-    def __init__(self, kv: KVManager, salts: dict[int, str], connector: FakeConnector | None = None) -> None:
+    def __init__(
+        self, kv: KVManager, salts: dict[int, str], connector: FakeConnector | None = None, repeats: int = 0
+    ) -> None:
         self.connector = connector
+        self.repeats = repeats
         self.block_size, self.window = kv.block_size, kv.group.window
         self.tables = np.full_like(kv.tables, -1)
         self.slots: dict[int, int | None] = {}
@@ -98,21 +108,57 @@ class FakeDevice:
             self.slots.update({block * self.block_size + i: content for i, content in enumerate(contents)})
         self._apply(plan)
         entries = list(zip(plan.rows.tolist(), plan.start.tolist(), plan.num_tokens.tolist(), strict=True))
+        drafts = self._drafts(plan)
         for row, start, n in entries:
+            chain = self.chains[row] if row not in drafts else self._chain_of_draft(row, drafts[row])
             for position in range(start, start + n):
-                self.slots[self._slot(row, position)] = self.chains[row][position]
-        tokens = []
+                self.slots[self._slot(row, position)] = chain[position]
+        tokens, verified = [], {}
         for i, (row, start, n) in enumerate(entries):
-            self._read(row, start, start + n)
             self.computed_tokens += n
             history = self.rows[row]
+            if i in plan.verifies:
+                assert plan.samples[i] and start == len(history) - 1 >= self.admitted_len[row]
+                verified[row] = self._verify(row, drafts[row])
+                self._read(row, start, start + len(verified[row]))
+                tokens.append(verified[row][-1])
+                continue
+            self._read(row, start, start + n)
             if i < plan.num_decodes:
                 assert n == 1 and plan.samples[i] and start == len(history) - 1 >= self.admitted_len[row]
             assert bool(plan.samples[i]) == (start + n == len(history))
-            tokens.append(next_token(self.chains[row][-1]) if plan.samples[i] else -7)
+            tokens.append(self._next(row) if plan.samples[i] else -7)
             if plan.samples[i]:
                 self._append(row, tokens[-1])
-        return StepResult(token_ids=np.array(tokens, np.int32))
+        return StepResult(token_ids=np.array(tokens, np.int32), verified=verified)
+
+    def _next(self, row: int) -> int:
+        return next_token(self.chains[row][-1], self.rows[row][-1], self.repeats)
+
+    def _drafts(self, plan: StepPlan) -> dict[int, list[int]]:
+        """By row: the input tokens of the verifications."""
+        ends = np.cumsum(plan.num_tokens[plan.num_decodes : plan.first_chunk])
+        assert (ends[-1] if len(ends) else 0) == len(plan.drafts)
+        parts = np.split(plan.drafts, ends[:-1]) if len(ends) else []
+        return {int(plan.rows[i]): part.tolist() for i, part in zip(plan.verifies, parts, strict=True)}
+
+    def _chain_of_draft(self, row: int, draft: list[int]) -> list[int]:
+        """The row's chain as if all that was proposed were right: what the step writes."""
+        assert draft[0] == self.rows[row][-1], "a verification begins with the row's last token"
+        chain = list(self.chains[row])
+        for token in draft[1:]:
+            chain.append(fold(chain[-1], token))
+        return chain
+
+    def _verify(self, row: int, draft: list[int]) -> list[int]:
+        """Confirm proposals as far as they are right, and give the token after them."""
+        found = []
+        for proposed in [*draft[1:], None]:
+            found.append(self._next(row))
+            self._append(row, found[-1])
+            if found[-1] != proposed:
+                return found
+        raise AssertionError
 
     def _swap(self, plan: StepPlan) -> None:
         for targets in ([host for _, host in plan.swap_out], [block for block, _ in plan.swap_in]):
@@ -171,6 +217,7 @@ class FakeEngine:
         prefix_cache: bool = True,
         connector: FakeConnector | None = None,
         num_host_blocks: int = 0,
+        repeats: int = 0,
         **config: object,
     ) -> None:
         defaults: dict[str, object] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64}
@@ -185,7 +232,7 @@ class FakeEngine:
         )
         self.scheduler = Scheduler(self.config, self.kv, connector)
         self.salts: dict[int, str] = {}
-        self.device = FakeDevice(self.kv, self.salts, connector)
+        self.device = FakeDevice(self.kv, self.salts, connector, repeats)
         self.depth = depth
         self.pending: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}
@@ -257,7 +304,7 @@ class FakeEngine:
     def check_outputs(self) -> None:
         """Every request that was not aborted gave the tokens it gives alone; an aborted one, a part of them."""
         for name, request in self.requests.items():
-            tokens, reason = generate_alone(request, self.scheduler.max_model_len)
+            tokens, reason = generate_alone(request, self.scheduler.max_model_len, self.device.repeats)
             if self.reasons[name] == "abort":
                 assert self.outputs[name] == tokens[: len(self.outputs[name])]
             else:
@@ -265,15 +312,19 @@ class FakeEngine:
 
     def _check_plan(self, plan: StepPlan) -> None:
         config = self.config
-        decodes_only = plan.num_decodes == len(plan.rows)
+        decodes_only = plan.first_chunk == len(plan.rows)
         most = max(config.max_num_batched_tokens, config.max_num_seqs * decodes_only)
         assert 0 < plan.total_tokens <= most
         if config.max_prefill_requests is not None and not decodes_only:
             assert len(plan.rows) <= config.max_prefill_requests
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row twice in a step"
+        if plan.num_verifies:
+            assert config.speculation is not None
+            assert max(plan.num_tokens[plan.num_decodes : plan.first_chunk]) <= config.speculation.tokens + 1
+            assert len(plan.unrolled().rows) <= (config.max_prefill_requests or max(config.max_num_seqs, MOST_SCORED))
         assert (plan.num_tokens >= 1).all()
         if not config.mixed_steps:
-            assert plan.num_decodes in (0, len(plan.rows)), "a mixed step"
+            assert plan.first_chunk in (0, len(plan.rows)), "a mixed step"
         assert plan.samples[:-1].all(), "something is planned after a prefill that is not planned to its end"
         if not config.chunked_prefill:
             assert plan.samples.all(), "a chunk of a prompt"

@@ -12,7 +12,14 @@ import pytest
 from first_light import Figure
 from typer.testing import CliRunner
 
-from hotplug.cli.bench_engine import Run, latency_figures, measure, random_prompts, throughput_figures
+from hotplug.cli.bench_engine import (
+    Run,
+    latency_figures,
+    measure,
+    random_prompts,
+    speculation_figures,
+    throughput_figures,
+)
 from hotplug.cli.bench_serve import Load, Outcome, drive, percentile, serve_figures
 from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
@@ -41,6 +48,20 @@ def test_a_run_generates_exactly_what_was_asked(core):
     result = measure(core, random_prompts(core.vocab_size, 3, 5, seed=0), 4)
     assert (result.prompt_tokens, result.output_tokens, len(result.gaps)) == (15, 12, 9)
     assert 0 < result.ttft < result.seconds
+
+
+def test_speculation_has_its_figures_and_gaps_are_those_of_tokens(tiny_model):
+    core = EngineCore(EngineConfig(model=str(tiny_model), load_format="dummy", kv_cache_memory="8MiB",
+                                   speculative="ngram", speculative_ngram_min=1))  # fmt: skip
+    assert speculation_figures(core) == {}
+    result = measure(core, [[3, 4, 5] * 8], 60)
+    stats = core.stats()
+    assert (result.output_tokens, len(result.gaps)) == (60, 59)
+    assert stats.confirmed_tokens > 0
+    assert speculation_figures(core) == {
+        "speculative_acceptance": stats.confirmed_tokens / stats.proposed_tokens,
+        "tokens_per_verification": 1 + stats.confirmed_tokens / stats.verifications,
+    }
 
 
 def test_latency_figures_are_medians():

@@ -68,6 +68,12 @@ def test_with_a_pool_so_small_that_requests_are_preempted(smollm2_path, expected
     assert llm.core.stats().preemptions > 0
 
 
+def test_with_speculation(smollm2_path, expected):
+    llm = engine(smollm2_path, max_num_seqs=16, speculative="ngram", speculative_max_requests=16)
+    assert tokens(llm) == expected
+    assert llm.core.stats().confirmed_tokens > 100
+
+
 def test_seeded_sampling_repeats_itself_across_batch_compositions(smollm2_path):
     llm = engine(smollm2_path, max_num_seqs=16)
     params = [SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=i, max_tokens=24) for i in range(len(PROMPTS))]

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
-from hotplug.core.ops.sampling import logprobs, penalties, sample, sample_rows, uniform
+from hotplug.core.ops.sampling import logprobs, penalties, reject_sample, sample, sample_rows, uniform
 from hotplug.core.request import SamplingParams
 from hotplug.core.sample.sampler import Sampler
 
@@ -156,7 +156,7 @@ def test_rows_of_a_batch_take_the_tokens_that_the_sampler_takes() -> None:
     for counter in range(2, 6):  # two tokens are there already
         logits = torch.randn((len(rows), vocab), generator=torch.Generator().manual_seed(counter)) * 2
         actual = sample_rows(logits, torch.from_numpy(rows), **state, counters=torch.full((len(rows),), counter))
-        assert actual.tolist() == sampler.sample(logits, rows).tokens.tolist()
+        assert actual.tolist() == sampler.sample(logits, rows, np.full(len(rows), counter)).tokens.tolist()
 
 
 def test_greedy_rows_take_the_first_of_equals_and_ignore_filters() -> None:
@@ -238,3 +238,22 @@ def test_logprobs_equal_log_softmax(num_top: int) -> None:
 def test_the_rank_of_a_tied_token_counts_only_better_ones() -> None:
     rank = logprobs(torch.tensor([[1.0, 2.0, 1.0, 0.0]]), torch.tensor([2]), 0)[1]
     assert rank.tolist() == [2]
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", range(20))
+def test_proposals_hold_up_to_the_first_that_was_not_chosen(seed: int, index_dtype: torch.dtype) -> None:
+    random = np.random.default_rng(seed)
+    chosen = [random.integers(0, 3, random.integers(1, 9)).tolist() for _ in range(random.integers(1, 6))]
+    proposed = [[t if random.random() < 0.7 else t + 1 for t in tokens[:-1]] for tokens in chosen]
+    first = np.cumsum([0, *map(len, chosen)])
+    confirmed, last = reject_sample(
+        torch.tensor([t for tokens in chosen for t in tokens]),
+        torch.tensor([t for drafts in proposed for t in (*drafts, -1)], dtype=index_dtype),
+        torch.tensor(first, dtype=index_dtype),
+    )  # fmt: skip
+    for tokens, drafts, count, token in zip(chosen, proposed, confirmed.tolist(), last.tolist(), strict=True):
+        assert tokens[:count] == drafts[:count]
+        assert count == len(drafts) or tokens[count] != drafts[count]
+        assert token == tokens[count]
+    assert confirmed.dtype is index_dtype and last.dtype is torch.int64

@@ -12,14 +12,27 @@ from torch import Tensor
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
 from hotplug.core.request import SamplingParams
-from hotplug.core.sample.sampler import Sampler
+from hotplug.core.sample.sampler import Sampled, Sampler
 
 VOCAB = 8
 BASE = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])  # greedy takes 7, then 6, 5, ... as they are lowered
 
 
-def make_sampler(rows: int = 4) -> Sampler:
-    return Sampler(Plan(builtin_registry(), arch="test"), rows, VOCAB, torch.device("cpu"))
+class CountingSampler(Sampler):
+    """Counts the tokens that each row has generated, as the runner does."""
+
+    def admit(self, row: int, params: Any, seed: int, token_ids: Any, num_prompt_tokens: int, eos: Any) -> None:
+        super().admit(row, params, seed, token_ids, num_prompt_tokens, eos)
+        self.counts = {**getattr(self, "counts", {}), row: len(token_ids) - num_prompt_tokens}
+
+    def next(self, logits: Tensor, rows: np.ndarray) -> Sampled:
+        counters = np.array([self.counts[row] for row in rows.tolist()])
+        self.counts |= {row: self.counts[row] + 1 for row in rows.tolist()}
+        return self.sample(logits, rows, counters)
+
+
+def make_sampler(rows: int = 4) -> CountingSampler:
+    return CountingSampler(Plan(builtin_registry(), arch="test"), rows, VOCAB, torch.device("cpu"))
 
 
 def int32(*values: int) -> np.ndarray:
@@ -34,11 +47,11 @@ def admit(
     sampler.admit(row, SamplingParams(**params), seed, int32(*prompt, *outputs), len(prompt), eos)
 
 
-def step(sampler: Sampler, *rows: int, logits: Tensor = BASE) -> list[int]:
-    return sampler.sample(logits.repeat(len(rows), 1), int32(*rows)).tokens.tolist()
+def step(sampler: CountingSampler, *rows: int, logits: Tensor = BASE) -> list[int]:
+    return sampler.next(logits.repeat(len(rows), 1), int32(*rows)).tokens.tolist()
 
 
-def run(sampler: Sampler, row: int, steps: int, logits: Tensor = BASE) -> list[int]:
+def run(sampler: CountingSampler, row: int, steps: int, logits: Tensor = BASE) -> list[int]:
     return [step(sampler, row, logits=logits)[0] for _ in range(steps)]
 
 
@@ -107,7 +120,7 @@ def test_a_reused_row_starts_clean() -> None:
     assert run(sampler, 0, 2) == [4, 3]
     sampler.release(int32(0))
     admit(sampler, 0)
-    sampled = sampler.sample(BASE.unsqueeze(0), int32(0))
+    sampled = sampler.next(BASE.unsqueeze(0), int32(0))
     assert sampled.tokens.tolist() == [7]
     assert sampled.logprobs is None
 
@@ -166,7 +179,7 @@ def test_logprobs_are_of_the_logits_before_penalties_bias_and_temperature() -> N
     sampler = make_sampler()
     admit(sampler, 0)
     admit(sampler, 1, prompt=(7,), repetition_penalty=4.0, logit_bias={2: 9.0}, logprobs=3)
-    sampled = sampler.sample(BASE.repeat(2, 1), int32(0, 1))
+    sampled = sampler.next(BASE.repeat(2, 1), int32(0, 1))
     assert sampled.logprobs is not None
     assert sampled.logprob_rows == [1]
     (entry,) = sampled.logprobs.to_host(sampled.logprob_counts)
@@ -180,7 +193,7 @@ def test_each_row_gets_as_many_logprobs_as_it_asked_for() -> None:
     sampler = make_sampler()
     for row, count in enumerate((0, 2, 1)):
         admit(sampler, row, logprobs=count)
-    sampled = sampler.sample(BASE.repeat(3, 1), int32(0, 1, 2))
+    sampled = sampler.next(BASE.repeat(3, 1), int32(0, 1, 2))
     assert sampled.logprobs is not None
     assert [len(e.token_ids) for e in sampled.logprobs.to_host(sampled.logprob_counts)] == [1, 3, 2]
 
@@ -189,5 +202,5 @@ def test_the_step_leaves_its_logits_unchanged() -> None:
     sampler = make_sampler()
     admit(sampler, 0, logit_bias={1: 5.0}, min_tokens=1, eos=(7,), repetition_penalty=2.0)
     logits = BASE.unsqueeze(0).clone()
-    sampler.sample(logits, int32(0))
+    sampler.next(logits, int32(0))
     assert torch.equal(logits[0], BASE)

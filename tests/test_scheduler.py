@@ -151,7 +151,7 @@ def test_logprobs_travel_with_their_token() -> None:
     plan = engine.scheduler.schedule()
     assert plan is not None
     entry = TokenLogprobs([5], [-0.5], 1)
-    deltas = engine.scheduler.update(plan, StepResult(token_ids=np.array([5, 6], np.int32), logprobs={0: entry}))
+    deltas = engine.scheduler.update(plan, StepResult(token_ids=np.array([5, 6], np.int32), logprobs={0: [entry]}))
     assert [d.logprobs for d in deltas] == [[entry], None]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scheduler_fakes import EOS, VOCAB, FakeConnector, FakeEngine
 
 from hotplug.core.errors import QueueFullError, RequestError
+from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.policy import FCFS, PRIORITY
 
 CHECKS = settings(
@@ -18,6 +19,18 @@ CHECKS = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 """The same examples on every run; the slow test draws fresh ones."""
+
+
+@st.composite
+def speculations(draw: st.DrawFn) -> Speculation:
+    shortest = draw(st.integers(1, 3))
+    return Speculation(
+        by_default=draw(st.sampled_from([True, True, False])),
+        tokens=draw(st.sampled_from([1, 3, 8])),
+        shortest=shortest,
+        longest=shortest + draw(st.integers(0, 3)),
+        max_requests=draw(st.sampled_from([8, 8, 2])),
+    )
 
 
 @st.composite
@@ -32,6 +45,7 @@ def engines(draw: st.DrawFn) -> FakeEngine:
     tokens = draw(st.integers(1, max_model_len + max_model_len // 2))
     window = draw(st.sampled_from([None, None, 1, 3, 5, 16]))
     prefix_cache = draw(st.sampled_from([True, True, True, False]))
+    speculation = draw(st.none() | speculations())
     return FakeEngine(
         num_blocks=2 + tokens // block_size,
         block_size=block_size,
@@ -49,6 +63,8 @@ def engines(draw: st.DrawFn) -> FakeEngine:
         mixed_steps=mixed,
         max_prefill_requests=draw(st.none() | st.integers(1, 3)) if not mixed else None,
         max_queue=draw(st.sampled_from([100, 3, 0])),
+        speculation=speculation,
+        repeats=draw(st.sampled_from([3, 9, 30])) if speculation else 0,
     )
 
 
@@ -95,6 +111,7 @@ def act(engine: FakeEngine, action: str, seed: int) -> None:
                 stop_token_ids=rng.choice([(), (), (3,), tuple(range(20, 32))]),
                 max_tokens=rng.choice([None, 1, 5, 20]),
                 prompt_logprobs=rng.choice([None, None, None, 0]),
+                speculative=rng.choice([None, None, True, False]) if engine.config.speculation else None,
             )
 
 

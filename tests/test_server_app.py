@@ -131,6 +131,7 @@ def test_number_that_is_not_finite_is_refused_by_name(client, number):
         ("logit_bias", [1]),
         ("stop_token_ids", [260]),
         ("priority", 2**40),
+        ("speculative", "yes"),
         ("best_of", 3),
         ("suffix", "end"),
         ("min_tokens", 400),
@@ -249,7 +250,7 @@ def test_every_sampling_field_reaches_the_engine(client, llm):
     fields = {
         "n": 2, "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1,
         "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 5,
-        "ignore_eos": True, "skip_special_tokens": False, "include_stop_str_in_output": True,
+        "ignore_eos": True, "speculative": True, "skip_special_tokens": False, "include_stop_str_in_output": True,
     }  # fmt: skip
     extra = {"logit_bias": {"65": -5}, "stop": "q", "stop_token_ids": [66], "priority": -1, "cache_salt": "a"}
     assert client.post("/v1/completions", {**TEXT, **fields, **extra, "logprobs": 3}).status_code == 200
@@ -448,7 +449,8 @@ def test_metrics_report_what_the_observer_saw(client, llm):
     observer.stats(EngineStats(running=3, waiting=4, kv_blocks_used=5, kv_blocks_total=20, prefix_queries=30,
                                prefix_hits=20, preemptions=1, prompt_tokens=40, generated_tokens=50,
                                reference_ops=2, recompiles=1, host_blocks_used=3, host_blocks_total=12,
-                               blocks_swapped_out=7, blocks_swapped_in=6))  # fmt: skip
+                               blocks_swapped_out=7, blocks_swapped_in=6, verifications=4, proposed_tokens=20,
+                               confirmed_tokens=15))  # fmt: skip
     response = client.get("/metrics")
     families = text_string_to_metric_families(response.text)
     values = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
@@ -476,5 +478,10 @@ def test_metrics_report_what_the_observer_saw(client, llm):
         ("hotplug_swap_space_usage_ratio",): 0.25,
         ("hotplug_kv_blocks_swapped_out_total",): 7,
         ("hotplug_kv_blocks_swapped_in_total",): 6,
+        ("hotplug_speculative_verifications_total",): 4,
+        ("hotplug_speculative_proposed_tokens_total",): 20,
+        ("hotplug_speculative_confirmed_tokens_total",): 15,
+        ("hotplug_speculative_acceptance_ratio",): 0.75,
+        ("hotplug_speculative_tokens_per_verification",): 4.75,
     }
     assert {name: values.get(name) for name in expected} == expected

@@ -46,12 +46,12 @@ def latency(
 ) -> None:
     """One request alone: time to first token, inter-token latency, decode tokens a second."""
     core = _load(engine)
-    from hotplug.cli.bench_engine import latency_figures, measure, random_prompts
+    from hotplug.cli.bench_engine import latency_figures, measure, random_prompts, speculation_figures
 
     prompts = random_prompts(core.vocab_size, repeat + 1, input_len, prompt_seed)
     runs = [measure(core, [prompt], output_len) for prompt in prompts][1:]  # the first one warms up
     options = {"input_len": input_len, "output_len": output_len, "repeat": repeat}
-    _report("latency", _engine_facts(core), options, latency_figures(runs), json)
+    _report("latency", _engine_facts(core), options, latency_figures(runs) | speculation_figures(core), json)
 
 
 @app.command("throughput", cls=SectionedCommand)
@@ -68,7 +68,7 @@ def throughput(
 ) -> None:
     """Many requests at once: output tokens a second."""
     core = _load(engine)
-    from hotplug.cli.bench_engine import measure, random_prompts, throughput_figures
+    from hotplug.cli.bench_engine import measure, random_prompts, speculation_figures, throughput_figures
 
     measure(core, random_prompts(core.vocab_size, 1, input_len, prompt_seed + repeat), 2)  # warms up
     runs = [
@@ -76,7 +76,8 @@ def throughput(
         for i in range(repeat)
     ]
     options = {"num_requests": num_requests, "input_len": input_len, "output_len": output_len, "repeat": repeat}
-    _report("throughput", _engine_facts(core), options, throughput_figures(runs, num_requests), json)
+    figures = throughput_figures(runs, num_requests) | speculation_figures(core)
+    _report("throughput", _engine_facts(core), options, figures, json)
 
 
 @app.command("serve", cls=SectionedCommand)

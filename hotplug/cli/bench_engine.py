@@ -49,10 +49,11 @@ def measure(core: EngineCore, prompts: Sequence[list[int]], output_len: int) -> 
         for delta in deltas:
             if delta.finish_reason == "error":
                 raise HotplugError("a request failed", why=delta.error)
-            if delta.request_id in last:
-                gaps.append(now - last[delta.request_id])
+            count = len(delta.token_ids)
+            if delta.request_id in last:  # tokens that come together share the time since the last ones
+                gaps += [(now - last[delta.request_id]) / count] * count
             last[delta.request_id] = now
-            tokens += len(delta.token_ids)
+            tokens += count
             ttft = ttft or now - start
     return Run(time.perf_counter() - start, ttft, gaps, sum(map(len, prompts)), int(tokens))
 
@@ -76,6 +77,17 @@ def throughput_figures(runs: Sequence[Run], num_requests: int) -> dict[str, floa
         "total_tokens_per_s": (runs[0].output_tokens + runs[0].prompt_tokens) / seconds,
         "requests_per_s": num_requests / seconds,
         "seconds": seconds,
+    }
+
+
+def speculation_figures(core: EngineCore) -> dict[str, float]:
+    """What became of all proposals since the engine's start; nothing without any."""
+    stats = core.stats()
+    if not stats.verifications:
+        return {}
+    return {
+        "speculative_acceptance": stats.confirmed_tokens / stats.proposed_tokens,
+        "tokens_per_verification": 1 + stats.confirmed_tokens / stats.verifications,
     }
 
 

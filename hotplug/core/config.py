@@ -82,6 +82,15 @@ class EngineConfig:
         None, "Host memory where preempted requests keep their KV, e.g. 16GiB; default: none, they recompute it",
         low=1)  # fmt: skip
     enable_prefix_cache: bool = option(True, "Reuse KV blocks of equal prompt prefixes")
+    speculative: Literal["ngram"] | None = option(
+        None, "Verify several proposed tokens a step: ngram proposes what followed the same tokens before; "
+        "default: for requests that ask")  # fmt: skip
+    speculative_tokens: int = option(
+        8, "Most tokens proposed for a request in a step, in powers of two", low=1, high=63
+    )
+    speculative_ngram_min: int = option(3, "Shortest n-gram that is looked up, in tokens", low=1, high=64)
+    speculative_ngram_max: int = option(8, "Longest n-gram that is looked up, in tokens", low=1, high=64)
+    speculative_max_requests: int = option(8, "Most requests that decode at once while any speculates", low=1)
     kv_connector: str | None = option(None, "Keep KV blocks elsewhere too: a plugin's connector, NAME or NAME:ARGUMENT")
     seed: int = option(0, "Seed of requests without one, and of dummy weights")
 
@@ -95,6 +104,9 @@ class EngineConfig:
                 raise ConfigError(f"cannot read {entry!r}", where="force", hint="Write op=provider.")
         if self.kv_connector is not None and not self.enable_prefix_cache:
             raise ConfigError("kv_connector needs the prefix cache", hint="Leave out --no-enable-prefix-cache.")
+        if self.speculative_ngram_min > self.speculative_ngram_max:
+            raise ConfigError(f"speculative_ngram_min ({self.speculative_ngram_min}) is above speculative_ngram_max "
+                              f"({self.speculative_ngram_max})")  # fmt: skip
         if self.trace_ops and self.exec not in ("auto", "eager"):
             raise ConfigError(f"trace_ops cannot go with exec {self.exec}",
                               why="a step that runs as a whole has no ops to time",

@@ -50,6 +50,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     logits_processors: dict[str, dict[str, Any]] | None = None
     """Processors of installed plugins by name, each with its arguments."""
+    speculative: bool | None = None
+    """Whether to verify several proposed tokens a step; None leaves it to the engine's configuration. The output is
+    the same either way."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -161,3 +164,8 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
     """KV blocks copied to the host when requests were preempted."""
     blocks_swapped_in: int = 0
     """KV blocks copied back when they returned."""
+    verifications: int = 0
+    """Decodes of a request that verified proposed tokens."""
+    proposed_tokens: int = 0
+    confirmed_tokens: int = 0
+    """Proposed tokens, and those of them that the model's own choice confirmed."""

@@ -91,6 +91,16 @@ class EngineMetrics(Collector):
             ("requests_waiting", "Requests in the queue", stats.waiting),
             ("kv_cache_usage_ratio", "Share of KV cache blocks in use", usage),
             ("swap_space_usage_ratio", "Share of host blocks that hold KV of preempted requests", swap_usage),
+            (
+                "speculative_acceptance_ratio",
+                "Share of proposed tokens that were confirmed, since start",
+                _ratio(stats.confirmed_tokens, stats.proposed_tokens),
+            ),
+            (
+                "speculative_tokens_per_verification",
+                "Tokens that a decode with proposals gave on average, since start",
+                _ratio(stats.verifications + stats.confirmed_tokens, stats.verifications),
+            ),
             ("reference_ops", "Call sites that run a reference op on an accelerator", stats.reference_ops),
         ):
             yield GaugeMetricFamily(f"hotplug_{name}", doc, value)
@@ -102,6 +112,9 @@ class EngineMetrics(Collector):
             ("kv_blocks_swapped_in", "KV blocks copied back to the device", stats.blocks_swapped_in),
             ("prompt_tokens", "Prompt tokens of requests that began to answer", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated", stats.generated_tokens),
+            ("speculative_verifications", "Decodes that verified proposed tokens", stats.verifications),
+            ("speculative_proposed_tokens", "Tokens proposed by speculation", stats.proposed_tokens),
+            ("speculative_confirmed_tokens", "Proposed tokens that the model confirmed", stats.confirmed_tokens),
             ("unplanned_recompiles", "Step shapes compiled while serving, beyond those planned", stats.recompiles),
         ):
             yield CounterMetricFamily(f"hotplug_{name}", doc, total)

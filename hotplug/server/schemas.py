@@ -115,6 +115,7 @@ class GenerationBody(Body):
     logits_processors: dict[str, dict[str, Any]] | None = Field(
         None, description="Extension: processors of installed plugins by name, each with its arguments"
     )
+    speculative: bool | None = Field(None, description="Extension: verify several proposed tokens a step, or never")
     skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out of text")
     include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop string")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="Extension: lower runs first")
@@ -172,7 +173,7 @@ class GenerationBody(Body):
 
 _DIRECT = ("n", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p",
            "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens",
-           "include_stop_str_in_output", "logits_processors")  # fmt: skip
+           "include_stop_str_in_output", "logits_processors", "speculative")  # fmt: skip
 
 
 class CompletionBody(GenerationBody):

@@ -47,6 +47,27 @@ def test_greedy_tokens_of_smollm2_in_float32_are_the_cpu_platforms(smollm2_path:
     assert tokens("cuda") == tokens("cpu")
 
 
+@pytest.mark.parametrize("mode", ["capture", "eager"])
+def test_speculating_gives_the_tokens_of_one_a_step(tmp_path: Path, mode: str) -> None:
+    config = EngineConfig(model=str(small_model(tmp_path)), device="cuda", dtype="float32", exec=mode, max_num_seqs=8,
+                          kv_cache_memory="16MiB", speculative_ngram_min=1)  # fmt: skip
+    core: Any = EngineCore(config, candidates=candidates(CudaPlatform()))
+
+    def tokens(*, speculative: bool) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for i in range(6):
+            params = SamplingParams(temperature=0.7 * (i % 2), seed=i, top_k=1 + i // 2, max_tokens=40, ignore_eos=True,
+                                    speculative=speculative, logit_bias={7: 100.0} if i == 4 else None)  # fmt: skip
+            core.add(Request(id=str(i), prompt_token_ids=[3 + i, 4, 5] * (2 + i), sampling=params))
+        while core.has_work:
+            for delta in core.step():
+                found.setdefault(delta.request_id, []).extend(delta.token_ids)
+        return found
+
+    assert tokens(speculative=True) == tokens(speculative=False)
+    assert core.stats().confirmed_tokens > 20
+
+
 def test_captured_steps_give_the_tokens_of_eager_ones(tmp_path: Path) -> None:
     def tokens(mode: str) -> dict[str, list[int]]:
         config = EngineConfig(model=str(small_model(tmp_path)), device="cuda", dtype="float32", exec=mode,

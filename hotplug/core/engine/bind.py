@@ -184,7 +184,8 @@ def bind(
         pin=selection.platform.pinned if isinstance(selection.platform, HasRuntime) and not meta else None,
     )
     with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
-        sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors)
+        sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors,
+                          speculates=resolved.speculates)  # fmt: skip
     kv_shape = KVShape(
         model_config.num_layers,
         model_config.num_kv_heads,

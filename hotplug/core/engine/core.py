@@ -35,8 +35,9 @@ from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner, StepHandle
 from hotplug.core.runner.static import StepShape
+from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
-from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class EngineCore:
                 mixed_steps=bound.limits.mixed_steps,
                 max_queue=config.max_queue,
                 seed=config.seed,
+                speculation=_speculation(bound),
             ),
             kv,
             connector,
@@ -222,12 +224,27 @@ class EngineCore:
         report = self.bound.report()
         report["kv"]["num_blocks"] = self.num_blocks
         report["startup"] = self._startup
+        report["speculative"] = self._speculative_report()
         report["shapes"] = [list(shape) for shape in self._executable.shapes]
         if isinstance(self._executable, CompiledSteps):
             report["compiled"] = self._executable.report()
         if self.bound.tracer is not None:
             report["trace"] = self.trace()
         return report
+
+    def _speculative_report(self) -> dict[str, Any]:
+        """How requests speculate, and what became of their proposals so far."""
+        config, stats = self.bound.config, self._scheduler.stats()
+        return {
+            "available": self.bound.resolved.speculates,
+            "default": config.speculative,
+            "tokens": config.speculative_tokens,
+            "ngram": [config.speculative_ngram_min, config.speculative_ngram_max],
+            "max_requests": config.speculative_max_requests,
+            "verifications": stats.verifications,
+            "proposed_tokens": stats.proposed_tokens,
+            "confirmed_tokens": stats.confirmed_tokens,
+        }
 
     def trace(self) -> dict[str, Any]:
         """What `trace_ops` has timed so far (`hotplug.core.ops.trace`). Raises ConfigError without it."""
@@ -252,6 +269,7 @@ def _num_blocks(bound: Bound) -> tuple[int, int]:
                 max_num_seqs=bound.resolved.max_num_seqs,
                 max_num_batched_tokens=bound.resolved.max_num_batched_tokens,
                 max_model_len=bound.max_model_len,
+                max_verified=MOST_SCORED if bound.resolved.speculates else 0,
             )
             memory = selection.platform.memory(selection.device)
             steps = graph_memory(bound, scratch)  # what it has taken need not be free at once
@@ -285,6 +303,20 @@ def _executable(
             return captured(bound, eager, captured_shapes(bound))
         case ExecMode.COMPILE:
             return compiled(bound, shapes, kv, eager)
+
+
+def _speculation(bound: Bound) -> Speculation | None:
+    """How requests speculate; None where the platform cannot."""
+    if not bound.resolved.speculates:
+        return None
+    config = bound.config
+    return Speculation(
+        by_default=config.speculative is not None,
+        tokens=config.speculative_tokens,
+        shortest=config.speculative_ngram_min,
+        longest=config.speculative_ngram_max,
+        max_requests=config.speculative_max_requests,
+    )
 
 
 def _kv_group(bound: Bound) -> KVGroup:

@@ -20,6 +20,7 @@ from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.program import ModelProgram, StepProgram
 from hotplug.core.runner.static import StaticInputs, StepShape
+from hotplug.core.scheduler.scheduler import MOST_SCORED
 from hotplug.core.weights.source import cache_folder
 
 
@@ -49,7 +50,8 @@ def captured_shapes(bound: Bound) -> list[StepShape]:
     if bound.resolved.exec_mode is not ExecMode.CAPTURE:
         return []
     if bound.limits.capture_on_use:
-        return decode_shapes_on_use(bound.batch.spare_row)
+        verified = MOST_SCORED if bound.resolved.speculates else 0
+        return decode_shapes_on_use(max(bound.batch.spare_row, verified))
     return decode_shapes(bound.batch.spare_row, bound.limits.max_graph_shapes)
 
 

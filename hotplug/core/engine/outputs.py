@@ -88,11 +88,20 @@ class Completion:
 
     def push(self, delta: TokenDelta) -> CompletionChunk:
         """The chunk of a delta. When a stop string ended it though the engine goes on, `finish_reason` says so."""
-        self.num_tokens += len(delta.token_ids)
-        shown = delta.token_ids
+        token_ids, logprobs = delta.token_ids, delta.logprobs
+        shown = token_ids
         if delta.stop_token is not None and not self._params.include_stop_str_in_output:
             shown = shown[:-1]  # the token that ended the sequence is not text
-        text = self._detokenizer.push(shown)
+        if self._params.stop and len(token_ids) > 1:
+            text = ""
+            for count, token in enumerate(shown, 1):  # what follows a stop string is no part of the completion
+                text += self._detokenizer.push([token])
+                if self._detokenizer.stopped is not None:
+                    token_ids, logprobs = token_ids[:count], logprobs and logprobs[:count]
+                    break
+        else:
+            text = self._detokenizer.push(shown)
+        self.num_tokens += len(token_ids)
         reason = delta.finish_reason
         stop_reason: str | int | None = self._stop_reason(delta)
         if self._detokenizer.stopped is not None:
@@ -103,7 +112,7 @@ class Completion:
                 reason, stop_reason = "stop", self._detokenizer.stopped
         self.finished = reason is not None
         return CompletionChunk(
-            self.index, text, delta.token_ids, delta.logprobs, reason, stop_reason,
+            self.index, text, token_ids, logprobs, reason, stop_reason,
             delta.prompt_logprobs, delta.num_cached_tokens,
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ from hotplug.core.runner import capture
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.profile import largest_steps, prompt_steps
 from hotplug.core.runner.runner import Runner
+from hotplug.core.scheduler.scheduler import MOST_SCORED
 
 
 class WarmUp:
@@ -59,7 +60,8 @@ def rehearse(bound: Bound) -> None:
     eager = EagerStep(twin.model, cache, twin.batch)
     runner = Runner(twin.model, twin.batch, twin.sampler, eager)
     tokens = twin.resolved.max_num_batched_tokens
-    for plan in largest_steps(twin.resolved.max_num_seqs, tokens, twin.max_model_len):
+    verified = MOST_SCORED if twin.resolved.speculates else 0
+    for plan in largest_steps(twin.resolved.max_num_seqs, tokens, twin.max_model_len, verified):
         runner.execute(plan)
     for plan in prompt_steps(tokens, twin.max_model_len):
         runner.execute(plan)

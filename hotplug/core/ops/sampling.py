@@ -122,6 +122,22 @@ def sample_rows(
     return torch.where(greedy, logits.argmax(-1), drawn)
 
 
+def reject_sample(tokens: Tensor, proposed: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """How many proposed tokens of each request the model's own choices confirm, and its choice after them.
+
+    tokens: int64 [S], what the model chose to follow each of the S tokens of R requests, one after the other; proposed:
+    [S], what was proposed to follow it, -1 after a request's last; first: [R + 1], where each request begins.
+    A choice depends on the request's seed and its own place alone (`sample`), not on what was proposed. So a proposal
+    holds if it is the choice and all before it hold, and outputs are those of one token a step, greedy or drawn: the
+    rejection sampling of Leviathan et al. (2023) would keep their distribution only.
+    Returns the numbers, in the dtype of `first`, and the tokens, int64, each [R].
+    """
+    place = torch.arange(len(tokens), dtype=first.dtype, device=first.device)
+    wrong = torch.where(tokens == proposed, len(tokens), place)
+    end = wrong.flip(0).cummin(0).values.flip(0)[first[:-1]]  # the first wrong proposal from each request's begin on
+    return end - first[:-1], tokens[end]
+
+
 def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of `tokens` [rows] under float32 `logits` [rows, vocab], and the `num_top` best.
 
@@ -139,5 +155,6 @@ OPS = (
     Op("argmax", argmax, facts=("vocab",)),
     Op("sample", sample, facts=("vocab",)),
     Op("sample_rows", sample_rows, facts=("vocab",)),
+    Op("reject_sample", reject_sample),
     Op("logprobs", logprobs, facts=("vocab",)),
 )

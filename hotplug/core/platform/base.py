@@ -45,6 +45,8 @@ class Feature(enum.StrEnum):
     """What a platform must declare before a configuration may ask for it."""
 
     FP8_KV = "fp8_kv"
+    SPECULATIVE = "speculative"
+    """Steps that verify proposed tokens: decodes of which several are of one request, one position after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

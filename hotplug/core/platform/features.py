@@ -25,6 +25,8 @@ class Resolved:
     """Whether steps may run in static shapes, where kernels cannot read lengths on the host."""
     max_num_seqs: int
     max_num_batched_tokens: int
+    speculates: bool = False
+    """Whether requests can speculate."""
 
 
 def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_dtype: str) -> Resolved:
@@ -43,6 +45,9 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
         reasons.append(f"kv_cache_dtype {kv_dtype} is not among {', '.join(kv_dtypes)}")
     if kv_dtype.startswith("fp8") and Feature.FP8_KV not in limits.features:
         reasons.append(f"kv_cache_dtype {kv_dtype} needs the feature {Feature.FP8_KV}, which is not declared")
+    if config.speculative is not None and Feature.SPECULATIVE not in limits.features:
+        reasons.append(f"speculative {config.speculative} needs the feature {Feature.SPECULATIVE}, "
+                       "which is not declared")  # fmt: skip
     block_size = config.block_size or limits.block_sizes[0]
     if block_size not in limits.block_sizes:
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
@@ -60,7 +65,7 @@ def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_d
     seqs, tokens = _step_size(config, limits)
     return Resolved(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, kv_layout=limits.kv_layouts[0],
                     exec_mode=mode, static_steps=_static(mode, limits), max_num_seqs=seqs,
-                    max_num_batched_tokens=tokens)  # fmt: skip
+                    max_num_batched_tokens=tokens, speculates=Feature.SPECULATIVE in limits.features)  # fmt: skip
 
 
 def _static(mode: ExecMode, limits: Limits) -> bool:

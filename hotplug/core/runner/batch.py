@@ -72,7 +72,7 @@ class Batch:
             self.block_tables[rows, cols] = ids
 
     def inputs(self, plan: StepPlan, *, scored_only: bool = False) -> StepInputs:
-        """The device inputs of a step; `scored_only` says that nobody wants hidden states of tokens without scores."""
+        """The device inputs of an unrolled step; `scored_only`: nobody wants hidden states of tokens without scores."""
         query_start = np.zeros(len(plan.rows) + 1, np.int64)
         np.cumsum(plan.num_tokens, out=query_start[1:])
         seq_lens = plan.start + plan.num_tokens
@@ -116,13 +116,13 @@ class Batch:
             )
         return StepInputs(token_ids, positions, slots, attention, last, scored)
 
-    def decodes(self, rows: Tensor, start: Tensor, unknown: Tensor, query_start: Tensor) -> StepInputs:
-        """The inputs of a step of static shape with one token a row, made on the device alone.
+    def decodes(self, rows: Tensor, start: Tensor, given: Tensor, query_start: Tensor) -> StepInputs:
+        """The inputs of a step of static shape with one token an entry, made on the device alone.
 
-        rows, start: [R]; `unknown` [R] is -1 everywhere, `query_start` counts from 0 to R.
+        rows, start: [R]; `given` [R] is -1 where the token is the row's last; `query_start` counts from 0 to R.
         """
         token_ids, positions, slots, lens, block_table = self._prepare(
-            unknown, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
+            given, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
         )
         attention = AttentionInputs(
             block_table=block_table,
@@ -139,6 +139,7 @@ class Batch:
     def _host_tokens(self, plan: StepPlan, query_start: np.ndarray) -> np.ndarray:
         """[T] token ids; -1 where only the device knows the value. Loops over prompt chunks, never decodes."""
         token_ids = np.full(query_start[-1], -1, np.int64)
+        token_ids[plan.num_decodes - len(plan.drafts) : plan.num_decodes] = plan.drafts
         for i in range(plan.num_decodes, len(plan.rows)):
             row, start = plan.rows[i], plan.start[i]
             token_ids[query_start[i] : query_start[i + 1]] = self.tokens[row, start : start + plan.num_tokens[i]]

@@ -63,10 +63,9 @@ class _Decodes:
         self._sampler = sampler
         self._logits = logits
         dtype, device = batch.index_dtype, batch.device
-        self._input = torch.zeros((3, size), dtype=dtype, device=device)
-        """Row, position and number of generated tokens of each request."""
-        self._input[0] = batch.spare_row
-        self._unknown = torch.full((size,), -1, dtype=dtype, device=device)
+        self._input = torch.zeros((4, size), dtype=dtype, device=device)
+        """Row, position, number of generated tokens and given token (-1 for the row's last) of each entry."""
+        self._input[0], self._input[3] = batch.spare_row, -1
         self._query_start = torch.arange(size + 1, dtype=dtype, device=device)
         self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self._replay: dict[Draw, Callable[[], Any]] = {}
@@ -89,11 +88,13 @@ class _Decodes:
     def __call__(self, step: HostStep, capture: Capture | None = None) -> StepOutputs:
         """Replay, or record with `capture` what was not recorded yet."""
         plan, n = step.plan, len(step.plan.rows)
-        staged = self._batch.stage((3, self.size))
+        staged = self._batch.stage((4, self.size))
         values = staged.numpy()
         values[0, :n], values[0, n:] = plan.rows, self._batch.spare_row
         values[1, :n], values[1, n:] = plan.start, 0
         values[2, :n], values[2, n:] = step.counters, 0
+        values[3] = -1
+        values[3, n - len(plan.drafts) : n] = plan.drafts
         self._input.copy_(staged, non_blocking=True)
         replay = self._replay.get(step.draw)
         if replay is not None:
@@ -109,12 +110,12 @@ class _Decodes:
         self._finish(draw, self._logits_of_step())
 
     def _logits_of_step(self) -> torch.Tensor:
-        rows, start, _ = self._input.unbind()
-        return self._eager.decode(self._batch.decodes(rows, start, self._unknown, self._query_start))
+        rows, start, _, given = self._input.unbind()
+        return self._eager.decode(self._batch.decodes(rows, start, given, self._query_start))
 
     def _finish(self, draw: Draw, logits: torch.Tensor) -> None:
         """What follows the scores: drawn tokens, in the batch too, or the scores themselves."""
-        rows, _, counters = self._input.unbind()
+        rows, _, counters, _ = self._input.unbind()
         if draw is Draw.LOGITS:  # kept in memory that all recorded steps share: the scores of each would be too much
             self._logits[: self.size] = logits
             return

@@ -21,15 +21,16 @@ from hotplug.core.scheduler.plan import IntArray, StepPlan
 
 @dataclass(slots=True)
 class HostStep:
-    """A step as the host knows it, S of its R requests with a token to sample."""
+    """A step as the host knows it, S of its R entries with a token to sample."""
 
     plan: StepPlan
+    """Unrolled: no verifications."""
     rows: IntArray
     """[S] batch rows that get a token."""
     draw: Draw
     """What sampling needs."""
     counters: npt.NDArray[np.int64]
-    """[S] how many tokens each has generated."""
+    """[S] how many tokens each has generated before."""
     scored_only: bool = True
     """Whether nobody wants the hidden states of tokens that are not sampled."""
 

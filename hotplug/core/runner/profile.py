@@ -3,6 +3,7 @@ exist when memory is measured, and what kernels are compiled for."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,17 +16,29 @@ _SHORTEST, _TIMES = 16, 4
 """Tokens of the shortest prompt that is tried, and how much longer the next is."""
 
 
-def run_largest_steps(runner: Runner, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+def run_largest_steps(
+    runner: Runner, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_verified: int
+) -> None:
     """Run the steps with the largest workspaces, one after the other."""
-    for plan in largest_steps(max_num_seqs, max_num_batched_tokens, max_model_len):
+    for plan in largest_steps(max_num_seqs, max_num_batched_tokens, max_model_len, max_verified):
         runner.execute(plan).result()
 
 
-def largest_steps(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> Iterator[StepPlan]:
-    """As many rows as may run, and one row of the whole token budget. Their keys and values go to the null block."""
+def largest_steps(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_verified: int
+) -> Iterator[StepPlan]:
+    """As many rows as may run, one row of the whole token budget, and one that verifies, unless `max_verified` is 0.
+
+    Their keys and values go to the null block.
+    """
     rows = min(max_num_seqs, max_num_batched_tokens)
     yield _prefill(rows, min(max_num_batched_tokens // rows, max_model_len))
     yield _prefill(1, min(max_num_batched_tokens, max_model_len))
+    if max_verified:
+        tokens = min(max_verified, max_num_batched_tokens, max_model_len)
+        plan = _prefill(1, tokens)
+        admitted = [dataclasses.replace(one, num_prompt_tokens=1) for one in plan.admitted]  # the rest is output
+        yield dataclasses.replace(plan, admitted=admitted, num_verifies=1, drafts=np.zeros(tokens, np.int32))
 
 
 def prompt_steps(max_num_batched_tokens: int, max_model_len: int) -> Iterator[StepPlan]:

@@ -60,21 +60,48 @@ class StepHandle:
     plan: StepPlan
     sampled: Sampled | None
     tokens: _Tokens | None
+    """[S] sampled; where the plan verifies, followed by how many proposals of each sampling request hold."""
     prompt_scores: list[_PromptScores]
 
     def result(self) -> StepResult:
-        token_ids = np.zeros(len(self.plan.rows), np.int32)
-        logprobs: dict[int, TokenLogprobs] = {}
+        plan = self.plan
+        token_ids = np.zeros(len(plan.rows), np.int32)
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        verified: dict[int, list[int]] = {}
         if self.sampled is not None and self.tokens is not None:
-            token_ids[self.plan.samples] = self.tokens.wait()
+            tokens = self.tokens.wait()
+            if plan.num_verifies:
+                begins = _begins(plan)
+                tokens, confirmed = tokens[: begins[-1]], tokens[begins[-1] :]
+                ends = begins[:-1] + confirmed
+                for i in plan.verifies:
+                    verified[int(plan.rows[i])] = tokens[begins[i] : ends[i] + 1].tolist()
+                tokens = tokens[ends]
+            token_ids[plan.samples] = tokens
             if self.sampled.logprobs is not None:
                 entries = self.sampled.logprobs.to_host(self.sampled.logprob_counts)
-                logprobs = dict(zip(self.sampled.logprob_rows, entries, strict=True))
+                for row, entry in zip(self.sampled.logprob_rows, entries, strict=True):
+                    logprobs.setdefault(row, []).append(entry)
         prompt = {
             scores.row: [entry for part in scores.parts for entry in part.to_host([scores.num_top] * len(part.rank))]
             for scores in self.prompt_scores
         }
-        return StepResult(token_ids, logprobs, prompt)
+        return StepResult(token_ids, logprobs, prompt, verified)
+
+
+def _begins(plan: StepPlan) -> npt.NDArray[np.int64]:
+    """[Q + 1] where each of the Q entries that sample has its first among the tokens sampled, and their number."""
+    counts = np.ones(int(plan.samples.sum()), np.int64)
+    counts[plan.num_decodes : plan.first_chunk] = plan.num_tokens[plan.num_decodes : plan.first_chunk]
+    return np.append(0, np.cumsum(counts))
+
+
+def _proposed(plan: StepPlan, begins: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[S] what was proposed in the place of each token that is sampled; -1 where nothing was."""
+    tokens = np.full(begins[-1], -1, np.int64)
+    tokens[plan.num_decodes : plan.num_decodes + len(plan.drafts) - 1] = plan.drafts[1:]
+    tokens[begins[1:] - 1] = -1
+    return tokens
 
 
 class Runner:
@@ -110,20 +137,37 @@ class Runner:
         if self._transfer is not None:
             self._transfer.load(plan.loads)
         self._apply(plan)
-        rows = plan.rows[plan.samples]
-        scored_only = not any(row in self._prompt_logprobs for row in plan.rows[plan.num_decodes :].tolist())
-        outputs = self._executable(HostStep(plan, rows, *self._sampler.demand(rows), scored_only))
+        step = plan.unrolled()
+        rows = step.rows[step.samples]
+        ends = (step.start + step.num_tokens)[step.samples]
+        counters = (ends - self._batch.num_prompt_tokens[rows]).astype(np.int64)
+        scored_only = not any(row in self._prompt_logprobs for row in step.rows[step.num_decodes :].tolist())
+        demand = self._sampler.demand(rows, counters)
+        outputs = self._executable(HostStep(step, rows, demand, counters, scored_only))
         sampled = tokens = None
         if len(rows):
             if outputs.tokens is not None:
-                sampled = self._sampler.accept(outputs.tokens, rows)
+                sampled = Sampled(outputs.tokens, None, [], [])
             else:
                 assert outputs.logits is not None
-                sampled = self._sampler.sample(outputs.logits, rows)
-                last_tokens = self._batch.last_tokens
-                last_tokens[self._batch.upload(rows)[0]] = sampled.tokens.to(last_tokens.dtype)
-            tokens = _Tokens(sampled.tokens, self._runtime)
-        return StepHandle(plan, sampled, tokens, self._score_prompts(plan, outputs))
+                sampled = self._sampler.sample(outputs.logits, rows, counters)
+            kept = outputs.tokens is not None and not plan.num_verifies  # in the batch already
+            host = sampled.tokens if kept else self._settle(plan, sampled.tokens)
+            tokens = _Tokens(host, self._runtime)
+        return StepHandle(plan, sampled, tokens, self._score_prompts(step, outputs))
+
+    def _settle(self, plan: StepPlan, tokens: Tensor) -> Tensor:
+        """Keep each row's last one of the sampled `tokens` [S]; returns what the host needs (`StepHandle.tokens`)."""
+        batch, rows = self._batch, plan.rows[plan.samples]
+        if plan.num_verifies:
+            begins = _begins(plan)
+            where, first, proposed = batch.upload(rows, begins, _proposed(plan, begins))
+            confirmed, last = self._sampler.verify(tokens, proposed, first)
+            host = torch.cat((tokens, confirmed.to(tokens.dtype)))
+        else:
+            (where,), last, host = batch.upload(rows), tokens, tokens
+        batch.last_tokens[where] = last.to(batch.last_tokens.dtype)
+        return host
 
     @torch.inference_mode()
     def save(self, blocks: list[tuple[int, bytes]]) -> None:

@@ -24,6 +24,7 @@ from hotplug.core.sample.history import TokenHistory
 from hotplug.core.sample.processors import Factory, LogitsProcessor, make_processors
 
 Rows = npt.NDArray[np.int32]
+Counters = npt.NDArray[np.int64]
 
 
 class Draw(enum.Enum):
@@ -82,7 +83,10 @@ class Sampler:
         vocab: int,
         device: torch.device,
         processors: Mapping[str, Factory] = MappingProxyType({}),
+        *,
+        speculates: bool = False,
     ) -> None:
+        """`speculates` says that steps may verify proposals."""
         self.vocab = vocab
         self._factories = processors
         self._device = device
@@ -90,6 +94,7 @@ class Sampler:
         self._sample = plan.bind("sample", "sample", "float32", vocab=vocab)
         self._sample_rows = plan.bind("sample_rows", "sample_rows", "float32", vocab=vocab)
         self._logprobs = plan.bind("logprobs", "logprobs", "float32", vocab=vocab)
+        self._reject_sample = plan.bind("reject_sample", "reject_sample", "int") if speculates else None
         self._history = TokenHistory(plan, max_rows, vocab, device)
 
         # One row more than requests may have: what pads a step of static shape is greedy.
@@ -108,7 +113,6 @@ class Sampler:
         """Whether the host knows parameters that the device does not."""
         self._special = np.zeros(max_rows, bool)
         """Rows that need more than `sample_rows`, as long as they run."""
-        self._num_outputs = np.zeros(max_rows, np.int64)
         self._num_logprobs = np.full(max_rows, -1, np.int32)
         self._min_tokens = np.zeros(max_rows, np.int64)
         self._has_bias = np.zeros(max_rows, bool)
@@ -131,7 +135,6 @@ class Sampler:
             self._host[name][row] = getattr(params, name)
         self._host_top_k[row], self._host_seeds[row] = params.top_k, seed
         self._stale = True
-        self._num_outputs[row] = len(token_ids) - num_prompt_tokens
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._min_tokens[row] = params.min_tokens
         self._has_bias[row] = bool(params.logit_bias)
@@ -172,16 +175,15 @@ class Sampler:
             self._held_back.pop(row, None)
             self._history.release(row)
 
-    def demand(self, rows: Rows) -> tuple[Draw, npt.NDArray[np.int64]]:
-        """What a step that samples for `rows` [S] needs, and how many tokens each has generated [S].
+    def demand(self, rows: Rows, counters: Counters) -> Draw:
+        """What a step needs that samples for `rows` [S], each with `counters` [S] tokens generated before.
 
         Sends to the device what it does not know yet of admitted rows.
         """
         self._send()
-        counters = self._num_outputs[rows]
         if self._special[rows].any() or (counters < self._min_tokens[rows]).any():
-            return Draw.LOGITS, counters
-        return (Draw.RANDOM if (self._host["temperature"][rows] > 0).any() else Draw.GREEDY), counters
+            return Draw.LOGITS
+        return Draw.RANDOM if (self._host["temperature"][rows] > 0).any() else Draw.GREEDY
 
     def draw(self, logits: Tensor, rows: Tensor, counters: Tensor, draw: Draw) -> Tensor:
         """Int64 [S] tokens for float32 `logits` [S, vocab] of batch `rows` [S], made on the device alone.
@@ -197,10 +199,11 @@ class Sampler:
         )  # fmt: skip
         return tokens
 
-    def accept(self, tokens: Tensor, rows: Rows) -> Sampled:
-        """Count `tokens` [S] that `draw` gave for `rows` [S]."""
-        self._num_outputs[rows] += 1
-        return Sampled(tokens, None, [], [])
+    def verify(self, tokens: Tensor, proposed: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """The op `reject_sample`: how many proposals of each request hold, and the token after them."""
+        assert self._reject_sample is not None
+        confirmed, last = self._reject_sample(tokens, proposed, first)
+        return confirmed, last
 
     def _send(self) -> None:
         if self._stale:
@@ -209,15 +212,18 @@ class Sampler:
             ints.copy_(torch.from_numpy(self._host_ints.copy()), non_blocking=True)
             self._stale = False
 
-    def sample(self, logits: Tensor, rows: Rows) -> Sampled:
-        """Tokens for float32 `logits` [S, vocab] of batch `rows` [S]."""
+    def sample(self, logits: Tensor, rows: Rows, counters: Counters) -> Sampled:
+        """Tokens for float32 `logits` [S, vocab] of batch `rows` [S], each with `counters` [S] tokens generated before.
+
+        A row may occur several times, for as many successive tokens, unless it has penalties or logits processors.
+        """
         self._send()
         raw = logits
-        logits = self._adjust(logits, rows)
+        logits = self._adjust(logits, rows, counters)
         tokens = self._argmax(logits)
         random = np.flatnonzero(self._host["temperature"][rows] > 0)
         if len(random):
-            tokens[self._index(random)] = self._draw(logits, rows, random)
+            tokens[self._index(random)] = self._draw(logits, rows, counters, random)
         if self._history.active:
             self._history.append(rows, tokens)
         for i in np.flatnonzero(self._has_processor[rows]).tolist():
@@ -229,18 +235,17 @@ class Sampler:
         if len(wanted):
             index = self._index(wanted)
             logprobs = self.logprobs(raw[index], tokens[index], int(counts.max()))
-        self._num_outputs[rows] += 1
         return Sampled(tokens, logprobs, rows[wanted].tolist(), counts.tolist())
 
     def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
         """Log-probabilities of `tokens` [S] and the `num_top` best under `logits` [S, vocab]."""
         return Logprobs(tokens, *self._logprobs(logits, tokens, num_top))
 
-    def _adjust(self, logits: Tensor, rows: Rows) -> Tensor:
+    def _adjust(self, logits: Tensor, rows: Rows, counters: Counters) -> Tensor:
         """Penalties, biases, logits processors and held-back stop tokens; a new tensor if anything changes."""
         adjusted = self._history.penalize(logits, rows, self._floats) if self._history.active else logits
         biased = np.flatnonzero(self._has_bias[rows])
-        short = np.flatnonzero(self._num_outputs[rows] < self._min_tokens[rows])
+        short = np.flatnonzero(counters < self._min_tokens[rows])
         processed = np.flatnonzero(self._has_processor[rows])
         if adjusted is logits and (len(biased) or len(short) or len(processed)):
             adjusted = logits.clone()
@@ -254,7 +259,7 @@ class Sampler:
             adjusted[i, self._held_back[int(rows[i])]] = float("-inf")
         return adjusted
 
-    def _draw(self, logits: Tensor, rows: Rows, which: npt.NDArray[np.int64]) -> Tensor:
+    def _draw(self, logits: Tensor, rows: Rows, counters: Counters, which: npt.NDArray[np.int64]) -> Tensor:
         """Random tokens for the entries `which` of the step."""
         subset = rows[which]
         if len(which) < len(rows):
@@ -270,7 +275,7 @@ class Sampler:
             self._floats["top_p"][row] if filter_p else None,
             self._floats["min_p"][row] if filter_min else None,
             self._seeds[row],
-            self._index(self._num_outputs[subset]),
+            self._index(counters[which]),
         )
 
     def _index(self, values: npt.NDArray[np.integer]) -> Tensor:

@@ -29,13 +29,15 @@ class Batch:
         """[max_num_seqs, max_model_len] tokens whose values the host knows; valid up to `known`. Lazily paged."""
         self.known: IntArray = np.zeros(n, np.int32)
         self.computed: IntArray = np.zeros(n, np.int32)
-        """Tokens whose KV is computed by a step that is planned, in flight or done."""
+        """Tokens whose KV is computed by a step that is planned, in flight or done; proposals not counted."""
         self.prefill: IntArray = np.zeros(n, np.int32)
         """Tokens that came with the admission; from there on the row decodes."""
         self.limit: IntArray = np.zeros(n, np.int32)
         """Tokens at which the row ends for its length; 0 for an empty row."""
         self.generation: npt.NDArray[np.int64] = np.zeros(n, np.int64)
         """How often the row was removed: tells a late token of a former owner from one of the present."""
+        self.verifying: BoolArray = np.zeros(n, np.bool_)
+        """Whether a verification of the row is in flight, so that nobody knows where it goes on."""
         self.first: BoolArray = np.zeros(n, np.bool_)
         """Whether the row's next token makes the request's first delta."""
         self.stops: IntArray = np.full((n, STOP_TOKENS), -1, np.int32)
@@ -65,9 +67,13 @@ class Batch:
         return np.flatnonzero(self.limit).astype(np.int32)
 
     def decoding(self) -> IntArray:
-        """[n] rows whose next input is their last sampled token, without those that only wait for their last."""
+        """[n] rows whose next input is their last sampled token.
+
+        Without those that only wait for their last one, or for the result of a verification.
+        """
         computed = self.computed
-        return np.flatnonzero((computed >= self.prefill) & (computed + 1 < self.limit)).astype(np.int32)
+        ready = (computed >= self.prefill) & (computed + 1 < self.limit) & ~self.verifying
+        return np.flatnonzero(ready).astype(np.int32)
 
     def place(self, seq: Sequence) -> int:
         """Give a sequence the smallest free row."""
@@ -90,6 +96,7 @@ class Batch:
         seq.token_ids = self.history[row, : self.known[row]].copy()
         self.sequences[row], self.ids[row], seq.row = None, "", -1
         self.limit[row] = 0
+        self.verifying[row] = False
         self.stops[row] = -1
         self.many_stops[row] = False
         self.generation[row] += 1
@@ -107,3 +114,10 @@ class Batch:
             for i in np.flatnonzero(many).tolist():
                 stopped[i] = int(tokens[i]) in self.owner(int(rows[i])).stop_tokens
         return stopped, position >= self.limit[rows]
+
+    def confirm(self, row: int, tokens: list[int]) -> None:
+        """Store what a verification gave: the row's KV now reaches to all of `tokens` but the last."""
+        end = int(self.known[row]) + len(tokens)
+        self.history[row, end - len(tokens) : end] = tokens
+        self.known[row], self.computed[row] = end, end - 1
+        self.verifying[row] = False

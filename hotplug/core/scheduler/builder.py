@@ -1,4 +1,4 @@
-"""A step plan under construction: decodes as arrays, prefills one by one."""
+"""A step plan under construction: decodes as arrays, verifications and prefills one by one."""
 
 from __future__ import annotations
 
@@ -20,27 +20,38 @@ class StepBuilder:
         self._start: list[int] = []
         self._num_tokens: list[int] = []
         self._samples: list[bool] = []
+        self._num_verifies = 0
+        self._drafts: list[IntArray] = []
         self.num_tokens = len(decode_rows)
         """Tokens of the budget used so far."""
+        self.num_scored = len(decode_rows)
+        """Requests so far, a verification counted once for each of its tokens: what makes the step's scores."""
         self.admitted: list[Admission] = []
         self.loads: list[tuple[int, Any]] = []
         self.swap_in: list[tuple[int, int]] = []
 
     @property
-    def num_requests(self) -> int:
-        return len(self._decode_rows) + len(self._rows)
-
-    @property
     def has_prefill(self) -> bool:
-        return bool(self._rows)
+        return len(self._rows) > self._num_verifies
+
+    def add_verification(self, row: int, start: int, tokens: IntArray) -> None:
+        """A row's last token, at position `start`, and proposals: [k + 1] `tokens`. Before the first chunk."""
+        self._drafts.append(tokens)
+        self._num_verifies += 1
+        self._add(row, start, len(tokens), samples=True)
+        self.num_scored += len(tokens)
 
     def add_chunk(self, row: int, start: int, end: int, *, last: bool) -> None:
         """Positions [start, end) of a row's prefill; the `last` chunk samples a token."""
+        self._add(row, start, end - start, samples=last)
+        self.num_scored += 1
+
+    def _add(self, row: int, start: int, num_tokens: int, *, samples: bool) -> None:
         self._rows.append(row)
         self._start.append(start)
-        self._num_tokens.append(end - start)
-        self._samples.append(last)
-        self.num_tokens += end - start
+        self._num_tokens.append(num_tokens)
+        self._samples.append(samples)
+        self.num_tokens += num_tokens
 
     def build(
         self,
@@ -74,4 +85,6 @@ class StepBuilder:
             loads=self.loads,
             swap_out=swap_out,
             swap_in=self.swap_in,
+            num_verifies=self._num_verifies,
+            drafts=np.concatenate(self._drafts) if self._drafts else np.empty(0, np.int32),
         )

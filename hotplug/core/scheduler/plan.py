@@ -7,7 +7,7 @@ is described by a few small arrays and nothing per request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Arrays of length R run over the scheduled requests, decodes first.
+    """One step. Arrays of length R run over the scheduled requests: decodes, verifications, then prompt chunks.
 
     The runner applies it in this order: `saves`, `swap_out`, `swap_in`, `loads`, `released`, `admitted`, new blocks,
     then the forward pass over positions [start, start + num_tokens) of each row. Key and value of every token in the
@@ -51,9 +51,11 @@ class StepPlan:
     num_tokens: IntArray
     """[R] tokens each row computes."""
     samples: BoolArray
-    """[R] whether the row's last token yields a new token (false for a prompt chunk that is not the last)."""
+    """[R] whether the row's last token yields a new token (false for a prompt chunk that is not the last). In a
+    verification every token yields one."""
     num_decodes: int
-    """Leading entries whose one input token is the row's last sampled token."""
+    """Leading entries whose one input token is the row's last sampled token. Where the plan is unrolled, the last of
+    them have a token of `drafts` each instead."""
     released: IntArray
     """Rows that were freed since the last plan."""
     admitted: list[Admission]
@@ -71,10 +73,47 @@ class StepPlan:
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     """(device block, host block) to copy to the device, each device block once. A source may be a target of
     `swap_out` in the same plan; a later plan may write it."""
+    num_verifies: int = 0
+    """Entries after the decodes that verify proposals: their tokens are the row's last one and what was proposed to
+    follow it. A row is in no further plan before the result of its verification is known."""
+    drafts: IntArray = field(default_factory=lambda: np.empty(0, np.int32))
+    """The input tokens of the verifications, one after the other."""
 
     @property
     def total_tokens(self) -> int:
         return int(self.num_tokens.sum())
+
+    @property
+    def verifies(self) -> range:
+        """The entries that verify proposals."""
+        return range(self.num_decodes, self.first_chunk)
+
+    @property
+    def first_chunk(self) -> int:
+        """The first entry that is a prompt chunk."""
+        return self.num_decodes + self.num_verifies
+
+    def unrolled(self) -> StepPlan:
+        """The same step with each token of a verification as an entry of its own, after the decodes and counted as one.
+
+        That is how it is computed: a row then occurs as often as it has tokens, one position after the other.
+        """
+        if not self.num_verifies:
+            return self
+        counts = np.ones(len(self.rows), np.int32)
+        counts[self.num_decodes : self.first_chunk] = self.num_tokens[self.num_decodes : self.first_chunk]
+        of = np.repeat(np.arange(len(self.rows)), counts)
+        num_tokens = np.where(counts > 1, 1, self.num_tokens)
+        place = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return replace(
+            self,
+            rows=self.rows[of],
+            start=self.start[of] + place.astype(np.int32),
+            num_tokens=num_tokens[of],
+            samples=self.samples[of],
+            num_decodes=self.num_decodes + len(self.drafts),
+            num_verifies=0,
+        )
 
 
 @dataclass(slots=True)
@@ -82,8 +121,10 @@ class StepResult:
     """What a step returned to the host, in the plan's order."""
 
     token_ids: IntArray
-    """[R] sampled token of each row; undefined where `plan.samples` is false."""
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    """By row: log-probabilities of the sampled token, for rows that asked."""
+    """[R] the last sampled token of each row; undefined where `plan.samples` is false."""
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """By row: log-probabilities of the sampled tokens, for rows that asked."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row: log-probabilities of prompt tokens start+1 .. of this chunk, for rows that asked."""
+    verified: dict[int, list[int]] = field(default_factory=dict)
+    """By row, for verifications: the proposals that were confirmed and the token sampled after them."""

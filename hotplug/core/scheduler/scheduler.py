@@ -37,10 +37,15 @@ from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.request import EngineStats, Request, TokenDelta
 from hotplug.core.scheduler.batch import Batch
 from hotplug.core.scheduler.builder import StepBuilder
+from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import IntArray, StepPlan, StepResult
 from hotplug.core.scheduler.policy import FCFS, SchedulingPolicy, rank_of
 from hotplug.core.scheduler.sequence import Sequence
+from hotplug.core.scheduler.speculator import Speculator
 from hotplug.core.scheduler.waiting import WaitingQueue
+
+MOST_SCORED = 64
+"""Tokens with scores that a step may have however few requests may run: bounds the memory that proposals take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,8 @@ class SchedulerConfig:
     max_queue: int = 4096
     """Requests that may wait beyond those that a free row awaits."""
     seed: int = 0
+    speculation: Speculation | None = None
+    """How requests speculate; None where they cannot."""
 
     def __post_init__(self) -> None:
         budget = self.max_num_batched_tokens
@@ -109,7 +116,7 @@ class Scheduler:
         # what rules out a deadlock.
         self.max_model_len = min(config.max_model_len, kv.max_tokens_alone(config.max_num_batched_tokens) + 1)
         """Longest sequence that can be served: the configured one, or less where the KV pool is smaller."""
-        self._most_requests = config.max_prefill_requests or config.max_num_seqs
+        self._most_scored = config.max_prefill_requests or max(config.max_num_seqs, MOST_SCORED)
         self._batch = Batch(config.max_num_seqs, self.max_model_len)
         self._waiting = WaitingQueue()
         self._requests: dict[str, Sequence] = {}
@@ -119,6 +126,13 @@ class Scheduler:
         self._last_was_prefill = False
         self._arrivals = 0
         self._random = np.random.default_rng(config.seed)
+        self._speculator = Speculator(
+            config.speculation,
+            self._batch,
+            kv,
+            max_tokens=config.max_num_batched_tokens,
+            most_scored=self._most_scored,
+        )
         self._stats = EngineStats(kv_blocks_total=kv.pool.num_usable)
         if kv.host is not None:
             self._stats.host_blocks_total = kv.host.blocks.num_usable
@@ -139,6 +153,7 @@ class Scheduler:
         if not request.arrival:
             request = msgspec.structs.replace(request, arrival=time.monotonic())
         rank = rank_of(self.config.policy, request)
+        drafter = self._speculator.drafter(request)
         seed = request.sampling.seed
         self._arrivals += 1
         seq = Sequence(
@@ -149,7 +164,9 @@ class Scheduler:
             arrival=request.arrival,
             max_model_len=self.max_model_len,
             hashes=BlockHashes(self.kv.block_size, request.cache_salt),
+            drafter=drafter,
         )
+        self._speculator.num_requests += drafter is not None
         self._requests[request.id] = seq
         self._waiting.push(seq)
 
@@ -205,13 +222,17 @@ class Scheduler:
 
     def _plan(self, *, decode: bool, prefill: bool) -> StepPlan | None:
         saves = self.take_saves()  # what this step fills is saved before the next one
-        rows, ends, n = self._running_work(decode, prefill)
+        rows, ends, n, drafts = self._running_work(decode, prefill)
         start = self._batch.computed[rows]
         self.kv.extend(rows, ends)
-        self._batch.computed[rows] = ends
         builder = StepBuilder(rows[:n], start[:n])
+        self._batch.computed[rows[:n]] = ends[:n]
         for row, low, high in zip(rows[n:].tolist(), start[n:].tolist(), ends[n:].tolist(), strict=True):
-            self._add_chunk(builder, row, low, high)
+            if row in drafts:
+                self._add_verification(builder, row, drafts[row])
+            else:
+                self._batch.computed[row] = high
+                self._add_chunk(builder, row, low, high)
         if prefill:
             self._admit(builder)
         if not builder.num_tokens:
@@ -226,20 +247,24 @@ class Scheduler:
         self._stats.steps += 1
         return plan
 
-    def _running_work(self, decode: bool, prefill: bool) -> tuple[IntArray, IntArray, int]:
-        """What running rows do in this step, decodes first; preempts until their blocks fit.
+    def _running_work(self, decode: bool, prefill: bool) -> tuple[IntArray, IntArray, int, dict[int, IntArray]]:
+        """What running rows do in this step: decodes, verifications, chunks. Preempts until their blocks fit.
 
-        Returns (rows [n], tokens each has computed after the step [n], number of decodes).
+        Returns (rows [n], tokens each has computed after the step [n], number of decodes, proposals by row).
         """
         batch = self._batch
+        drafts, waiting = self._speculator.draft(len(self._prefilling)) if decode else ({}, [])
         while True:
             rows = batch.decoding() if decode else np.empty(0, np.int32)
+            if waiting:
+                rows = rows[~np.isin(rows, waiting)]
             num_decodes = len(rows)
             ends = batch.computed[rows] + np.int32(1)
             if prefill and self._prefilling:
-                budget = self.config.max_num_batched_tokens - num_decodes
+                more = sum(map(len, drafts.values()))
+                budget = self.config.max_num_batched_tokens - num_decodes - more
                 chunks = []
-                for row in self._prefilling[: max(self._most_requests - num_decodes, 0)]:
+                for row in self._prefilling[: max(self._most_scored - num_decodes - more, 0)]:
                     n = min(budget, int(batch.prefill[row] - batch.computed[row]))
                     if n > 0:
                         budget -= n
@@ -247,8 +272,24 @@ class Scheduler:
                 chunk_rows, chunk_ends = np.array(chunks, np.int32).reshape(-1, 2).T
                 rows, ends = np.concatenate((rows, chunk_rows)), np.concatenate((ends, chunk_ends))
             if not self.kv.missing(rows, ends):
-                return rows, ends, num_decodes
+                break
             self._preempt(max(batch.running(), key=lambda seq: seq.key))
+        if drafts:
+            drafts = self._speculator.fit(rows, ends, drafts)
+            num_decodes -= len(drafts)
+            verifies = np.isin(rows, list(drafts))
+            others = np.flatnonzero(~verifies)
+            order = np.concatenate((others[:num_decodes], np.flatnonzero(verifies), others[num_decodes:]))
+            rows, ends = rows[order], ends[order]
+        return rows, ends, num_decodes, drafts
+
+    def _add_verification(self, builder: StepBuilder, row: int, draft: IntArray) -> None:
+        """Plan a decode that verifies what may follow. Until the result is known, it counts as one token."""
+        batch = self._batch
+        start = int(batch.computed[row])
+        builder.add_verification(row, start, np.append(batch.history[row, start], draft))
+        batch.computed[row] += 1
+        batch.verifying[row] = True
 
     def _admit(self, builder: StepBuilder) -> None:
         """Start waiting requests, best first, while rows, budget and blocks last and no prefill is unfinished."""
@@ -257,7 +298,7 @@ class Scheduler:
             (budget := chunk - builder.num_tokens) > 0
             and not self._prefilling  # it may be about to compute what they share
             and self._batch.num_free
-            and builder.num_requests < self._most_requests
+            and builder.num_scored < self._most_scored
         ):
             seq = self._waiting.peek()
             if seq is None or seq.in_flight:
@@ -431,6 +472,7 @@ class Scheduler:
             self._waiting.remove(seq)
             self._drop_swapped(seq)
         seq.done = True
+        self._speculator.num_requests -= seq.drafter is not None
         del self._requests[seq.request.id]
 
     # --- results ---
@@ -450,6 +492,7 @@ class Scheduler:
                 self._keep_prompt_logprobs(batch.owner(plan.rows[i]), plan, i, result)
         rows, tokens = plan.rows, result.token_ids
         live = own & plan.samples
+        live[plan.num_decodes : plan.first_chunk] = False
         if not live.all():
             rows, tokens = rows[live], tokens[live]
         stopped, full = batch.append(rows, tokens)
@@ -458,7 +501,7 @@ class Scheduler:
         if result.logprobs:
             for row, delta in zip(row_list, deltas, strict=True):
                 if row in result.logprobs:
-                    delta.logprobs = [result.logprobs[row]]
+                    delta.logprobs = result.logprobs[row]
         # From here on only exceptional rows are looked at.
         for i in np.flatnonzero(batch.first[rows]).tolist():
             self._start(batch.owner(row_list[i]), deltas[i])
@@ -467,11 +510,38 @@ class Scheduler:
             self._register(row_list[i], int(written[i]))
         for i in np.flatnonzero(stopped | full).tolist():
             self._finish(batch.owner(row_list[i]), deltas[i], stopped=bool(stopped[i]))
+        deltas += [self._verified(plan, i, result) for i in plan.verifies if own[i]]
         for i, seq in step.preempted.items():
             if not seq.done:
                 deltas += self._late(seq, plan, i, result)
-        self._stats.generated_tokens += len(deltas)
+        self._stats.generated_tokens += sum(len(delta.token_ids) for delta in deltas)
         return deltas
+
+    def _verified(self, plan: StepPlan, i: int, result: StepResult) -> TokenDelta:
+        """What a verification, entry `i` of a step, gives to the request that still has its row."""
+        batch, row = self._batch, int(plan.rows[i])
+        seq = batch.owner(row)
+        delta, stopped = self._confirmed(seq, plan, i, result)
+        batch.confirm(row, delta.token_ids)
+        self._register(row, int(batch.computed[row]))
+        if stopped or batch.known[row] >= batch.limit[row]:
+            self._finish(seq, delta, stopped=stopped)
+        return delta
+
+    def _confirmed(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> tuple[TokenDelta, bool]:
+        """The tokens that a verification gives a request, up to a stop token; whether there is one."""
+        row, proposed = int(plan.rows[i]), int(plan.num_tokens[i]) - 1
+        confirmed = len(result.verified[row]) - 1
+        if seq.drafter is not None:
+            seq.drafter.learn(proposed, confirmed)
+        self._stats.verifications += 1
+        self._stats.proposed_tokens += proposed
+        self._stats.confirmed_tokens += confirmed
+        tokens, stopped = seq.until_stop(result.verified[row])
+        delta = TokenDelta(seq.request.id, tokens)
+        if (entries := result.logprobs.get(row)) is not None:
+            delta.logprobs = entries[: len(tokens)]
+        return delta, stopped
 
     def _late(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> list[TokenDelta]:
         """What entry `i` of a step brings to a request that was preempted while the step was in flight."""
@@ -479,14 +549,15 @@ class Scheduler:
         if not plan.samples[i]:
             return []
         seq.in_flight -= 1
-        token = int(result.token_ids[i])
-        seq.append(token)
-        delta = TokenDelta(seq.request.id, [token])
-        if (entry := result.logprobs.get(int(plan.rows[i]))) is not None:
-            delta.logprobs = [entry]
+        if i in plan.verifies:
+            delta, stopped = self._confirmed(seq, plan, i, result)
+        else:
+            token = int(result.token_ids[i])
+            delta, stopped = TokenDelta(seq.request.id, [token]), token in seq.stop_tokens
+            delta.logprobs = result.logprobs.get(int(plan.rows[i]))
+        seq.append(delta.token_ids)
         if not seq.started:
             self._start(seq, delta)
-        stopped = token in seq.stop_tokens
         if stopped or len(seq.token_ids) >= seq.limit:
             self._finish(seq, delta, stopped=stopped)
         return [delta]

@@ -7,6 +7,7 @@ import numpy as np
 from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.request import Request, TokenLogprobs
+from hotplug.core.scheduler.drafter import Drafter
 from hotplug.core.scheduler.plan import Admission, IntArray
 
 Key = tuple[float, int]
@@ -23,6 +24,7 @@ class Sequence:
     __slots__ = (
         "arrival",
         "done",
+        "drafter",
         "hashes",
         "in_flight",
         "key",
@@ -51,6 +53,7 @@ class Sequence:
         arrival: float,
         max_model_len: int,
         hashes: BlockHashes,
+        drafter: Drafter | None = None,
     ) -> None:
         sampling = request.sampling
         self.request = request
@@ -59,6 +62,8 @@ class Sequence:
         self.seed = seed
         self.arrival = arrival
         self.hashes = hashes
+        self.drafter = drafter
+        """What proposes its next tokens; None if it does not speculate."""
         self.num_prompt = len(token_ids)
         room = max_model_len - self.num_prompt
         self.limit = self.num_prompt + (room if sampling.max_tokens is None else min(sampling.max_tokens, room))
@@ -98,9 +103,16 @@ class Sequence:
             eos_token_ids=self.eos_token_ids,
         )
 
-    def append(self, token: int) -> None:
-        """Add a sampled token that arrives while the sequence has no row."""
-        self.token_ids = np.append(self.token_ids, np.int32(token))
+    def append(self, tokens: list[int]) -> None:
+        """Add sampled tokens that arrive while the sequence has no row."""
+        self.token_ids = np.append(self.token_ids, np.array(tokens, np.int32))
+
+    def until_stop(self, tokens: list[int]) -> tuple[list[int], bool]:
+        """`tokens` up to the first stop token, and whether there was one."""
+        for i, token in enumerate(tokens):
+            if token in self.stop_tokens:
+                return tokens[: i + 1], True
+        return tokens, False
 
     def add_prompt_logprobs(self, start: int, entries: list[TokenLogprobs]) -> None:
         """Keep the log-probabilities of prompt tokens start + 1 .., unless they are already sent."""

@@ -61,7 +61,7 @@ class CpuPlatform:
             ),
             shared_host_memory=True,
             accelerator=False,
-            features=frozenset({Feature.FP8_KV}),
+            features=frozenset({Feature.FP8_KV, Feature.SPECULATIVE}),
         )
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo, PlatformError
+from hotplug.vendor import DeviceInfo, ExecMode, Feature, KVLayout, Limits, MemoryInfo, PlatformError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,6 +77,7 @@ class CudaPlatform:
             step_tokens=16384 + 512,  # as many of prompts while 512 requests decode beside them
             step_requests=256,
             asynchronous=True,
+            features=frozenset({Feature.SPECULATIVE}),
         )
 
     def _refuse_faults(self, device: DeviceInfo) -> None:

@@ -235,6 +235,14 @@ class Builder:
         counters = torch.randint(0, 1000, (len(logits),), generator=self.random)
         return Call((logits, rows, temperature, top_k, top_p, min_p, seeds, counters))
 
+    def _reject_sample(self, facts: Any, lens: Lens, view: bool) -> Call:
+        """Proposals that hold for a part of each request, all of it in some."""
+        first = torch.tensor([0, *(query for query, _ in lens)]).cumsum(0)
+        tokens = torch.randint(0, 4, (_tokens(lens),), generator=self.random)
+        proposed = torch.where(torch.rand(tokens.shape, generator=self.random) < 0.8, tokens, tokens + 1)
+        proposed[first[1:] - 1] = -1
+        return Call((tokens, proposed.to(self.index), first.to(self.index)))
+
     def _logprobs(self, facts: Any, lens: Lens, view: bool) -> Call:
         logits = torch.randn((max(len(lens), 1), facts["vocab"]), generator=self.random)
         return Call((logits, logits.argmax(-1), min(5, facts["vocab"])))

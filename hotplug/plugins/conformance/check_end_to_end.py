@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hotplug.core.engine.bind import bind
-from hotplug.core.platform.base import ExecMode
+from hotplug.core.platform.base import ExecMode, Feature
 from hotplug.core.request import EngineStats
 from hotplug.plugins.conformance.engine_runs import (
     MAX_LEN,
@@ -88,7 +88,7 @@ def _run(target: Target, report: Report, scenario: _Scenario, mode: ExecMode, ex
 
 def _scenarios(target: Target) -> list[_Scenario]:
     """Alone, together, in chunks, with shared prefixes, out of KV memory twice over (computed again, and found in the
-    swap space), with a window; and with a model of the user's."""
+    swap space), with a window, speculating; and with a model of the user's."""
     quick = target.options.quick
     tokens = 8 if quick else 32
     model, sliding = small_model(target.folder), small_model(target.folder, window=24)
@@ -105,6 +105,11 @@ def _scenarios(target: Target) -> list[_Scenario]:
         *_crowded(target, model),
         _Scenario("with a sliding window", sliding, asked, tokens),
     ]  # fmt: skip
+    if Feature.SPECULATIVE in target.limits.features:
+        speculating = {"speculative": "ngram", "speculative_ngram_min": 1}
+        found.append(_Scenario("speculating", model, asked, tokens, lambda mode: speculating,
+                               missed=lambda stats, mode: "" if stats.proposed_tokens else
+                               "no prompt had a token to propose"))  # fmt: skip
     if target.options.model is not None:
         real = Path(target.options.model)
         few = {name: ids[:40] for name, ids in list(asked.items())[:4]}

@@ -143,4 +143,5 @@ def _undeclared(target: Target) -> list[tuple[str, Any]]:
         *(("kv_cache_dtype", dtype) for dtype in KV_DTYPES if dtype not in kv_dtypes),
         *(("block_size", size) for size in (3, 16, 48, 512) if size not in limits.block_sizes),
         *(("exec", str(mode)) for mode in ExecMode if mode not in limits.exec_modes),
+        *([] if Feature.SPECULATIVE in limits.features else [("speculative", "ngram")]),
     ]

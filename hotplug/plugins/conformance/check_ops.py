@@ -23,7 +23,7 @@ FUZZED = 1000
 """Call sites by chance; fewer in a quick run."""
 TRIES = 4
 """Draws for one of them, until the check says yes: a kernel that refuses most sites is run as often as others."""
-INTEGER_OPS = ("prepare_inputs", "prepare_step")
+INTEGER_OPS = ("prepare_inputs", "prepare_step", "reject_sample")
 FLOAT_OPS = ("argmax", "sample", "sample_rows", "logprobs", "penalties")
 """Ops whose call sites have a dtype of their own, not the model's."""
 

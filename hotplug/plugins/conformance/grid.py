@@ -75,6 +75,8 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
                        "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
         case "argmax" | "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
+        case "reject_sample":
+            yield {}
         case "prepare_inputs" | "prepare_step":
             yield from ({"block_size": size} for size in limits.block_sizes[:2])
 
@@ -108,7 +110,7 @@ def steps(op: str, facts: Mapping[str, Fact], *, quick: bool) -> Sequence[tuple[
         ("one token", [(1, 1)]),
         ("an odd number of tokens", [(1, 9), (1, 2), (34, 34)]),
     ]
-    if op in ("argmax", "sample", "sample_rows", "logprobs", "penalties"):
+    if op in ("argmax", "sample", "sample_rows", "reject_sample", "logprobs", "penalties"):
         return found[1:]
     return found if quick else [*found, ("many tokens", [(513, 513)])]
 

@@ -19,6 +19,7 @@ from hotplug.platforms.cuda.kernels.moe_route import moe_route
 from hotplug.platforms.cuda.kernels.rotate import qk_norm_rope_kv_write, rope_kv_write
 from hotplug.platforms.cuda.kernels.sample import argmax, sample, sample_rows
 from hotplug.platforms.cuda.kernels.scores import logprobs, penalties
+from hotplug.platforms.cuda.kernels.verify import reject_sample
 from hotplug.vendor import Bucket, Impl, SiteSpec, Verdict
 
 WIDEST_ROW = 16384
@@ -120,6 +121,7 @@ KERNELS = (
     Impl("argmax", "cuda.triton", argmax, rank=10),
     Impl("sample", "cuda.triton", sample, rank=10),
     Impl("sample_rows", "cuda.triton", sample_rows, rank=10),
+    Impl("reject_sample", "cuda.triton", reject_sample, rank=10),
     Impl("penalties", "cuda.triton", penalties, rank=10),
     Impl("logprobs", "cuda.triton", logprobs, rank=10),
     Impl("moe_route", "cuda.triton", moe_route, check=_experts, rank=10),

@@ -97,6 +97,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("embed", {"vocab": LLAMA_VOCAB, "hidden": 4096}, DECODES),
     Variant("argmax", {"vocab": LLAMA_VOCAB}, DECODES, "float32", BUFFERS),
     Variant("sample_rows", {"vocab": QWEN3_VOCAB}, DECODES, "float32", BUFFERS),
+    Variant("reject_sample", {}, MIXED, "int32"),
     Variant("penalties", {"vocab": LLAMA_VOCAB}, DECODES, "float32"),
     Variant("logprobs", {"vocab": LLAMA_VOCAB}, DECODES, "float32"),
     _attention(LLAMA_8B, ONE),
