@@ -35,9 +35,9 @@ def model() -> str:
 
 def test_the_answer_is_right(client, model):
     answer = client.chat.completions.create(
-        model=model, temperature=0, messages=[{"role": "user", "content": "What is the capital of France?"}]
+        model=model, temperature=0, messages=[{"role": "user", "content": "What is the capital of Japan?"}]
     )
-    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].message.content == "The capital of Japan is Tokyo."
     assert answer.choices[0].finish_reason == "stop"
 
 

@@ -34,7 +34,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
 def ready_text(url: str, model: str, needs_key: bool) -> str:
     """What to print when requests are served: one curl line and one Python line that work as they stand."""
     base = url.replace("://0.0.0.0", "://127.0.0.1").replace("://[::]", "://[::1]")
-    message = {"role": "user", "content": "What is the capital of France?"}
+    # a question whose answer is the same in every format of the weights: others are near ties to a small model
+    message = {"role": "user", "content": "What is the capital of Japan?"}
     # greedy: a small model rambles at the API's default temperature of 1
     body = json.dumps({"model": model, "messages": [message], "temperature": 0})
     header = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
