@@ -24,6 +24,8 @@ from hotplug.platforms.cpu.native import stored as native
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.vendor import ExecMode
 
+PRODUCTS = ("linear_stored", "linear_stored_silu_mul", "logits_stored")
+
 
 def flipped(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     """Reads what `Flips` gives: rows last first."""
@@ -32,6 +34,10 @@ def flipped(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
 
 def flipped_scores(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     return flipped(x, data, bias)
+
+
+def flipped_gated(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    return stored.linear_stored_silu_mul(x, data.flip(0), bias)
 
 
 def as_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,7 +49,11 @@ class Flips(FakePlatform):
     """Repacks by turning the order of rows around."""
 
     facts: Any = field(default_factory=lambda: limits(quantization=("none", "*"), accelerator=False))
-    kernels: Any = (Impl("linear_stored", "acme", flipped), Impl("logits_stored", "acme", flipped_scores))
+    kernels: Any = (
+        Impl("linear_stored", "acme", flipped),
+        Impl("linear_stored_silu_mul", "acme", flipped_gated),
+        Impl("logits_stored", "acme", flipped_scores),
+    )
     asked: list[tuple[SiteSpec, str]] = field(default_factory=list)
 
     def repack(self, weight: Tensor, spec: SiteSpec, provider: str) -> Tensor:
@@ -83,7 +93,7 @@ def test_a_kernel_gets_its_matrices_as_the_platform_repacks_them(start) -> None:
     platform = Flips()
     core = start(platform)
     assert tokens(core) == tokens(start(FakePlatform(facts=platform.facts)))
-    products = [s for s in core.report()["sites"] if s["op"] in ("linear_stored", "logits_stored")]
+    products = [s for s in core.report()["sites"] if s["op"] in PRODUCTS]
     assert sorted(spec.site for spec, _ in platform.asked) == sorted(s["site"] for s in products)
     assert {provider for _, provider in platform.asked} == {"acme"}
 
@@ -149,7 +159,7 @@ def test_a_matrix_that_no_other_is_stacked_with_is_a_view_of_the_file(start) -> 
         "model.embed_tokens.weight": core.bound.model.embed.weight,
         "model.layers.0.mlp.down_proj.weight": layer.mlp.down.stored[0],
         "model.layers.0.self_attn.o_proj.weight": layer.attn.out.stored[0],
-        "model.layers.0.mlp.gate_proj.weight": layer.mlp.gate_up.stored[0],
+        "model.layers.0.mlp.gate_proj.weight": layer.mlp.gate_up.weight,
     }
     found = dict(core.bound.checkpoint.tensors(weights.keys()))
     same = {name: found[name].data.data_ptr() == weight.data_ptr() for name, weight in weights.items()}
@@ -191,8 +201,8 @@ def test_outputs_that_do_not_fill_tiles_stay_in_groups() -> None:
 def test_the_cpu_platform_keeps_no_second_copy(start) -> None:
     core = start(CpuPlatform(), dtype="float32")
     layer = core.bound.model.layers[0]
-    products = [layer.attn.qkv, layer.attn.out, layer.mlp.gate_up, layer.mlp.down]
-    assert all(linear.stored[0].ndim == 3 for linear in products)
+    products = [linear.stored[0] for linear in (layer.attn.qkv, layer.attn.out, layer.mlp.down)]
+    assert all(weight.ndim == 3 for weight in (*products, layer.mlp.gate_up.weight))
     assert core.bound.model.head.weight.ndim == 3
     assert core.bound.model.embed.weight.shape[0] == VOCAB
     tokens(core)

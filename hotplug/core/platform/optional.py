@@ -149,7 +149,8 @@ class HasWeights(Protocol):
         afterwards, unless it is what this returns. Asked for the matrices of products: the op's second argument.
 
         Weights are left as they are in the checkpoint, and kernels must take them so, where others read them too:
-        where steps are compiled as a whole, and in tests and tools that compare kernels with references.
+        where steps are compiled as a whole, in parts of a fused op that has no kernel of its own, in tests and in tools
+        that compare kernels with references.
         """
 
 
