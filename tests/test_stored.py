@@ -17,9 +17,10 @@ from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.errors import ConfigError, FeatureError
+from hotplug.core.errors import ConfigError, FeatureError, ModelError
+from hotplug.core.layers.table import table_place
 from hotplug.core.ops.stored import GROUP_BYTES, dequantize, embed_stored, linear_stored, logits_stored, scheme_of
-from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.quant.stored import StoredRows, StoredScheme
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.weights.checkpoint import open_checkpoint
 from hotplug.core.weights.stored import StoredMatrix
@@ -201,3 +202,14 @@ def test_a_checkpoint_without_groups_is_refused(start, tiny_model: Path) -> None
 def test_a_platform_that_does_not_serve_it_is_refused(start, tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match="quantization stored is not among none"):
         start(model(tmp_path, Kind.Q8_0), FakePlatform(facts=limits(quantization=("none",))), quantization="stored")
+
+
+def test_a_module_around_an_embedding_must_say_how_its_table_is_stored() -> None:
+    wrapper = torch.nn.Module()
+    wrapper.weight = torch.nn.Parameter(torch.zeros(4, 34, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match="its weight is in groups, and it does not say in which"):
+        table_place(wrapper, 32)
+    wrapper.scheme = StoredScheme("q8_0")
+    assert isinstance(table_place(wrapper, 32), StoredRows)
+    wrapper.scheme, wrapper.weight = None, torch.nn.Parameter(torch.zeros(4, 32))
+    assert table_place(wrapper, 32) is wrapper.weight

@@ -35,11 +35,12 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 class ScaledEmbedding(nn.Module):
     """Token ids [num_tokens] to vectors [num_tokens, hidden] of unit scale."""
 
-    def __init__(self, embedding: Embedding, hidden: int) -> None:
+    def __init__(self, embedding: Embedding, hidden: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.inner = embedding
-        # In the weights' dtype, as the model was trained: 2048 ** 0.5 is 45.25 in bfloat16
-        self.scale = torch.tensor(hidden**0.5, dtype=embedding.weight.dtype).item()
+        self.scheme = embedding.scheme
+        # In the model's dtype, as it was trained: 2048 ** 0.5 is 45.25 in bfloat16
+        self.scale = torch.tensor(hidden**0.5, dtype=dtype).item()
 
     @property
     def weight(self) -> Tensor:
@@ -54,7 +55,7 @@ class GemmaDecoder(Decoder):
 
     def __init__(self, ctx: BuildContext, config: ModelConfig) -> None:
         super().__init__(ctx, config)
-        self.embed = ScaledEmbedding(self.embed, config.hidden_size)
+        self.embed = ScaledEmbedding(self.embed, config.hidden_size, ctx.dtype)
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         for name, place in super().destinations():

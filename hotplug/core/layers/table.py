@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
+from hotplug.core.errors import ModelError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.dense import Embedding
 from hotplug.core.layers.destination import Destination
@@ -55,6 +58,15 @@ def make_embedding(ctx: BuildContext, site: str, vocab: int, hidden: int) -> Emb
     return StoredEmbedding(ctx, scheme, site, vocab, hidden)
 
 
-def table_place(table: Embedding | StoredEmbedding | Head, hidden: int) -> Destination:
-    """Where the checkpoint's table goes."""
-    return table.weight if table.scheme is None else StoredRows(table.scheme, [table.weight], hidden)
+def table_place(table: nn.Module, hidden: int) -> Destination:
+    """Where the checkpoint's table goes. `table` is one of the above, or a module of a plugin's model around one.
+
+    Raises ModelError for a module that hides how its table is stored.
+    """
+    weight, scheme = cast("Tensor", table.weight), getattr(table, "scheme", None)
+    if scheme is not None:
+        return StoredRows(scheme, [weight], hidden)
+    if not weight.is_floating_point():
+        raise ModelError("its weight is in groups, and it does not say in which", where=type(table).__name__,
+                         hint="Give it the `scheme` of what it wraps, or run with --quantization none.")  # fmt: skip
+    return weight
