@@ -24,7 +24,7 @@ from hotplug.plugins.conformance.engine_runs import VOCAB, small_model
 
 ARCH = CpuPlatform().probe()[0].arch
 if not openvino.refusal(ARCH):
-    from hotplug.platforms.cpu.openvino.build import Graph, Weight
+    from hotplug.platforms.cpu.openvino.graph import Graph, Weight
     from hotplug.platforms.cpu.openvino.operations import TRANSLATIONS
 
 needs_openvino = pytest.mark.skipif(bool(openvino.refusal(ARCH)), reason=openvino.refusal(ARCH))

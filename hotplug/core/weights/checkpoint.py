@@ -6,28 +6,22 @@ tensors is the model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 from hotplug.core.errors import ConfigError, WeightsError, nearest
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES, ConfigReader, read_hf_config
+from hotplug.core.weights.room import Room, no_room
 
 if TYPE_CHECKING:
     import torch
 
     from hotplug.core.weights.stored import StoredMatrix
 
-Room: TypeAlias = "Callable[[str, tuple[int, ...]], torch.Tensor | None]"
-"""Where a weight of this name and shape may be written, float32 and contiguous on the host; None: nowhere yet."""
-
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-
-
-def no_room(name: str, shape: tuple[int, ...]) -> None:
-    """Weights come in memory of their own."""
 
 
 class Checkpoint(Protocol):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from hotplug.core.weights.checkpoint import Room, no_room
 from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.room import Room, no_room
 
 _STD = 0.02
 

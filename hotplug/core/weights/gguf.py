@@ -19,11 +19,11 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
-from hotplug.core.weights.checkpoint import Room, no_room
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import parameter_shapes
 from hotplug.core.weights.gguf_config import gguf_config
 from hotplug.core.weights.gguf_file import GgufFile, GgufTensor
+from hotplug.core.weights.room import Room, no_room
 from hotplug.core.weights.stored import StoredMatrix
 
 _CHUNK = 4096

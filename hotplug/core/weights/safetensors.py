@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
-from hotplug.core.weights.checkpoint import Room, no_room
 from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.room import Room, no_room
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"

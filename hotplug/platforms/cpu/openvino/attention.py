@@ -18,7 +18,7 @@ from hotplug.vendor import PlatformError
 if TYPE_CHECKING:
     from openvino import Output
 
-    from hotplug.platforms.cpu.openvino.build import Graph, Weight
+    from hotplug.platforms.cpu.openvino.graph import Graph, Weight
 
 BLOCK_SIZE = 32
 """Tokens of a block, the only size that the CPU plugin's kernel has."""

@@ -17,7 +17,7 @@ from hotplug.platforms.cpu.openvino.stored import embed_stored, linear_stored
 if TYPE_CHECKING:
     from openvino import Output
 
-    from hotplug.platforms.cpu.openvino.build import Graph, Weight
+    from hotplug.platforms.cpu.openvino.graph import Graph, Weight
 
 
 def embed(graph: Graph, site: str, token_ids: Output, weight: Weight) -> Output:

@@ -18,7 +18,7 @@ from hotplug.vendor import PlatformError
 if TYPE_CHECKING:
     from openvino import Output
 
-    from hotplug.platforms.cpu.openvino.build import Graph, Weight
+    from hotplug.platforms.cpu.openvino.graph import Graph, Weight
 
 GROUP, TILE = 32, 16
 BYTES = {18: "q4_0", 20: "q4_1", 34: "q8_0"}
