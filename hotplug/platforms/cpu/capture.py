@@ -207,15 +207,13 @@ def capture(step: Callable[[], Any]) -> Callable[[], None]:
             step()
     finally:
         _thread.recorder = before
-    parts = recorder.parts
-    for part in parts:
+    for part in recorder.parts:
         if isinstance(part, _Native):
             part.seal()
 
     def replay() -> None:
         with _pool.lock:
-            for part in parts:
+            for part in recorder.parts:  # with the recorder lives the memory that it keeps
                 part()
 
-    replay.recorder = recorder  # type: ignore[attr-defined]
     return replay
