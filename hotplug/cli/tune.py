@@ -1,4 +1,4 @@
-"""`hotplug tune`: measure configurations of a platform's kernels at a model's shapes, and keep the fastest."""
+"""`hotplug tune`: measure a platform's kernels, or its execution modes, for a model, and keep what is fastest."""
 
 from __future__ import annotations
 
@@ -31,9 +31,17 @@ def tune(
         Path | None,
         typer.Option("--output", metavar="FILE", help="The file to write. Default: the platform's own place."),
     ] = None,
+    modes: Annotated[
+        bool, typer.Option("--modes", help="Measure execution modes instead; --exec auto takes the fastest then.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry a kernel and shape.")] = False,
 ) -> None:
     """Measure kernel configurations on a device at a model's shapes, and keep the fastest in a data file."""
+    if modes:
+        if seconds is not None or output is not None:
+            raise ConfigError("--seconds and --output are for kernels, and do not go with --modes")
+        _tune_modes(engine, json=json)
+        return
     budget = 120.0 if seconds is None else seconds
     if budget <= 0:
         raise ConfigError(f"{budget:g} is no time to measure in", where="--seconds", hint="Give a positive number.")
@@ -64,6 +72,25 @@ def tune(
     left = f"; {summary.left} were left, give more --seconds" if summary.left else ""
     out().print(_escaped(f"{summary.measured} kernels and shapes measured, {faster} changed{left}"))
     out().print(_escaped(f"written to {summary.file}"))
+
+
+def _tune_modes(engine: EngineConfig, *, json: bool) -> None:
+    fetch(engine.model)
+    from hotplug.cli.tune_modes import tune_modes
+
+    console = err() if json else out()
+
+    def report(mode: str, found: dict[str, float] | str) -> None:
+        text = found if isinstance(found, str) else ", ".join(f"{k} {v:,.0f}" for k, v in found.items()) + " tokens/s"
+        console.print(_escaped(f"{mode:<8} {text}"))
+
+    path, record = tune_modes(engine, report)
+    if json:
+        failed = {str(mode): why for mode, why in record.failed.items()}
+        figures = {str(mode): record.figures[mode] for mode in record.order}
+        print_json({"schema": 1, "file": str(path), "fastest": record.order[0], "modes": figures, "failed": failed})
+        return
+    console.print(_escaped(f"{record.order[0]} is fastest; --exec auto takes it from now on: {path}"))
 
 
 def distinct(choices: Iterable[Choice]) -> list[SiteSpec]:

@@ -13,6 +13,7 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine import mode_record
 from hotplug.core.engine.compile_check import compiled_by
 from hotplug.core.engine.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.errors import ConfigError
@@ -62,6 +63,8 @@ class Bound:
     selection: Selection
     limits: Limits
     resolved: Resolved
+    mode_reason: str
+    """Why steps run in `resolved.exec_mode`."""
     checkpoint: Checkpoint
     weights: WeightFormat
     max_model_len: int
@@ -100,6 +103,7 @@ class Bound:
             "quantization": self.weights.name,
             "quantization_because": self.weights.reason,
             "exec": str(self.resolved.exec_mode),
+            "exec_because": self.mode_reason,
             "kv": {
                 "dtype": self.resolved.kv_dtype,
                 "layout": str(self.resolved.kv_layout),
@@ -139,7 +143,9 @@ def bind(
         read_ahead(checkpoint.files)
     model_config = checkpoint.config
     asked = asked_format(config, extension, checkpoint)
-    resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype)
+    mode = mode_record.choose(config, selection, model_config, limits.exec_modes)
+    resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype,
+                       fastest=mode.mode)  # fmt: skip
     max_model_len = _max_model_len(config, model_config)
 
     registry = builtin_registry()
@@ -202,6 +208,7 @@ def bind(
         selection,
         limits,
         resolved,
+        mode.reason,
         checkpoint,
         weights,
         max_model_len,

@@ -29,12 +29,17 @@ class Resolved:
     """Whether requests can speculate."""
 
 
-def resolve(config: EngineConfig, limits: Limits, *, platform: str, checkpoint_dtype: str) -> Resolved:
-    """Settle dtypes, block size and execution mode. Raises FeatureError with every reason at once."""
+def resolve(
+    config: EngineConfig, limits: Limits, *, platform: str, checkpoint_dtype: str, fastest: ExecMode | None = None
+) -> Resolved:
+    """Settle dtypes, block size and execution mode. Raises FeatureError with every reason at once.
+
+    `fastest` is the mode that `exec=auto` takes; None is the first of the platform's.
+    """
     reasons: list[str] = []
     built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
     asked = "eager" if config.trace_ops else config.exec
-    mode = ExecMode(asked) if asked != "auto" else (built or [ExecMode.EAGER])[0]
+    mode = ExecMode(asked) if asked != "auto" else fastest or (built or [ExecMode.EAGER])[0]
     limits = limits.within(mode)
     dtype = _compute_dtype(config, limits, checkpoint_dtype)
     if dtype not in limits.dtypes:
