@@ -117,7 +117,8 @@ class Sampler:
         self._min_tokens = np.zeros(max_rows, np.int64)
         self._has_bias = np.zeros(max_rows, bool)
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}
-        self._held_back: dict[int, Tensor] = {}
+        self._held_back = np.full((max_rows, 1), -1, np.int64)
+        """[max_rows, most] the tokens that a row may not give before it has its least number; -1 where it has fewer."""
         self._has_processor = np.zeros(max_rows, bool)
         self._processors: dict[int, list[LogitsProcessor]] = {}
 
@@ -136,15 +137,15 @@ class Sampler:
         self._host_top_k[row], self._host_seeds[row] = params.top_k, seed
         self._stale = True
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._min_tokens[row] = params.min_tokens
+        held = sorted({*eos_token_ids, *params.stop_token_ids})
+        self._min_tokens[row] = params.min_tokens if held else 0  # with nothing to hold back, there is nothing to do
+        if self._min_tokens[row]:
+            self._hold_back(row, held)
         self._has_bias[row] = bool(params.logit_bias)
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device)
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device)
             self._bias[row] = (ids, values)
-        if params.min_tokens:
-            held = sorted({*eos_token_ids, *params.stop_token_ids})
-            self._held_back[row] = torch.tensor(held, dtype=torch.int64, device=self._device)
         self._has_processor[row] = bool(params.logits_processors)
         if params.logits_processors:
             self._start_processors(row, params.logits_processors, token_ids, num_prompt_tokens)
@@ -153,6 +154,13 @@ class Sampler:
         self._special[row] = (
             _penalized(params) or params.logprobs is not None or bool(params.logit_bias or params.logits_processors)
         )
+
+    def _hold_back(self, row: int, tokens: list[int]) -> None:
+        missing = len(tokens) - self._held_back.shape[1]
+        if missing > 0:
+            self._held_back = np.pad(self._held_back, ((0, 0), (0, missing)), constant_values=-1)
+        self._held_back[row] = -1
+        self._held_back[row, : len(tokens)] = tokens
 
     def check_processors(self, params: SamplingParams) -> None:
         """Raises RequestError for a processor that does not exist or does not take its arguments."""
@@ -172,7 +180,6 @@ class Sampler:
         for row in rows.tolist():
             self._processors.pop(row, None)
             self._bias.pop(row, None)
-            self._held_back.pop(row, None)
             self._history.release(row)
 
     def demand(self, rows: Rows, counters: Counters) -> Draw:
@@ -255,8 +262,10 @@ class Sampler:
         for i in processed.tolist():
             for processor in self._processors[int(rows[i])]:
                 processor.apply(adjusted[i])
-        for i in short.tolist():
-            adjusted[i, self._held_back[int(rows[i])]] = float("-inf")
+        if len(short):
+            held = self._held_back[rows[short]]
+            which, column = np.nonzero(held >= 0)
+            adjusted[self._index(short[which]), self._index(held[which, column])] = float("-inf")
         return adjusted
 
     def _draw(self, logits: Tensor, rows: Rows, counters: Counters, which: npt.NDArray[np.int64]) -> Tensor:
