@@ -12,7 +12,7 @@ from torch import Tensor
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
 from hotplug.core.request import SamplingParams
-from hotplug.core.sample.sampler import Sampled, Sampler
+from hotplug.core.sample.sampler import Draw, Sampled, Sampler
 
 VOCAB = 8
 BASE = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])  # greedy takes 7, then 6, 5, ... as they are lowered
@@ -105,6 +105,24 @@ def test_min_tokens_hold_back_end_and_stop_tokens() -> None:
     sampler = make_sampler()
     admit(sampler, 0, min_tokens=2, eos=(7,), stop_token_ids=(6,))
     assert run(sampler, 0, 3) == [5, 5, 7]
+
+
+def test_min_tokens_of_a_row_that_nothing_ends_cost_nothing() -> None:
+    sampler = make_sampler()
+    admit(sampler, 0, min_tokens=9, ignore_eos=True)  # so the scheduler gives no end-of-sequence tokens
+    admit(sampler, 1, min_tokens=9, eos=(7,))
+    counters = np.zeros(1, np.int64)
+    assert sampler.demand(int32(0), counters) is Draw.GREEDY
+    assert sampler.demand(int32(1), counters) is Draw.LOGITS
+
+
+def test_biases_and_held_back_tokens_of_several_rows_stay_apart() -> None:
+    sampler = make_sampler()
+    admit(sampler, 0, logit_bias={7: -100.0, 6: -100.0})
+    admit(sampler, 1, min_tokens=1, eos=(7,), stop_token_ids=(6, 5))
+    admit(sampler, 2)
+    admit(sampler, 3, logit_bias={2: 50.0}, min_tokens=1, eos=(2,))
+    assert step(sampler, 2, 0, 3, 1) == [7, 5, 7, 4]
 
 
 def test_min_tokens_count_the_outputs_of_before_a_preemption() -> None:

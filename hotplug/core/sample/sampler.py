@@ -8,7 +8,7 @@ temperature, top-k, top-p, min-p, then the draw. Log-probabilities are of the lo
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -116,8 +116,8 @@ class Sampler:
         self._num_logprobs = np.full(max_rows, -1, np.int32)
         self._min_tokens = np.zeros(max_rows, np.int64)
         self._has_bias = np.zeros(max_rows, bool)
-        self._bias: dict[int, tuple[Tensor, Tensor]] = {}
-        self._held_back: dict[int, Tensor] = {}
+        self._bias: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = {}
+        self._held_back: dict[int, npt.NDArray[np.int64]] = {}
         self._has_processor = np.zeros(max_rows, bool)
         self._processors: dict[int, list[LogitsProcessor]] = {}
 
@@ -136,15 +136,14 @@ class Sampler:
         self._host_top_k[row], self._host_seeds[row] = params.top_k, seed
         self._stale = True
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._min_tokens[row] = params.min_tokens
         self._has_bias[row] = bool(params.logit_bias)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device)
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device)
-            self._bias[row] = (ids, values)
-        if params.min_tokens:
-            held = sorted({*eos_token_ids, *params.stop_token_ids})
-            self._held_back[row] = torch.tensor(held, dtype=torch.int64, device=self._device)
+            ids, values = params.logit_bias.keys(), params.logit_bias.values()
+            self._bias[row] = (np.array([*ids], np.int64), np.array([*values], np.float32))
+        held = {*eos_token_ids, *params.stop_token_ids} if params.min_tokens else ()
+        self._min_tokens[row] = params.min_tokens if held else 0  # a row that nothing ends has nothing to hold back
+        if held:
+            self._held_back[row] = np.array(sorted(held), np.int64)
         self._has_processor[row] = bool(params.logits_processors)
         if params.logits_processors:
             self._start_processors(row, params.logits_processors, token_ids, num_prompt_tokens)
@@ -249,15 +248,20 @@ class Sampler:
         processed = np.flatnonzero(self._has_processor[rows])
         if adjusted is logits and (len(biased) or len(short) or len(processed)):
             adjusted = logits.clone()
-        for i in biased.tolist():
-            ids, values = self._bias[int(rows[i])]
-            adjusted[i].index_add_(0, ids, values)
+        if len(biased):
+            ids, values = zip(*(self._bias[row] for row in rows[biased].tolist()), strict=True)
+            bias = torch.from_numpy(np.concatenate(values)).to(self._device, non_blocking=True)
+            adjusted.index_put_(self._cells(biased, ids), bias, accumulate=True)
         for i in processed.tolist():
             for processor in self._processors[int(rows[i])]:
                 processor.apply(adjusted[i])
-        for i in short.tolist():
-            adjusted[i, self._held_back[int(rows[i])]] = float("-inf")
+        if len(short):
+            adjusted[self._cells(short, [self._held_back[row] for row in rows[short].tolist()])] = float("-inf")
         return adjusted
+
+    def _cells(self, entries: npt.NDArray[np.int64], tokens: Sequence[npt.NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the step's scores: of each of `entries` its `tokens`."""
+        return self._index(np.repeat(entries, [len(t) for t in tokens])), self._index(np.concatenate(tokens))
 
     def _draw(self, logits: Tensor, rows: Rows, counters: Counters, which: npt.NDArray[np.int64]) -> Tensor:
         """Random tokens for the entries `which` of the step."""
