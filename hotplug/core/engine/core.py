@@ -11,7 +11,14 @@ from typing import Any
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.connect import make_connector, make_transfer
-from hotplug.core.engine.executables import captured, captured_shapes, compiled, compiled_shapes, graph_memory
+from hotplug.core.engine.executables import (
+    captured,
+    captured_prompts,
+    captured_shapes,
+    compiled,
+    compiled_shapes,
+    graph_memory,
+)
 from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
 from hotplug.core.engine.warmup import WarmUp
@@ -300,7 +307,7 @@ def _executable(
         case ExecMode.EAGER:
             return eager
         case ExecMode.CAPTURE:
-            return captured(bound, eager, captured_shapes(bound))
+            return captured(bound, eager, captured_shapes(bound), captured_prompts(bound))
         case ExecMode.COMPILE:
             return compiled(bound, shapes, kv, eager)
 
