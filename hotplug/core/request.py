@@ -169,3 +169,7 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
     proposed_tokens: int = 0
     confirmed_tokens: int = 0
     """Proposed tokens, and those of them that the model's own choice confirmed."""
+    phase_ns: list[int] = []
+    """Nanoseconds of the loop in each of `hotplug.core.runner.timing.PHASES`."""
+    step_buckets: list[int] = []
+    """Steps by duration, in the buckets of `hotplug.core.runner.timing.STEP_SECONDS`."""

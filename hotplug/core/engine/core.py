@@ -42,6 +42,7 @@ from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner, StepHandle
 from hotplug.core.runner.static import StepShape
+from hotplug.core.runner.timing import PLAN, UPDATE, WAIT
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
@@ -93,6 +94,8 @@ class EngineCore:
         transfer, swap = make_transfer(bound, cache, connector), make_swap(bound, cache, space)
         runtime = platform if isinstance(platform, HasRuntime) else None
         self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime, swap)
+        self.timer = self._runner.timer
+        """The phases of its steps; whoever hands the results of a step over calls `sent`."""
         self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)
         self._ahead = int(bound.limits.asynchronous)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
@@ -202,15 +205,23 @@ class EngineCore:
             raise EngineDeadError("a step failed", why=self._failure, hint="Start a new engine.")
 
     def _step(self) -> list[TokenDelta]:
+        timer = self.timer
+        timer.begin()
         plan = self._scheduler.schedule()
+        timer.lap(PLAN)
         if plan is not None:
+            if timer.recorder is not None:
+                timer.recorder.launched(len(plan.rows), int(plan.num_tokens.sum()))
             self._in_flight.append((plan, self._runner.execute(plan)))
             if len(self._in_flight) <= self._ahead:
                 return []
         if not self._in_flight:
             return []
         oldest, handle = self._in_flight.popleft()
-        deltas = self._scheduler.update(oldest, handle.result())
+        result = handle.result()
+        timer.lap(WAIT)
+        deltas = self._scheduler.update(oldest, result)
+        timer.lap(UPDATE)
         if not self.has_work:  # nobody knows when the next step will be
             self._runner.save(self._scheduler.take_saves())
         return deltas
@@ -224,6 +235,7 @@ class EngineCore:
         stats = self._scheduler.stats()
         stats.reference_ops = self._reference_ops
         stats.recompiles = self._executable.recompiles
+        stats.phase_ns, stats.step_buckets = self.timer.nanoseconds.copy(), self.timer.buckets.copy()
         return stats
 
     def report(self) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class EngineProcess:
             self._read(block=not core.has_work)
             if core.has_work:
                 self._post(messages.Outputs(core.step(), core.stats()))
+                core.timer.sent()
 
     def _read(self, *, block: bool) -> None:
         """Handle every message that is there; with `block`, wait for the first."""

@@ -21,6 +21,7 @@ from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.capture_prompts import PromptShape, RecordedPrompts
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.static import StepShape
+from hotplug.core.runner.timing import PREPARE
 from hotplug.core.sample.sampler import Draw, Sampler
 
 _FINE, _MIDDLE = 16, 256
@@ -98,6 +99,7 @@ class _Decodes:
         values[3] = -1
         values[3, n - len(plan.drafts) : n] = plan.drafts
         self._input.copy_(staged, non_blocking=True)
+        step.timer.lap(PREPARE)
         replay = self._replay.get(step.draw)
         if replay is not None:
             replay()
