@@ -21,6 +21,7 @@ from hotplug.core.platform.base import DeviceInfo, ExecMode, Feature
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner.capture_prompts import CHUNKS, PromptShape, prompt_shapes, served
 from hotplug.core.runner.executable import HostStep
+from hotplug.core.runner.timing import StepTimer
 from hotplug.core.sample.sampler import Draw
 from hotplug.core.scheduler.plan import StepPlan
 
@@ -146,7 +147,7 @@ def test_a_step_is_served_by_the_smallest_shape_that_holds_it(
     empty = np.empty(0, np.int32)
     plan = StepPlan(np.arange(len(counts), dtype=np.int32), counts * 0, counts, counts > 0, decodes, empty, [], empty,
                     empty, empty)  # fmt: skip
-    found = served(HostStep(plan, plan.rows, draw, counts.astype(np.int64), scored_only), shapes)
+    found = served(HostStep(plan, plan.rows, draw, counts.astype(np.int64), scored_only, StepTimer()), shapes)
     fits = [s for s in shapes if s.decodes >= decodes and s.tokens >= sum(chunks)]
     if draw is Draw.LOGITS or not scored_only or len(chunks) > CHUNKS:
         assert found is None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hotplug.core.runner.batch import Batch, Region
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
+from hotplug.core.runner.timing import PREPARE
 from hotplug.core.sample.sampler import Draw, Sampler
 
 CHUNKS = 8
@@ -93,6 +94,7 @@ class RecordedPrompts:
         """Replay with a step that the shape holds, drawn in a way that is recorded."""
         self._fill(step)
         self._host.send()
+        step.timer.lap(PREPARE)
         self._replay[step.draw]()
         return StepOutputs(None, None, self._tokens[: len(step.rows)])
 
