@@ -23,6 +23,8 @@ class CompletionChunk:
     """The stop string or stop token id that ended it; None for the model's own end of sequence."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    queued: float = 0.0
+    """Seconds between arrival and first being scheduled (with the first token)."""
 
 
 @dataclass(slots=True)
@@ -113,7 +115,7 @@ class Completion:
         self.finished = reason is not None
         return CompletionChunk(
             self.index, text, token_ids, logprobs, reason, stop_reason,
-            delta.prompt_logprobs, delta.num_cached_tokens,
+            delta.prompt_logprobs, delta.num_cached_tokens, delta.queued,
         )  # fmt: skip
 
     def _stop_reason(self, delta: TokenDelta) -> int | None:
