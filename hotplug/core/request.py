@@ -7,11 +7,20 @@ This module knows nothing of HTTP, scheduling or devices.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from hotplug.core.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    TokenIds = Sequence[int] | npt.NDArray[np.int32]
+else:
+    TokenIds = Any  # msgspec reads annotations, and knows no arrays
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -101,13 +110,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
+    """Integers, or [n] int32: what comes from another process is an array."""
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str = ""
     arrival: float = 0.0
     """Seconds on the clock of `time.monotonic`, shared by the processes of one host."""
+    tag: int = 0
+    """What its front end finds it by: client number << 32 | slot. Comes back with every token, means nothing here."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -136,6 +148,8 @@ class TokenDelta(msgspec.Struct, array_like=True):
     """Seconds between arrival and first being scheduled (on the first delta)."""
     error: str = ""
     """Why, when `finish_reason` is "error"."""
+    tag: int = 0
+    """The request's."""
 
 
 class EngineStats(msgspec.Struct, array_like=True, kw_only=True):

@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.connect import make_connector, make_transfer
@@ -33,7 +36,7 @@ from hotplug.core.ops.trace import synchronizer
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasRuntime, HasWeights
-from hotplug.core.request import EngineStats, Request, TokenDelta
+from hotplug.core.request import EngineStats, Request
 from hotplug.core.runner import kv_memory, memory_guard
 from hotplug.core.runner.capture import CapturedSteps
 from hotplug.core.runner.compile import CompiledSteps
@@ -46,6 +49,7 @@ from hotplug.core.runner.timing import PLAN, UPDATE, WAIT
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
+from hotplug.core.scheduler.tokens import StepTokens, token_array
 
 _logger = logging.getLogger(__name__)
 
@@ -162,18 +166,19 @@ class EngineCore:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError or QueueFullError, and goes on; EngineDeadError after a failed step."""
         self._require_alive()
+        request = msgspec.structs.replace(request, prompt_token_ids=token_array(request.prompt_token_ids))
         self._check_token_ids(request)
         self._scheduler.add(request)
 
     def _check_token_ids(self, request: Request) -> None:
         """A token id outside the vocabulary would be found by an indexing kernel, in the middle of a step."""
-        sampling = request.sampling
-        for param, ids in (
-            ("prompt", request.prompt_token_ids),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", sampling.logit_bias or ()),
+        sampling, prompt = request.sampling, np.asarray(request.prompt_token_ids)
+        for param, least, most in (
+            ("prompt", int(prompt.min(initial=0)), int(prompt.max(initial=0))),
+            ("stop_token_ids", min(sampling.stop_token_ids, default=0), max(sampling.stop_token_ids, default=0)),
+            ("logit_bias", min(sampling.logit_bias or (), default=0), max(sampling.logit_bias or (), default=0)),
         ):
-            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            if least < 0 or most >= self.vocab_size:
                 raise RequestError(f"{param} has a token id outside the vocabulary of {self.vocab_size}", param=param)
         self.bound.sampler.check_processors(sampling)
         for param in ("logprobs", "prompt_logprobs"):
@@ -181,11 +186,16 @@ class EngineCore:
             if wanted is not None and wanted > self.vocab_size:
                 raise RequestError(f"{param} is above the vocabulary of {self.vocab_size}", param=param)
 
+    @property
+    def requests(self) -> list[Request]:
+        """Those that have not ended."""
+        return self._scheduler.requests
+
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is and free its blocks. False if it is unknown, or over."""
         return self._scheduler.abort(request_id)
 
-    def step(self) -> list[TokenDelta]:
+    def step(self) -> StepTokens:
         """Plan and launch one step, and return what the oldest in flight added to which request.
 
         On an asynchronous device one step stays in flight: its results come with the next call.
@@ -204,7 +214,7 @@ class EngineCore:
         if self._failure:
             raise EngineDeadError("a step failed", why=self._failure, hint="Start a new engine.")
 
-    def _step(self) -> list[TokenDelta]:
+    def _step(self) -> StepTokens:
         timer = self.timer
         timer.begin()
         plan = self._scheduler.schedule()
@@ -214,17 +224,17 @@ class EngineCore:
                 timer.recorder.launched(len(plan.rows), int(plan.num_tokens.sum()))
             self._in_flight.append((plan, self._runner.execute(plan)))
             if len(self._in_flight) <= self._ahead:
-                return []
+                return StepTokens()
         if not self._in_flight:
-            return []
+            return StepTokens()
         oldest, handle = self._in_flight.popleft()
         result = handle.result()
         timer.lap(WAIT)
-        deltas = self._scheduler.update(oldest, result)
+        gained = self._scheduler.update(oldest, result)
         timer.lap(UPDATE)
         if not self.has_work:  # nobody knows when the next step will be
             self._runner.save(self._scheduler.take_saves())
-        return deltas
+        return gained
 
     def wait_until_compiled(self) -> None:
         """Return when no step runs op by op for want of an executable. Raises PlatformError if compiling failed."""
