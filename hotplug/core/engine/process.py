@@ -52,6 +52,9 @@ class EngineProcess:
         if self._parent is not None:
             self._poller.register(self._parent, zmq.POLLIN)
         self._core = EngineCore(config)
+        self._ranks = self._core.sentinels
+        for sentinel in self._ranks:
+            self._poller.register(sentinel, zmq.POLLIN)
         freeze_started_objects()
         self._stopped = False
 
@@ -70,6 +73,8 @@ class EngineProcess:
             ready = dict(self._poller.poll(None if block else 0))
             if self._parent in ready:
                 self._stopped = True
+            if self._ranks and not ready.keys().isdisjoint(self._ranks):
+                self._core.check_ranks()
             if self._receive not in ready:
                 return
             self._handle(messages.decode_to_engine(self._receive.recv()))
