@@ -10,12 +10,14 @@ from hotplug.core.platform.optional import HasRuntime, HasShare
 
 WORKER = "hotplug.core.engine.worker"
 """The module of a worker's process."""
+TRANSPORT = "ring"
+"""What plans go over: the ring of one host, or zmq."""
 
 
 def start_workers(bound: Bound) -> Workers:
     """Start the other ranks of an engine, each on the device that it is to have. Raises ConfigError."""
     device = f"{bound.selection.platform.name}:{bound.selection.device.index}"
-    return Workers(dataclasses.replace(bound.config, device=device), WORKER)
+    return Workers(dataclasses.replace(bound.config, device=device), WORKER, TRANSPORT)
 
 
 def take_share(bound: Bound) -> None:
