@@ -47,6 +47,8 @@ class Feature(enum.StrEnum):
     FP8_KV = "fp8_kv"
     SPECULATIVE = "speculative"
     """Steps that verify proposed tokens: decodes of which several are of one request, one position after the other."""
+    TENSOR_PARALLEL = "tensor_parallel"
+    """Several ranks, each with its part of every layer: each on a device of its own, or on one that is `HasShare`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
