@@ -39,6 +39,10 @@ def int32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
+def counters(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
 def admit(
     sampler: Sampler, row: int, *, prompt: tuple[int, ...] = (0,), outputs: tuple[int, ...] = (), seed: int = 1,
     eos: tuple[int, ...] = (), **params: Any,
@@ -107,22 +111,37 @@ def test_min_tokens_hold_back_end_and_stop_tokens() -> None:
     assert run(sampler, 0, 3) == [5, 5, 7]
 
 
-def test_min_tokens_of_a_row_that_nothing_ends_cost_nothing() -> None:
+def test_min_tokens_hold_back_nothing_that_does_not_end_the_request() -> None:
+    """Then such a request costs no more than any other."""
     sampler = make_sampler()
-    admit(sampler, 0, min_tokens=9, ignore_eos=True)  # so the scheduler gives no end-of-sequence tokens
-    admit(sampler, 1, min_tokens=9, eos=(7,))
-    counters = np.zeros(1, np.int64)
-    assert sampler.demand(int32(0), counters) is Draw.GREEDY
-    assert sampler.demand(int32(1), counters) is Draw.LOGITS
+    admit(sampler, 0, min_tokens=2, ignore_eos=True, eos=(7,))
+    admit(sampler, 1, min_tokens=2, ignore_eos=True, eos=(7,), stop_token_ids=(6,))
+    assert sampler.demand(int32(0), counters(0)) is Draw.GREEDY
+    assert sampler.demand(int32(1), counters(0)) is Draw.LOGITS
+    assert step(sampler, 0, 1) == [7, 7]
 
 
-def test_biases_and_held_back_tokens_of_several_rows_stay_apart() -> None:
+def test_rows_of_a_step_have_their_own_biases_and_held_back_tokens() -> None:
     sampler = make_sampler()
-    admit(sampler, 0, logit_bias={7: -100.0, 6: -100.0})
-    admit(sampler, 1, min_tokens=1, eos=(7,), stop_token_ids=(6, 5))
+    admit(sampler, 0, min_tokens=1, eos=(7,), stop_token_ids=(5, 6))
+    admit(sampler, 1, logit_bias={3: 20.0, 4: 19.0}, min_tokens=1, eos=(3,))
+    admit(sampler, 2, logit_bias={0: 50.0})
+    admit(sampler, 3)
+    assert step(sampler, 2, 0, 3, 1) == [0, 4, 7, 4]
+
+
+def test_what_a_step_needs_follows_the_rows_that_run() -> None:
+    sampler = make_sampler()
+    assert sampler.demand(int32(1, 2), counters(0, 0)) is Draw.GREEDY
+    admit(sampler, 0, temperature=1.0)
+    admit(sampler, 1, logprobs=0)
     admit(sampler, 2)
-    admit(sampler, 3, logit_bias={2: 50.0}, min_tokens=1, eos=(2,))
-    assert step(sampler, 2, 0, 3, 1) == [7, 5, 7, 4]
+    assert sampler.demand(int32(2), counters(0)) is Draw.GREEDY
+    assert sampler.demand(int32(0, 2), counters(0, 0)) is Draw.RANDOM
+    assert sampler.demand(int32(0, 1, 2), counters(0, 0, 0)) is Draw.LOGITS
+    sampler.release(int32(0, 1))
+    admit(sampler, 1)
+    assert sampler.demand(int32(1, 2), counters(0, 0)) is Draw.GREEDY
 
 
 def test_min_tokens_count_the_outputs_of_before_a_preemption() -> None:

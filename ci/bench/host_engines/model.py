@@ -35,16 +35,26 @@ CONFIG = {
 }
 
 
+SMALL_VOCAB = 2048
+"""For an engine that computes scores, where these would be most of a step."""
+
+
+def write_config(folder: Path, vocab: int = VOCAB) -> None:
+    """Write the configuration alone: for token ids in, token ids out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": vocab}))
+
+
 def write_model(folder: Path) -> None:
     """Write what `--load-format dummy` needs, of hotplug and of vLLM, to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_config(folder)
     write_tokenizer(resolve("smollm2"), folder)
 
 
 def model_folder() -> Path:
-    """The model's folder in the cache, written if it is not there."""
+    """The model's folder in the cache, the tokenizer written if it is not there."""
     folder = cache_folder() / "bench-host" / "model"
     if not (folder / "tokenizer_config.json").exists():
         write_model(folder)
+    write_config(folder)
     return folder
