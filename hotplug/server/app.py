@@ -17,6 +17,7 @@ from hotplug.server.gate import Gate, valid_unicode
 from hotplug.server.metrics import EngineMetrics
 from hotplug.server.parsing import find_parsers
 from hotplug.server.service import Service
+from hotplug.server.tracing import Spans, TracedRequests
 
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
@@ -26,10 +27,11 @@ def create_app(
     llm: AsyncLLM,
     config: ServerConfig,
     *,
+    spans: Spans | None = None,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _: None,
 ) -> FastAPI:
-    """The application; it starts `llm` with its lifespan and closes it at the end.
+    """The application; it starts `llm` with its lifespan and closes it at the end. `spans`, if any, get its requests.
 
     `on_ready` is called when the engine first answers, `on_failure` once when it cannot start or has died.
     """
@@ -48,6 +50,8 @@ def create_app(
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             await llm.close()
+            if spans is not None:
+                await asyncio.to_thread(spans.close)
 
     app = FastAPI(
         title="hotplug", version=hotplug.__version__, lifespan=lifespan, dependencies=[Depends(valid_unicode)]
@@ -58,6 +62,8 @@ def create_app(
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(Gate, llm=llm, config=config)
+    if spans is not None:
+        app.add_middleware(TracedRequests, spans=spans)
     return app
 
 

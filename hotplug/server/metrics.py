@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -15,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from hotplug.core.request import EngineStats
+from hotplug.core.runner.timing import PHASES, STEP_SECONDS
 
 _TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -45,12 +47,7 @@ class Histogram:
         self._sum += float(array.sum())
 
     def family(self) -> HistogramMetricFamily:
-        total = 0
-        buckets = []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        return HistogramMetricFamily(self.name, self.doc, buckets=buckets, sum_value=self._sum)
+        return _histogram(self.name, self.doc, self._bounds, self._counts, self._sum)
 
 
 class EngineMetrics(Collector):
@@ -130,10 +127,34 @@ class EngineMetrics(Collector):
             ("unplanned_recompiles", "Step shapes compiled while serving, beyond those planned", stats.recompiles),
         ):
             yield CounterMetricFamily(f"hotplug_{name}", doc, total)
+        yield from _steps(stats)
         finished = CounterMetricFamily("hotplug_requests_finished", "Requests that ended", labels=["reason"])
         for reason, total in self._finished.items():
             finished.add_metric([reason], total)
         yield finished
+
+
+def _histogram(
+    name: str, doc: str, bounds: Sequence[float], counts: Sequence[float], total: float
+) -> HistogramMetricFamily:
+    """Counts up to each bound, and above, as what Prometheus reads; `total` is the sum of all values."""
+    buckets = list(zip((*map(str, bounds), "+Inf"), accumulate(counts), strict=True))
+    return HistogramMetricFamily(name, doc, buckets=buckets, sum_value=total)
+
+
+def _steps(stats: EngineStats) -> Iterator[Metric]:
+    """Where the engine's loop spends its time."""
+    yield CounterMetricFamily("hotplug_steps", "Steps planned", stats.steps)
+    phases = CounterMetricFamily(
+        "hotplug_step_phase_seconds", "Time of the engine's loop by phase of a step", labels=["phase"]
+    )
+    nanoseconds = stats.phase_ns or [0] * len(PHASES)
+    for phase, spent in zip(PHASES, nanoseconds, strict=True):
+        phases.add_metric([phase], spent / 1e9)
+    yield phases
+    counts = stats.step_buckets or [0] * (len(STEP_SECONDS) + 1)
+    doc = "Steps of the engine's loop, from planning to handing over"
+    yield _histogram("hotplug_step_duration_seconds", doc, STEP_SECONDS, counts, sum(nanoseconds) / 1e9)
 
 
 def _ratio(part: int, whole: int) -> float:

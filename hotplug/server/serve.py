@@ -14,6 +14,7 @@ import uvicorn
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError
+from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
 
@@ -37,10 +38,17 @@ def run(
     requests get `shutdown_grace` seconds to finish, then the engine is closed. Raises ConfigError when the
     port is taken, before anything is loaded, and the engine's own error when it cannot start or dies.
     """
+    check(server_config)
     with listen(server_config) as sock, _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
         from hotplug.core.engine.async_llm import AsyncLLM  # heavy, and the port may be taken
 
         serve(AsyncLLM(engine_config), server_config, sock, on_ready)
+
+
+def check(config: ServerConfig) -> None:
+    """Raises ConfigError for what can be known before a model is fetched."""
+    if config.otlp_endpoint is not None:
+        tracing.require()
 
 
 def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
@@ -51,7 +59,8 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(llm, config, on_ready=lambda: on_ready(url_of(config, sock)), on_failure=fail)
+    spans = tracing.connect(config.otlp_endpoint) if config.otlp_endpoint is not None else None
+    app = create_app(llm, config, spans=spans, on_ready=lambda: on_ready(url_of(config, sock)), on_failure=fail)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

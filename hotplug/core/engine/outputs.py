@@ -23,6 +23,8 @@ class CompletionChunk:
     """The stop string or stop token id that ended it; None for the model's own end of sequence."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    queued: float = 0.0
+    """Seconds between arrival and first being scheduled (with the first token)."""
 
     def extend(self, later: CompletionChunk) -> None:
         """Become what this chunk and the `later` one of the same completion are together."""
@@ -33,6 +35,7 @@ class CompletionChunk:
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = later.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
+        self.queued = max(self.queued, later.queued)
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
@@ -143,7 +146,7 @@ class Completion:
         self.finished = reason is not None
         return CompletionChunk(
             self.index, text, token_ids, logprobs, reason, stop_reason,
-            delta.prompt_logprobs, delta.num_cached_tokens,
+            delta.prompt_logprobs, delta.num_cached_tokens, delta.queued,
         )  # fmt: skip
 
     def _stop_reason(self, delta: TokenDelta) -> int | None:
