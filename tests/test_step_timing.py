@@ -28,16 +28,16 @@ def core(tiny_model) -> EngineCore:
 
 
 @pytest.fixture(scope="module")
-def traced(core, tmp_path_factory) -> tuple[dict, float]:
-    """A trace of ten requests on four rows, and the seconds that the loop took."""
+def trace(core, tmp_path_factory) -> dict:
+    """Of ten requests on four rows."""
     prompts = random_prompts(core.vocab_size, 10, 20, seed=0)
     measure(core, prompts, 20)
     timeline = Timeline()
-    run = measure(core, prompts, 20, timeline)
+    measure(core, prompts, 20, timeline)
     core.timer.recorder = None
     file = tmp_path_factory.mktemp("trace") / "out.json"
     timeline.write(file, {"model": "tiny"})
-    return json.loads(file.read_text()), run.seconds
+    return json.loads(file.read_text())
 
 
 def slices(trace: dict, *names: str) -> list[tuple[float, float, str]]:
@@ -146,8 +146,7 @@ def test_metrics_before_the_first_step_are_zero():
 # --- the trace ----------------------------------------------------------------------------------------
 
 
-def test_phases_lie_in_their_step_and_do_not_overlap(traced):
-    trace, _ = traced
+def test_phases_lie_in_their_step_and_do_not_overlap(trace):
     steps = [s for s in slices(trace) if s[2].startswith("step ")]
     phases = slices(trace, *PHASES)
     assert len(steps) >= 60
@@ -161,14 +160,19 @@ def test_phases_lie_in_their_step_and_do_not_overlap(traced):
         assert sum(p[1] - p[0] for p in inside) == pytest.approx(end - begin, abs=0.01)
 
 
-def test_the_phases_add_up_to_the_time_of_the_loop(traced):
-    trace, seconds = traced
-    spent = sum(end - begin for begin, end, _ in slices(trace, *PHASES)) / 1e6
-    assert 0.8 * seconds <= spent <= seconds  # the machine may be busy
+def test_the_phases_add_up_to_the_time_of_the_loop(core):
+    def share() -> float:
+        before = sum(core.timer.nanoseconds)
+        run = measure(core, random_prompts(core.vocab_size, 4, 20, seed=3), 60, Timeline())
+        return (sum(core.timer.nanoseconds) - before) / 1e9 / run.seconds
+
+    shares = [share() for _ in range(5)]
+    core.timer.recorder = None
+    assert max(shares) <= 1
+    assert max(shares) >= 0.9  # the best: others are interrupted by the machine's other processes
 
 
-def test_a_step_is_on_the_device_from_its_launch_to_its_tokens(traced):
-    trace, _ = traced
+def test_a_step_is_on_the_device_from_its_launch_to_its_tokens(trace):
     launches, waits = slices(trace, PHASES[2]), slices(trace, PHASES[WAIT])
     device = intervals(trace, "device")
     assert len(device) == len(launches)
@@ -180,8 +184,7 @@ def test_a_step_is_on_the_device_from_its_launch_to_its_tokens(traced):
     assert sum(opened["args"]["tokens"] for opened, _ in device.values()) >= 10 * 20  # a token each of them gave
 
 
-def test_requests_queue_prefill_and_decode_one_after_the_other(traced):
-    trace, _ = traced
+def test_requests_queue_prefill_and_decode_one_after_the_other(trace):
     requests = intervals(trace, "request")
     assert len(requests) == 10
     for events in requests.values():
@@ -196,8 +199,7 @@ def test_requests_queue_prefill_and_decode_one_after_the_other(traced):
     assert min(sorted(waited)[4:]) > min(waited)  # four rows: the others wait for them
 
 
-def test_counters_follow_the_requests(traced):
-    trace, _ = traced
+def test_counters_follow_the_requests(trace):
     counts = [e["args"] for e in trace["traceEvents"] if e["ph"] == "C" and e["name"] == "requests"]
     blocks = [e["args"]["used"] for e in trace["traceEvents"] if e["ph"] == "C" and e["name"] == "KV blocks"]
     assert max(c["running"] for c in counts) == 4

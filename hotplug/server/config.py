@@ -22,6 +22,8 @@ class ServerConfig:
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, "TCP port; 0 takes a free one", low=0, high=65535)
     api_key: tuple[str, ...] = option((), "Key that clients must send as a bearer token; repeatable")
+    frontends: int = option(
+        1, "Processes for HTTP, templates and text; 1 is this one, it supervises more", low=1, high=64)  # fmt: skip
     max_body_size: str | int = option("32MiB", "Largest request body that is read")
     shutdown_grace: int = option(
         30, "Seconds that running requests get to finish after SIGINT or SIGTERM", low=0)  # fmt: skip

@@ -84,6 +84,8 @@ class EngineProcess:
             if core.has_work:
                 clients.post_step(core.step(), core.stats())
                 core.timer.sent()
+                if not core.has_work:
+                    clients.changed()  # what they have is from before this step's end
             for client in clients.take_overrun():
                 self._abort_client(client)
 
