@@ -36,13 +36,14 @@ CHUNKS = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 
 
 def stream(detokenizer: Detokenizer, ids: list[int], sizes: list[int]) -> str:
-    """Text of `ids` pushed in chunks of `sizes`, the rest token by token."""
+    """Text of `ids` pushed in chunks of `sizes`, single tokens and the rest by `push_token`."""
     text, at = "", 0
     for size in sizes:
-        text += detokenizer.push(ids[at : at + size])
+        chunk = ids[at : at + size]
+        text += detokenizer.push_token(chunk[0]) if len(chunk) == 1 else detokenizer.push(chunk)
         at += size
     for token in ids[at:]:
-        text += detokenizer.push([token])
+        text += detokenizer.push_token(token)
     return text + detokenizer.finish()
 
 
@@ -76,6 +77,22 @@ def test_half_a_character_is_held_back(byte_level: Tokenizer) -> None:
     ids = byte_level.encode("🎉")
     detokenizer = Detokenizer(byte_level)
     assert [detokenizer.push([t]) for t in ids] == [""] * (len(ids) - 1) + ["🎉"]
+
+
+def test_a_looked_up_token_comes_after_the_character_that_it_breaks_off(byte_level: Tokenizer) -> None:
+    half, word = byte_level.encode("🎉")[0], byte_level.encode("word")[0]
+    detokenizer = Detokenizer(byte_level)
+    assert detokenizer.push_token(word) == "word"  # looked up
+    assert detokenizer.push_token(half) == ""
+    assert detokenizer.push_token(word) == "\ufffdword"
+
+
+def test_a_tokens_text_is_known_only_if_it_is_whole_characters(byte_level: Tokenizer) -> None:
+    texts = byte_level.whole_texts
+    halves = byte_level.encode("🎉")
+    assert texts[byte_level.encode(" two")[0]] == " two"
+    assert texts[halves[0]] is None
+    assert texts[byte_level.vocab_size + 5] == ""
 
 
 def test_character_cut_off_at_the_end_is_replaced(byte_level: Tokenizer) -> None:

@@ -21,6 +21,7 @@ import uvicorn
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.async_llm import AsyncLLM
 from hotplug.core.engine.link import Link
+from hotplug.core.engine.process import freeze_started_objects
 from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
@@ -55,6 +56,10 @@ def main(place: Place, sock: socket.socket, pipe: Connection, replaces: bool) ->
         _tell(pipe, FAILED, str(error))
         give_up(server)
 
+    def ready() -> None:
+        freeze_started_objects()
+        _tell(pipe, READY, "")
+
     async def hold() -> None:
         waits = asyncio.ensure_future(llm.wait_ready()), asyncio.ensure_future(server.told.wait())
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -70,7 +75,7 @@ def main(place: Place, sock: socket.socket, pipe: Connection, replaces: bool) ->
         figures=Figures.attach(place.figures, place.client),
         spans=tracing.connect(endpoint) if endpoint is not None else None,
         hold=hold if replaces else None,
-        on_ready=lambda: _tell(pipe, READY, ""),
+        on_ready=ready,
         on_failure=fail,
     )
     server = _Server(uvicorn_config(app, place.server), pipe)

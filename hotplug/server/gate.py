@@ -21,6 +21,9 @@ from hotplug.server.errors import AuthenticationError, error_response
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
 
+DIRECT_SEND = "hotplug.send"
+"""Key of a request's scope: the `send` that streamed events take, past the routing's wrappers, which look for the start
+of a response only."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 """Answered to anyone and at any time: probes and scrapers have no key, and ask a server that starts."""
 
@@ -40,6 +43,7 @@ class Gate:
         elif (refusal := self._refusal(scope)) is not None:
             await error_response(refusal)(scope, receive, send)
         else:
+            scope[DIRECT_SEND] = send
             await self._app(scope, self._bounded(receive), send)
 
     def _refusal(self, scope: Scope) -> HotplugError | None:

@@ -79,8 +79,14 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
         failures.append(error)
         give_up(server)
 
+    def ready() -> None:
+        from hotplug.core.engine.process import freeze_started_objects  # heavy, and loaded with the engine's front end
+
+        freeze_started_objects()
+        on_ready(url_of(config, sock))
+
     spans = tracing.connect(config.otlp_endpoint) if config.otlp_endpoint is not None else None
-    app = create_app(llm, config, spans=spans, on_ready=lambda: on_ready(url_of(config, sock)), on_failure=fail)
+    app = create_app(llm, config, spans=spans, on_ready=ready, on_failure=fail)
     server = uvicorn.Server(uvicorn_config(app, config))
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         try:

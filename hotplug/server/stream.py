@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from hotplug.core.errors import HotplugError
 from hotplug.server.body import encode, json_response
 from hotplug.server.errors import describe, log_failure
+from hotplug.server.gate import DIRECT_SEND
 
 if TYPE_CHECKING:
     from hotplug.core.engine.outputs import CompletionChunk
@@ -68,9 +69,9 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._run(send))
+        await until_disconnect(receive, self._run(send, scope.get(DIRECT_SEND, send)))
 
-    async def _run(self, send: Send) -> None:
+    async def _run(self, send: Send, send_event: Send) -> None:
         started = False
         frame = self._events.chunk
         try:
@@ -82,7 +83,7 @@ class EventStream(Response):
                     if not started:
                         await send(_START)
                         started = True
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    await send_event({"type": "http.response.body", "body": body, "more_body": True})
             tail = self._events.end()
         except Exception as error:
             if not started:

@@ -151,9 +151,9 @@ class EngineProcess:
 
 
 def freeze_started_objects() -> None:
-    """Keep the garbage collector from what an engine's start has made, which lives as long as the process.
+    """Keep the garbage collector from what an engine or front end has made by its start: that lives on.
 
-    A full collection looks at all of it, for some 20 ms, in which a fast device runs out of steps.
+    A full collection looks at all of it, for some 20 ms, in which a fast device runs out of steps and streams halt.
     """
     gc.collect()
     gc.freeze()
