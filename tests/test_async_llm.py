@@ -85,6 +85,25 @@ def test_streamed_chunks_join_to_the_whole_output_and_are_observed(tiny_model):
     run(main())
 
 
+def test_what_comes_while_nobody_reads_is_one_chunk(tiny_model):
+    async def main():
+        async with serving(tiny_model) as llm:
+            params = SamplingParams(n=2, temperature=0.0, max_tokens=50, ignore_eos=True)
+            whole = await llm.generate([3, 4, 5], params)
+            llm.observer.events.clear()
+            stream = llm.stream([3, 4, 5], params)
+            chunks = [await anext(stream)]
+            await llm.observer.until(lambda _: sum(e[0] == "finished" for e in llm.observer.events) == 2)
+            chunks += [chunk async for chunk in stream]
+            assert len(chunks) <= 3
+            for output in whole.outputs:
+                own = [chunk for chunk in chunks if chunk.index == output.index]
+                assert [t for chunk in own for t in chunk.token_ids] == output.token_ids
+                assert ("".join(chunk.text for chunk in own), own[-1].finish_reason) == (output.text, "length")
+
+    run(main())
+
+
 def test_several_completions_of_one_prompt_share_a_stream(tiny_model):
     async def main():
         async with serving(tiny_model) as llm:

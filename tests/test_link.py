@@ -150,6 +150,26 @@ def test_a_front_end_that_never_reads_holds_nobody_up(tiny_model: Path, tmp_path
     run(main)
 
 
+def test_a_front_end_that_was_dropped_says_so_to_its_streams_and_serves_on(tiny_model: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with shared(tiny_model, tmp_path, 1) as one:
+            llm = await one.attach(0)
+            stream = llm.stream([3, 4], ENDLESS)
+            await anext(stream)
+            outbox = one.context.socket(zmq.PUSH)
+            outbox.connect(one.link.outbox(0))
+            outbox.send(messages.encode(messages.Dropped("it does not read")))
+            with pytest.raises(EngineDeadError, match="does not read"):
+                async for _ in stream:
+                    pass
+            await until(lambda: llm.observer.last.running == 0)  # type: ignore[union-attr]
+            assert llm.ready
+            output = await llm.generate([3], SamplingParams(max_tokens=2, ignore_eos=True))
+            assert len(output.outputs[0].token_ids) == 2
+
+    run(main)
+
+
 def test_all_front_ends_learn_of_a_dead_engine_from_its_owner(tiny_model: Path, tmp_path: Path) -> None:
     async def main() -> None:
         async with shared(tiny_model, tmp_path, 2) as one:
