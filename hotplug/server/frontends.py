@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -77,6 +78,7 @@ def supervise(
 class _FrontEnd:
     """One number's process, for as long as it lives."""
 
+    client: int
     process: BaseProcess
     pipe: Connection
     ready: bool = False
@@ -148,9 +150,9 @@ class _Supervisor:
         if self.failure is None and self._engine is not None:
             watch(self._from_engine, self._on_message)
             watch(self._engine.sentinel, self._on_engine_exit)
-        for client, front_end in self._front_ends.items():
-            watch(front_end.pipe.fileno(), lambda client=client: self._on_word(client))
-            watch(front_end.process.sentinel, lambda client=client: self._on_exit(client))
+        for front_end in self._front_ends.values():
+            watch(front_end.pipe.fileno(), partial(self._on_word, front_end))
+            watch(front_end.process.sentinel, partial(self._on_exit, front_end))
         left = None if self._killing is None else max(0.0, self._killing - time.monotonic())
         for what, _ in poller.poll(None if left is None else 1000 * left):
             watched[what]()
@@ -170,30 +172,30 @@ class _Supervisor:
         )  # fmt: skip
         started.start()
         theirs.close()
-        self._front_ends[client] = _FrontEnd(started, ours)
+        self._front_ends[client] = _FrontEnd(client, started, ours)
 
-    def _on_word(self, client: int) -> None:
+    def _on_word(self, front_end: _FrontEnd) -> None:
         """A front end has something to say, or its end of the pipe is closed."""
-        front_end = self._front_ends.get(client)
-        if front_end is None:
+        if front_end is not self._front_ends.get(front_end.client):
             return
         try:
             kind, text = front_end.pipe.recv()
         except (EOFError, OSError):  # it ends, or lives on out of reach
             front_end.process.join(PARTING)
             front_end.process.kill()
-            self._on_exit(client)
+            self._on_exit(front_end)
             return
         if kind == frontend.READY:
             front_end.ready = True
-            self._stillborn[client] = 0
+            self._stillborn[front_end.client] = 0
         elif self._killing is None:  # a front end that ends has no use for the engine, either
             self._fail(text)
 
-    def _on_exit(self, client: int) -> None:
-        front_end = self._front_ends.pop(client, None)
-        if front_end is None:
-            return
+    def _on_exit(self, front_end: _FrontEnd) -> None:
+        client = front_end.client
+        if front_end is not self._front_ends.get(client):
+            return  # the pipe told it before; another may have its place by now
+        del self._front_ends[client]
         front_end.process.join()
         front_end.pipe.close()
         if self._killing is not None:
