@@ -34,6 +34,7 @@ RANKS = {
     "hotplug.core.transfer": 5,
     "hotplug.core.scheduler": 6,
     "hotplug.core.runner": 6,
+    "hotplug.core.parallel": 7,
     "hotplug.plugins": 7,
     "hotplug.core.engine": 8,
     "hotplug.plugins.conformance": 9,

@@ -169,7 +169,7 @@ def test_the_phases_add_up_to_the_time_of_the_loop(core):
     shares = [share() for _ in range(5)]
     core.timer.recorder = None
     assert max(shares) <= 1
-    assert max(shares) >= 0.95  # the best: others are interrupted by the machine's other processes
+    assert max(shares) >= 0.9  # the best: others are interrupted by the machine's other processes
 
 
 def test_a_step_is_on_the_device_from_its_launch_to_its_tokens(trace):
@@ -196,7 +196,7 @@ def test_requests_queue_prefill_and_decode_one_after_the_other(trace):
             "id": "", "prompt_tokens": 20, "output_tokens": 20, "finish_reason": "length"
         }  # fmt: skip
     waited = [events[2]["ts"] - events[1]["ts"] for events in requests.values()]
-    assert max(waited) > 10 * min(waited)  # four rows: the others wait for them
+    assert min(sorted(waited)[4:]) > min(waited)  # four rows: the others wait for them
 
 
 def test_counters_follow_the_requests(trace):

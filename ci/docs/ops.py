@@ -43,6 +43,7 @@ FACTS = {
     "block_size": "tokens in a KV block",
     "layout": "`NHD` or `HND`",
     "kv_dtype": "storage dtype of the KV cache",
+    "ranks": "ranks that take part",
 }
 
 

@@ -59,6 +59,7 @@ def _print(report: dict[str, Any]) -> None:
         ("because", report["selected_because"]),
         ("dtype", f"{report['dtype']}, torch {report['torch']}"),
         ("exec", f"{report['exec']}: {report['exec_because']}"),
+        *([("ranks", f"{report['ranks']}, sites and sizes are those of one")] if report["ranks"] > 1 else []),
         ("weights", f"{report['quantization']}: {report['quantization_because']}"),
         ("kv cache", f"{kv['dtype']} {kv['layout']}, blocks of {kv['block_size']} tokens, {kv['block_bytes']:,} bytes"),
         *([("swap", _swap(kv))] if kv["swap_blocks"] else []),

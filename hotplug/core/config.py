@@ -71,6 +71,10 @@ class EngineConfig:
     scheduling: str = option("fcfs", "Order of waiting requests: fcfs, priority, or a plugin's policy")
     enable_chunked_prefill: bool = option(True, "Split long prompts over steps")
 
+    tensor_parallel_size: int = option(
+        1, "Ranks, each a process with its part of every layer and of the KV cache", low=1, high=1024
+    )
+
     block_size: int | None = option(None, "Tokens in a KV block; default: the platform's preference", low=1)
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = option(
         "auto", "Storage dtype of the KV cache; auto is the compute dtype")  # fmt: skip

@@ -31,7 +31,8 @@ MAX_LOGPROBS = 20
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose the tokens of one request. Validated on construction.
 
-    Temperature 0 is greedy. `top_k` 0 means all tokens. `max_tokens` None runs to the end of the context.
+    Temperature 0 is greedy. `top_k` 0 means all tokens. `max_tokens` None runs to the end of the context;
+    before `min_tokens`, tokens that would end it are not chosen: stop tokens, and unless `ignore_eos` the model's own.
     `seed` fixes the random numbers of this request whatever else is in the batch; None draws a fresh one.
     `logprobs` k returns the log-probability of each chosen token and the k most likely alternatives, taken
     from the model's own distribution before penalties and temperature; `prompt_logprobs` does so for the

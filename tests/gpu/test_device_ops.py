@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hotplug.core.ops.collective import OPS as COLLECTIVES
 from hotplug.platforms.cuda import CudaPlatform
 from hotplug.plugins.conformance.check_ops import ops
 from hotplug.plugins.conformance.report import Report
@@ -16,4 +17,5 @@ def test_every_op_equals_its_reference_on_the_host(tmp_path: Path, poisoned: Non
     ops(target, report)
     assert report.failures == []
     ran = report.data["cases"]
-    assert [name for name in target.registry.names if not ran.get(f"{name} -> reference")] == []
+    names = set(target.registry.names) - {op.name for op in COLLECTIVES}
+    assert [name for name in sorted(names) if not ran.get(f"{name} -> reference")] == []

@@ -15,15 +15,18 @@ import hotplug
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import mode_record
 from hotplug.core.engine.compile_check import compiled_by
+from hotplug.core.engine.ranks import check_ranks, group_faults, place
 from hotplug.core.engine.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.models.loader import build_model
+from hotplug.core.models.split import local_config
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
 from hotplug.core.ops.registry import Observe
 from hotplug.core.ops.trace import Tracer, synchronizer
+from hotplug.core.parallel.comm import register_collectives
 from hotplug.core.platform.base import ExecMode, Limits
 from hotplug.core.platform.discovery import Candidate, discover
 from hotplug.core.platform.features import Resolved, resolve
@@ -84,6 +87,8 @@ class Bound:
     """Blocks of the swap space on the host, the null block among them; 0 without one."""
     block_copy: BlockCopy | None
     """The op that gathers and scatters them; None without a swap space."""
+    sharing: int
+    """Ranks on the rank's device, itself among them."""
     compiled_by: Mapping[str, str]
     """By call site, what computes it in compiled steps, where the platform says that its kernel does not."""
 
@@ -104,6 +109,7 @@ class Bound:
             "quantization_because": self.weights.reason,
             "exec": str(self.resolved.exec_mode),
             "exec_because": self.mode_reason,
+            "ranks": self.context.ranks,
             "kv": {
                 "dtype": self.resolved.kv_dtype,
                 "layout": str(self.resolved.kv_layout),
@@ -125,14 +131,17 @@ def bind(
     meta: bool = False,
     observe: Observe | None = None,
     candidates: Sequence[Candidate] | None = None,
+    rank: int = 0,
 ) -> Bound:
-    """Choose the device, check the configuration against it, and bind every call site of the model.
+    """Choose the device, check the configuration against it, and bind every call site of the model, as `rank` has it.
 
     With `meta` no memory is taken. `observe` stands in front of every bound callable. `candidates` are the platforms
     to choose from (default: all that are installed). Raises ConfigError,
     PlatformError, FeatureError, SourceError, ModelError, PlanError or OutOfMemoryError.
     """
-    selection = select(config.device, discover() if candidates is None else candidates)
+    ranks = config.tensor_parallel_size
+    first = select(config.device, discover() if candidates is None else candidates)
+    selection, sharing = place(first, rank, ranks)
     limits = selection.platform.limits(selection.device)
     extension = gather()
     policy = extension.find("scheduling", config.scheduling, option="--scheduling")
@@ -146,6 +155,8 @@ def bind(
     mode = mode_record.choose(config, selection, model_config, limits.exec_modes)
     resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype,
                        fastest=mode.mode)  # fmt: skip
+    check_ranks(config, model_config, extension.models, asked, first, observed=observe is not None)
+    model_config = local_config(model_config, ranks)
     max_model_len = _max_model_len(config, model_config)
 
     registry = builtin_registry()
@@ -154,7 +165,10 @@ def bind(
     if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, StoredScheme):
         registry.define(asked.scheme.op)  # that of stored groups is built in
     selection.platform.register(registry)
-    weights = asked or preferred_format(limits, registry, checkpoint, dtype=resolved.dtype, arch=selection.device.arch)
+    if ranks > 1:
+        register_collectives(registry, selection.platform, ranks)
+    weights = asked or preferred_format(limits, registry, checkpoint, dtype=resolved.dtype, arch=selection.device.arch,
+                                        torn=group_faults(checkpoint.config, ranks))  # fmt: skip
     device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
     tracer = Tracer(synchronizer(selection.platform, selection.device, device)) if config.trace_ops else None
     plan = Plan(
@@ -176,6 +190,8 @@ def bind(
         table_scheme=weights.table_scheme,
         site_schemes=weights.site_schemes,
         max_position=max_model_len,
+        rank=rank,
+        ranks=ranks,
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
         model = build_model(model_config, context, extension.models)
@@ -223,6 +239,7 @@ def bind(
         tracer,
         host_blocks,
         block_copy,
+        sharing,
         whole,
     )
 

@@ -14,7 +14,15 @@ import numpy as np
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.connect import make_connector, make_transfer
-from hotplug.core.engine.executables import captured, captured_shapes, compiled, compiled_shapes, graph_memory
+from hotplug.core.engine.crew import give_share_back, start_workers, take_share
+from hotplug.core.engine.executables import (
+    captured,
+    captured_prompts,
+    captured_shapes,
+    compiled,
+    compiled_shapes,
+    graph_memory,
+)
 from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
 from hotplug.core.engine.warmup import WarmUp
@@ -26,6 +34,9 @@ from hotplug.core.models.loader import load_weights
 from hotplug.core.models.repack import repack_weights
 from hotplug.core.ops.registry import Observe
 from hotplug.core.ops.trace import synchronizer
+from hotplug.core.parallel.encoding import encode_plan
+from hotplug.core.parallel.peers import Peers
+from hotplug.core.parallel.workers import Workers
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasRuntime, HasWeights
@@ -47,8 +58,8 @@ from hotplug.core.scheduler.tokens import StepTokens, token_array
 _logger = logging.getLogger(__name__)
 
 
-class EngineCore:
-    """One model on one device: the scheduler, the runner, and the step that ties them."""
+class RankCore:
+    """One model on one device, or one rank's part of it: bound and loaded, with its cache and its runner."""
 
     def __init__(
         self,
@@ -56,15 +67,23 @@ class EngineCore:
         *,
         observe: Observe | None = None,
         candidates: Sequence[Candidate] | None = None,
+        peers: Peers | None = None,
     ) -> None:
+        """`peers` are the other ranks, as a worker sees them; rank 0 starts its own (`self._workers`)."""
+        self._workers: Workers | None = None
         phases = Phases()
         with phases("bind"):
-            self.bound = bound = bind(config, observe=observe, candidates=candidates)
+            rank = 0 if peers is None else peers.rank
+            self.bound = bound = bind(config, observe=observe, candidates=candidates, rank=rank)
             shapes, bounds = compiled_shapes(bound) or ((), None)
             connector = make_connector(bound)
         platform, device = bound.selection.platform, bound.selection.device
         if config.kv_cache_memory is not None:  # what is not there now is not there once the weights are
             kv_memory.budget(config, bound.limits, platform.memory(device))
+        if config.tensor_parallel_size > 1:
+            take_share(bound)
+            if peers is None:
+                peers = self._workers = start_workers(bound)
         warm_up = WarmUp(bound)
         with phases("weights"):
             with MemoryGuard("loading the weights", bound.selection, memory_guard.WEIGHTS):
@@ -74,6 +93,9 @@ class EngineCore:
                 bound.checkpoint.release()
             space = make_space(bound)
             synchronizer(platform, device, bound.batch.device)()
+        if peers is not None:
+            with phases("ranks"):
+                peers.join(bound.plan.hash)
         with phases("kernels"):
             warm_up.wait()
             if warm_up.outcome not in ("none", "done"):
@@ -81,6 +103,8 @@ class EngineCore:
                                 warm_up.outcome)  # fmt: skip
         with phases("profile"):
             num_blocks, reserved = _num_blocks(bound)
+            if peers is not None:
+                num_blocks = peers.agree(num_blocks)
         with phases("cache"):
             cache = _cache(bound, num_blocks)
         with phases("steps"):
@@ -94,6 +118,42 @@ class EngineCore:
         self.timer = self._runner.timer
         """The phases of its steps; whoever hands the results of a step over calls `sent`."""
         self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)
+        if self._workers is not None:
+            self._workers.ready()
+        self.num_blocks = num_blocks
+        self._bounds, self._connector = bounds, connector
+        memory = {"reserved": reserved, "taken": taken}
+        self._startup: dict[str, Any] = {"seconds": phases.report(), "steps_memory": memory,
+                                         "warm_up": warm_up.outcome}  # fmt: skip
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Run a step on this rank. Raises OutOfMemoryError, or whatever a kernel raises."""
+        with self._step_guard:
+            return self._runner.execute(plan)
+
+    def close(self) -> None:
+        """End the other ranks' processes, if there are any: no step can run then. An engine's end does so too."""
+        if self._workers is not None and self._workers.close.alive:
+            self._workers.close()
+            give_share_back(self.bound)
+
+
+class EngineCore(RankCore):
+    """The scheduler, and the step that ties it to the runner: of one rank, or of rank 0, which leads the others."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        observe: Observe | None = None,
+        candidates: Sequence[Candidate] | None = None,
+    ) -> None:
+        try:
+            super().__init__(config, observe=observe, candidates=candidates)
+        except BaseException:
+            self.close()
+            raise
+        bound, num_blocks, bounds, connector = self.bound, self.num_blocks, self._bounds, self._connector
         self._ahead = int(bound.limits.asynchronous)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._failure = ""
@@ -105,7 +165,6 @@ class EngineCore:
             enable_prefix_cache=config.enable_prefix_cache,
             num_host_blocks=bound.swap_blocks,
         )
-        self.num_blocks = num_blocks
         budget = bound.resolved.max_num_batched_tokens
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -132,9 +191,7 @@ class EngineCore:
             )
         if bound.tracer is not None:
             bound.tracer.reset()  # profile steps are not the user's
-        seconds = phases.report()
-        steps_memory = {"reserved": reserved, "taken": taken}
-        self._startup = {"seconds": seconds, "steps_memory": steps_memory, "warm_up": warm_up.outcome}
+        seconds: dict[str, float] = self._startup["seconds"]
         _logger.info("weights: %s, %s", bound.weights.name, bound.weights.reason)
         _logger.info("started: %s", ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()))
 
@@ -201,11 +258,36 @@ class EngineCore:
                 return self._step()
         except BaseException as e:
             self._failure = f"{type(e).__name__}: {e}"
+            if self._workers is not None:
+                dead = self._workers.blame(e)
+                self.close()
+                if dead is not None and dead is not e:
+                    self._failure = str(dead)
+                    raise dead from e
             raise
 
     def _require_alive(self) -> None:
         if self._failure:
             raise EngineDeadError("a step failed", why=self._failure, hint="Start a new engine.")
+        self.check_ranks()
+
+    @property
+    def sentinels(self) -> tuple[int, ...]:
+        """File descriptors that become readable when another rank's process has ended."""
+        return () if self._workers is None or not self._workers.close.alive else self._workers.sentinels
+
+    def check_ranks(self) -> None:
+        """Raises EngineDeadError if another rank's process has ended."""
+        if self._workers is None:
+            return
+        if not self._workers.close.alive:
+            raise EngineDeadError("the engine was closed")
+        try:
+            self._workers.check()
+        except EngineDeadError as e:
+            self._failure = str(e)
+            self.close()
+            raise
 
     def _step(self) -> StepTokens:
         timer = self.timer
@@ -215,6 +297,8 @@ class EngineCore:
         if plan is not None:
             if timer.recorder is not None:
                 timer.recorder.launched(len(plan.rows), int(plan.num_tokens.sum()))
+            if self._workers is not None:
+                self._workers.send(encode_plan(plan))
             self._in_flight.append((plan, self._runner.execute(plan)))
             if len(self._in_flight) <= self._ahead:
                 return StepTokens()
@@ -297,7 +381,7 @@ def _num_blocks(bound: Bound) -> tuple[int, int]:
             steps = graph_memory(bound, scratch)  # what it has taken need not be free at once
     else:
         memory = selection.platform.memory(selection.device)
-    size = kv_memory.budget(config, limits, memory) - steps
+    size = kv_memory.budget(config, limits, memory, bound.sharing) - steps
     found = kv_memory.num_blocks(shape, size, bound.max_model_len, capped=capped)
     compiles = bound.resolved.exec_mode is ExecMode.COMPILE
     # The number is a shape of compiled programs: a rounded one finds its artifacts again at the next start.
@@ -322,7 +406,7 @@ def _executable(
         case ExecMode.EAGER:
             return eager
         case ExecMode.CAPTURE:
-            return captured(bound, eager, captured_shapes(bound))
+            return captured(bound, eager, captured_shapes(bound), captured_prompts(bound))
         case ExecMode.COMPILE:
             return compiled(bound, shapes, kv, eager)
 

@@ -56,6 +56,10 @@ class LLM:
         self._open: dict[str, Submission] = {}
         """By request id: what has not finished."""
 
+    def close(self) -> None:
+        """End the processes of an engine of several ranks, which also end with this object, or with the program."""
+        self.core.close()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -67,6 +67,8 @@ def choose(config: EngineConfig, selection: Selection, model: ModelConfig, modes
         return ModeChoice(None, "asked for")
     if config.trace_ops:
         return ModeChoice(None, "ops are timed one by one")
+    if config.tensor_parallel_size > 1:
+        return ModeChoice(None, "first in the platform's order that several ranks can run in; records are of one")
     if len(modes) < 2:
         return ModeChoice(None, "the platform has no other")
     path = record_file(config, selection, model)

@@ -65,6 +65,9 @@ class EngineProcess:
         if parent is not None:
             self._poller.register(parent.sentinel, zmq.POLLIN)
         self._core = EngineCore(config)
+        self._ranks = self._core.sentinels
+        for sentinel in self._ranks:
+            self._poller.register(sentinel, zmq.POLLIN)
         freeze_started_objects()
         self._stopped = False
 
@@ -93,6 +96,8 @@ class EngineProcess:
             if self._has_message():
                 return
         self._poller.poll(RETRY_MS if self._clients.waiting else None)
+        if self._ranks:
+            self._core.check_ranks()
 
     def _has_message(self) -> bool:
         events = self._inbox.get(zmq.EVENTS)

@@ -8,9 +8,10 @@ import threading
 import torch
 
 from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.engine.executables import captured_shapes
+from hotplug.core.engine.executables import captured_prompts, captured_shapes
 from hotplug.core.engine.swap import rehearse_swap
 from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasWarmup
 from hotplug.core.runner import capture
@@ -49,10 +50,13 @@ class WarmUp:
 def rehearse(bound: Bound) -> None:
     """Run the steps of an engine's start, and a swap, on torch's meta device, with the kernels that its plan chose."""
     selection = bound.selection
-    here = Candidate(selection.platform.name, "", selection.platform, (selection.device,))
-    name = f"{selection.platform.name}:{selection.device.index}"
+    rank, name = bound.context.rank, f"{selection.platform.name}:{selection.device.index}"
+    devices: tuple[DeviceInfo, ...] = (selection.device,)
+    if bound.context.ranks > 1:  # the device that is asked for is that of rank 0
+        name, devices = bound.config.device, tuple(selection.platform.probe())
+    here = Candidate(selection.platform.name, "", selection.platform, devices)
     config = dataclasses.replace(bound.config, device=name, trace_ops=False)
-    twin = bind(config, meta=True, candidates=[here])
+    twin = bind(config, meta=True, candidates=[here], rank=rank)
     shape = twin.kv_shape
     cache: list[KVBlocks] = [
         (layer[0], layer[1]) for layer in torch.empty(shape.tensor_shape(1), dtype=shape.dtype, device="meta")
@@ -67,5 +71,5 @@ def rehearse(bound: Bound) -> None:
         runner.execute(plan)
     shapes = captured_shapes(twin)
     if shapes:
-        capture.run_once(eager, twin.batch, twin.sampler, shapes)
+        capture.run_once(eager, twin.batch, twin.sampler, shapes, captured_prompts(twin))
     rehearse_swap(twin, cache)

@@ -6,7 +6,7 @@ say (`Limits.quantization`, the first of it), whether its kernels can is theirs,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hotplug.core.config import EngineConfig
@@ -49,16 +49,25 @@ def asked_format(config: EngineConfig, extension: Extension, checkpoint: Checkpo
 
 
 def preferred_format(
-    limits: Limits, registry: OpRegistry, checkpoint: Checkpoint, *, dtype: str, arch: str
+    limits: Limits,
+    registry: OpRegistry,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    arch: str,
+    torn: Sequence[str] = (),
 ) -> WeightFormat:
-    """Groups as they are stored where the platform puts that first and its kernels read them, else floating point."""
+    """Groups as they are stored where the platform puts that first and its kernels read them, else floating point.
+
+    `torn` says why groups cannot be split over the ranks there are.
+    """
     if limits.quantization[:1] != (STORED,):
         return WeightFormat(NONE, "the platform serves floating point unless asked for another format")
     try:
         formats = stored_formats(checkpoint.formats)
     except ConfigError as e:
         return WeightFormat(NONE, ": ".join((e.what, *e.why)))
-    refusals = []
+    refusals = list(torn)
     for site in _products(checkpoint.config, formats, dtype, arch):
         refusals += _refusals(registry, site)
     if refusals:

@@ -41,6 +41,9 @@ class BuildContext:
     """Of call sites whose matrix is stored otherwise than these two say."""
     max_position: int
     """Positions the rotary table must cover."""
+    rank: int = 0
+    ranks: int = 1
+    """Which of how many ranks the model is built for; each has its part of every layer."""
 
     def bind(self, op: str, site: str, **facts: Fact) -> Fn:
         """The planned callable of `op` at `site` for this model's compute dtype."""

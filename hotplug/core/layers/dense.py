@@ -154,13 +154,19 @@ class RMSNorm(nn.Module):
 
 
 class AddRMSNorm(nn.Module):
-    """Adds the residual, then normalizes; returns the normalized sum and the sum."""
+    """Adds the residual, then normalizes; returns the normalized sum and the sum.
+
+    With several ranks, what comes in is a part of a sum over all of them, which is added up first.
+    """
 
     def __init__(self, ctx: BuildContext, site: str, width: int, eps: float) -> None:
         super().__init__()
         self.weight = ctx.weight(width)
         self.eps = eps
-        self.op = ctx.bind("add_rms_norm", site, width=width)
+        if ctx.ranks == 1:
+            self.op = ctx.bind("add_rms_norm", site, width=width)
+        else:
+            self.op = ctx.bind("all_reduce_add_norm", site, width=width, ranks=ctx.ranks)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return self.op(x, residual, self.weight, self.eps)

@@ -28,13 +28,44 @@ class StoredEmbedding(nn.Module):
         return self.op(token_ids, self.weight, self._hidden).to(self._dtype)
 
 
-class Head(nn.Module):
-    """Hidden states [num_rows, hidden] to float32 scores [num_rows, vocab]; `tied` to an embedding or not."""
+class SplitEmbedding(nn.Module):
+    """An embedding of which each rank has a part of the vocabulary: `part`, with `rows` of it."""
 
-    def __init__(
-        self, ctx: BuildContext, site: str, hidden: int, vocab: int, tied: Embedding | StoredEmbedding | None
-    ) -> None:
+    def __init__(self, ctx: BuildContext, site: str, part: Embedding | StoredEmbedding, rows: int, hidden: int) -> None:
         super().__init__()
+        self.part = part
+        self._first, self._rows = ctx.rank * rows, rows
+        self._sum = ctx.bind("all_reduce", f"{site}.sum", width=hidden, ranks=ctx.ranks)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.part.weight
+
+    @property
+    def scheme(self) -> StoredScheme | None:
+        return self.part.scheme
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Of each token one rank has the vector, all others give zeros."""
+        at = token_ids - self._first
+        elsewhere = (at < 0) | (at >= self._rows)
+        found: Tensor = self.part(at.masked_fill(elsewhere, 0))
+        total: Tensor = self._sum(found.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return total
+
+
+class Head(nn.Module):
+    """Hidden states [num_rows, hidden] to float32 scores [num_rows, vocab]; `tied` to an embedding or not.
+
+    With several ranks each computes the scores of its part of the vocabulary, and all get those of all.
+    """
+
+    def __init__(self, ctx: BuildContext, site: str, hidden: int, vocab: int, tied: AnyEmbedding | None) -> None:
+        super().__init__()
+        vocab //= ctx.ranks
+        self.gather = None
+        if ctx.ranks > 1:
+            self.gather = ctx.bind("all_gather", f"{site}.gather", width=vocab, ranks=ctx.ranks)
         self.site = site
         self.scheme = scheme = ctx.table_scheme_at(site) if tied is None else tied.scheme
         if tied is not None:
@@ -47,15 +78,19 @@ class Head(nn.Module):
         self.op = ctx.bind(name, site, hidden=hidden, vocab=vocab, bias=False, scheme=stored)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.op(hidden, self.weight, None)
+        scores: Tensor = self.op(hidden, self.weight, None)
+        return scores if self.gather is None else self.gather(scores)
 
 
-def make_embedding(ctx: BuildContext, site: str, vocab: int, hidden: int) -> Embedding | StoredEmbedding:
-    """The embedding as the context has tables stored."""
-    scheme = ctx.table_scheme_at(site)
-    if scheme is None:
-        return Embedding(ctx, site, vocab, hidden)
-    return StoredEmbedding(ctx, scheme, site, vocab, hidden)
+AnyEmbedding = Embedding | StoredEmbedding | SplitEmbedding
+
+
+def make_embedding(ctx: BuildContext, site: str, vocab: int, hidden: int) -> AnyEmbedding:
+    """The embedding as the context has tables stored, or a rank's part of it."""
+    scheme, rows = ctx.table_scheme_at(site), vocab // ctx.ranks
+    args = (site, rows, hidden)
+    table = Embedding(ctx, *args) if scheme is None else StoredEmbedding(ctx, scheme, *args)
+    return table if ctx.ranks == 1 else SplitEmbedding(ctx, site, table, rows, hidden)
 
 
 def table_place(table: nn.Module, hidden: int) -> Destination:

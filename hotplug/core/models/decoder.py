@@ -19,6 +19,7 @@ from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.moe import SparseMLP, unstacked
 from hotplug.core.layers.rope import rotary_table
 from hotplug.core.layers.table import Head, make_embedding, table_place
+from hotplug.core.models.split import place_of_rank
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.weights.config import ModelConfig
 
@@ -67,6 +68,7 @@ class Decoder(nn.Module):
     def __init__(self, ctx: BuildContext, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._rank, self._ranks = ctx.rank, ctx.ranks
         self.embed = make_embedding(ctx, "embed", config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(ctx, config, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
@@ -100,6 +102,11 @@ class Decoder(nn.Module):
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """Where each checkpoint tensor goes: its Hugging Face name and the parameter, or slice of one, it fills."""
+        for name, place in self._places():
+            yield name, place_of_rank(name, place, self._rank, self._ranks)
+
+    def _places(self) -> Iterator[tuple[str, Destination]]:
+        """`destinations` of a model that one rank has alone."""
         hidden = self.config.hidden_size
         yield "model.embed_tokens.weight", table_place(self.embed, hidden)
         yield "model.norm.weight", self.norm.weight

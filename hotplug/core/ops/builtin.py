@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from hotplug.core.ops import attention, block_copy, dense, inputs, moe, norm, rope, rope_kv_write, sampling, stored
+from hotplug.core.ops import (
+    attention,
+    block_copy,
+    collective,
+    dense,
+    inputs,
+    moe,
+    norm,
+    rope,
+    rope_kv_write,
+    sampling,
+    stored,
+)
 from hotplug.core.ops.registry import Op, OpRegistry
 
 
 def builtin_ops() -> tuple[Op, ...]:
     """Every built-in op."""
-    modules = (dense, norm, rope, attention, rope_kv_write, block_copy, moe, inputs, sampling, stored)
+    modules = (dense, norm, rope, attention, rope_kv_write, block_copy, moe, inputs, sampling, stored, collective)
     return tuple(op for module in modules for op in module.OPS)
 
 

@@ -38,6 +38,8 @@ def resolve(
     """
     reasons: list[str] = []
     built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
+    if config.tensor_parallel_size > 1:
+        built = [mode for mode in built if mode is not ExecMode.COMPILE]
     asked = "eager" if config.trace_ops else config.exec
     mode = ExecMode(asked) if asked != "auto" else fastest or (built or [ExecMode.EAGER])[0]
     limits = limits.within(mode)
@@ -53,6 +55,12 @@ def resolve(
     if config.speculative is not None and Feature.SPECULATIVE not in limits.features:
         reasons.append(f"speculative {config.speculative} needs the feature {Feature.SPECULATIVE}, "
                        "which is not declared")  # fmt: skip
+    if config.tensor_parallel_size > 1:
+        if Feature.TENSOR_PARALLEL not in limits.features:
+            reasons.append(f"tensor_parallel_size {config.tensor_parallel_size} needs the feature "
+                           f"{Feature.TENSOR_PARALLEL}, which is not declared")  # fmt: skip
+        if mode is ExecMode.COMPILE:
+            reasons.append("exec compile cannot go with tensor_parallel_size above 1: programs have no collectives")
     block_size = config.block_size or limits.block_sizes[0]
     if block_size not in limits.block_sizes:
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")

@@ -55,6 +55,17 @@ class HasRuntime(Protocol):
 
 
 @runtime_checkable
+class HasShare(Protocol):
+    """Several ranks on one device, each in a process of its own. Default: each rank needs a device."""
+
+    def share(self, device: DeviceInfo, rank: int, ranks: int) -> None:
+        """From now on this process is `rank` of the `ranks` that `device` serves: take that part of its cores.
+
+        Called before anything is computed, and with (0, 1) where rank 0 has the device for itself again.
+        """
+
+
+@runtime_checkable
 class HasCapture(Protocol):
     """Record one step as a graph that replays without Python."""
 
@@ -121,7 +132,7 @@ class HasComm(Protocol):
     """Collectives of a group. Default: torch.distributed. A method may answer `NotHandled`."""
 
     def all_reduce(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor | NotHandledType:
-        """The sum of `tensor` over the ranks of `group`."""
+        """The sum of `tensor` over the ranks of `group`. Where it is handled, `tensor` may be overwritten."""
 
     def all_gather(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor | NotHandledType:
         """The tensors of all ranks, concatenated along the last dimension."""

@@ -45,8 +45,10 @@ class KVShape:
         return [self.num_layers, 2, num_blocks, *inner]
 
 
-def budget(config: EngineConfig, limits: Limits, memory: MemoryInfo) -> int:
-    """Bytes for the KV cache. `memory` is taken once weights and workspaces are in place.
+def budget(config: EngineConfig, limits: Limits, memory: MemoryInfo, sharing: int = 1) -> int:
+    """Bytes for the KV cache of one of `sharing` ranks on a device.
+
+    `memory` is taken once weights and workspaces are in place.
 
     Raises OutOfMemoryError when what was asked for is not there.
     """
@@ -57,10 +59,10 @@ def budget(config: EngineConfig, limits: Limits, memory: MemoryInfo) -> int:
                 f"the KV cache was to take {_gib(asked)}, {_gib(memory.free)} of {_gib(memory.total)} are free",
                 hint="Lower --kv-cache-memory.",
             )
-        return asked
+        return asked // sharing
     if limits.shared_host_memory:
-        return min(SHARED_DEFAULT, int(memory.free * SHARED_FRACTION))
-    return int(memory.total * config.memory_utilization) - (memory.total - memory.free)
+        return min(SHARED_DEFAULT, int(memory.free * SHARED_FRACTION)) // sharing
+    return (int(memory.total * config.memory_utilization) - (memory.total - memory.free)) // sharing
 
 
 def num_blocks(shape: KVShape, size: int, max_model_len: int, *, capped: bool) -> int:
@@ -105,7 +107,7 @@ def swap_blocks(shape: KVShape, config: EngineConfig) -> int:
     """
     if config.swap_space is None:
         return 0
-    size = parse_bytes(config.swap_space)
+    size = parse_bytes(config.swap_space) // config.tensor_parallel_size  # host memory is that of all ranks
     blocks = size // shape.block_bytes
     if blocks < 2:
         raise OutOfMemoryError(

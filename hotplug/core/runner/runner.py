@@ -40,8 +40,10 @@ class _Tokens:
     """Sampled tokens on their way to the host: copied beside later steps where the platform has a runtime."""
 
     def __init__(self, tokens: Tensor, runtime: HasRuntime | None) -> None:
-        self._host, self._event = tokens, None
-        if runtime is not None:
+        self._event = None
+        if runtime is None:
+            self._host = tokens.clone()  # a recorded step writes to the same memory again
+        else:
             self._host, self._event = runtime.pinned(tokens.shape, tokens.dtype), runtime.event()
             self._host.copy_(tokens, non_blocking=True)
             self._event.record()

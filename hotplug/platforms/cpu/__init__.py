@@ -61,7 +61,7 @@ class CpuPlatform:
             ),
             shared_host_memory=True,
             accelerator=False,
-            features=frozenset({Feature.FP8_KV, Feature.SPECULATIVE}),
+            features=frozenset({Feature.FP8_KV, Feature.SPECULATIVE, Feature.TENSOR_PARALLEL}),
         )
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:
@@ -82,6 +82,21 @@ class CpuPlatform:
         if provider != stored.PROVIDER or spec.op not in stored.PACKED_OPS:
             return weight
         return stored.repack(weight, spec["scheme"])
+
+    def share(self, device: DeviceInfo, rank: int, ranks: int) -> None:
+        from hotplug.platforms.cpu.cores import take
+
+        take(rank, ranks)
+
+    def all_reduce(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor:
+        from hotplug.platforms.cpu.comm import all_reduce
+
+        return all_reduce(tensor)
+
+    def all_gather(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor:
+        from hotplug.platforms.cpu.comm import all_gather
+
+        return all_gather(tensor)
 
     def capture(self, step: Callable[[], Any], device: DeviceInfo) -> Callable[[], Any]:
         from hotplug.platforms.cpu.capture import capture

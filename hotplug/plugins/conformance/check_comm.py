@@ -52,7 +52,7 @@ def _rank(rank: int, make: Callable[[], Platform], device: DeviceInfo, address: 
         random = torch.Generator().manual_seed(rank)
         tensor = torch.randn(shape, generator=random)
         for name, expected in (("all_reduce", _reduced(tensor)), ("all_gather", _gathered(tensor))):
-            found = getattr(platform, name)(tensor.to(place), range(RANKS))
+            found = getattr(platform, name)(tensor.clone().to(place), range(RANKS))
             if found is NotHandled:
                 queue.put(("default", name))
                 continue

@@ -1,0 +1,49 @@
+"""The collectives of an engine as kernels of its plan: the platform's own (`HasComm`), else torch.distributed's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from hotplug.core.ops.collective import all_gather, all_reduce
+from hotplug.core.ops.registry import Impl, OpRegistry
+from hotplug.core.platform.base import Platform
+from hotplug.core.platform.optional import HasComm, NotHandledType
+
+Collective = Callable[[Tensor], Tensor]
+TORCH = "torch.distributed"
+"""Provider of the collectives where the platform has none."""
+
+
+def register_collectives(registry: OpRegistry, platform: Platform, ranks: int) -> None:
+    """Add the kernels of `all_reduce` and `all_gather` for the group of all ranks."""
+    own = isinstance(platform, HasComm)
+    for name, default in (("all_reduce", all_reduce), ("all_gather", all_gather)):
+        times = ranks if name == "all_gather" else 1
+        registry.add(Impl(name, TORCH, _rehearsed(default, times)))
+        if own:
+            fn = _rehearsed(_either(getattr(platform, name), default, ranks), times)
+            registry.add(Impl(name, f"{platform.name}.comm", fn, rank=2))
+
+
+def _either(
+    method: Callable[[Tensor, Sequence[int]], Tensor | NotHandledType], default: Collective, ranks: int
+) -> Collective:
+    """The platform's collective; torch.distributed's for a size that it does not handle."""
+    group = range(ranks)
+
+    def call(x: Tensor) -> Tensor:
+        found = method(x, group)
+        return default(x) if isinstance(found, NotHandledType) else found
+
+    return call
+
+
+def _rehearsed(fn: Collective, times: int) -> Collective:
+    """`fn`, but for tensors without memory, whose steps one rank runs by itself: wider by `times`, and no call."""
+
+    def call(x: Tensor) -> Tensor:
+        return x.repeat(1, times) if x.is_meta else fn(x)
+
+    return call

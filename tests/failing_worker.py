@@ -1,0 +1,34 @@
+"""Workers that fail: modules for `hotplug.core.engine.crew.WORKER`, told by an environment variable how."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hotplug.core.engine import worker
+
+HOW = "HOTPLUG_TEST_FAILING_WORKER"
+
+
+def main(end: int, life: int) -> None:
+    from hotplug.core.engine import core
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the disk of rank 1 is gone")
+
+    def execute(self: Any, plan: Any) -> Any:
+        execute.steps -= 1  # type: ignore[attr-defined]
+        if not execute.steps:  # type: ignore[attr-defined]
+            fail()
+        return original(self, plan)
+
+    execute.steps = 5  # type: ignore[attr-defined]
+    original = core.RankCore.execute
+    match os.environ[HOW]:
+        case "load":
+            core.load_weights = fail
+        case "step":
+            core.RankCore.execute = execute  # type: ignore[method-assign]
+        case "exit":
+            os._exit(3)
+    worker.main(end, life)
