@@ -79,6 +79,7 @@ class _FrontEnd:
     """One number's process, for as long as it lives."""
 
     client: int
+    generation: int
     process: BaseProcess
     pipe: Connection
     ready: bool = False
@@ -129,7 +130,7 @@ class _Supervisor:
         """Start everything, and return when all front ends have ended."""
         self._engine = process.start(self._engine_config, self._link)
         for client in range(self._config.frontends):
-            self._start(client, replaces=False)
+            self._start(client)
         announced = False
         while self._front_ends:
             self._turn()
@@ -161,18 +162,18 @@ class _Supervisor:
 
     # --- front ends ---
 
-    def _start(self, client: int, *, replaces: bool) -> None:
+    def _start(self, client: int, generation: int = 0) -> None:
         ours, theirs = multiprocessing.Pipe()
-        place = frontend.Place(self._engine_config, self._config, self._link, client, self._table)
+        place = frontend.Place(self._engine_config, self._config, self._link, client, generation, self._table)
         with _masked(signal.SIGTERM, signal.SIGINT):  # what front ends are forked from outlives a signal to all
             forkserver.ensure_running()
         started = self._fork.Process(
-            target=frontend.main, args=(place, self._sockets[client], theirs, replaces),
+            target=frontend.main, args=(place, self._sockets[client], theirs),
             name=f"hotplug-frontend-{client}", daemon=True,
         )  # fmt: skip
         started.start()
         theirs.close()
-        self._front_ends[client] = _FrontEnd(client, started, ours)
+        self._front_ends[client] = _FrontEnd(client, generation, started, ours)
 
     def _on_word(self, front_end: _FrontEnd) -> None:
         """A front end has something to say, or its end of the pipe is closed."""
@@ -201,14 +202,14 @@ class _Supervisor:
         if self._killing is not None:
             return
         reason = f"front end {client} ended: {_exit(front_end.process.exitcode)}"
-        self._to_engine.send(messages.encode(messages.ClientGone(client)))
+        self._to_engine.send(messages.encode(messages.ClientGone(client, front_end.generation)))
         self._stillborn[client] += not front_end.ready
         if self._stillborn[client] == MOST_STILLBORN:
             self._fail(f"{reason}, {MOST_STILLBORN} times in a row before it could serve")
             return
         _logger.error("%s; its requests are aborted and another takes its place", reason)
         self._figures.own("restarts")[0] += 1
-        self._start(client, replaces=True)
+        self._start(client, front_end.generation + 1)
 
     # --- the engine ---
 
