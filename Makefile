@@ -74,6 +74,10 @@ docs: $(STAMP) ## write docs/ops.md anew
 bench-cpu: $(STAMP) native ## hotplug and its peers on this processor, one table (ARGS= for engines and repeats)
 	$(BIN)/python ci/bench/cpu.py $(ARGS)
 
+bench-host: $(STAMP) ## the host's own cost on a device that computes nothing, one table (ARGS= for rows and repeats)
+	$(BIN)/python ci/bench/host.py $(ARGS)
+.PHONY: bench-host
+
 bench-peers: ## environments of the peers that bench-cpu measures (ARGS= for some of them: llama openvino vllm)
 	PYTHON=$(PYTHON) ci/bench/peers.sh $(ARGS)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from throwaway import write_distribution
 
-from hotplug.core.platform.discovery import Loaded
+from hotplug.core.platform.discovery import Candidate, Loaded, discover
 from hotplug.plugins import installed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -37,3 +37,11 @@ def activate(monkeypatch: pytest.MonkeyPatch, example: str) -> None:
         plugin = getattr(import_module(module), function)()
         loaded.append(Loaded(name, target, f"{project['name']} {project['version']}", plugin=plugin))
     monkeypatch.setattr(installed, "load_group", lambda group: loaded if group == installed.PLUGIN_GROUP else [])
+
+
+def null_device(monkeypatch: pytest.MonkeyPatch, *, step: float = 0.0, token: float = 0.0) -> list[Candidate]:
+    """`examples/null-device` as the only platform of engines of this process, with steps of so many seconds."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "null-device"))
+    platform = import_module("null_device").NullDevice()
+    platform.clock = import_module("null_device.clock").Clock(step, token)
+    return discover([Loaded("null_device", "null_device:NullDevice", "null-device 1.0.0", plugin=platform)])

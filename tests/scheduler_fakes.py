@@ -242,7 +242,7 @@ class FakeEngine:
 
     def add(
         self, prompt: list[int], *, name: str | None = None, salt: str = "", priority: int = 0,
-        eos: tuple[int, ...] = (), **sampling: object,
+        eos: tuple[int, ...] = (), tag: int = 0, **sampling: object,
     ) -> str:  # fmt: skip
         seed = len(self.requests)
         name = name or f"r{seed}"
@@ -253,6 +253,7 @@ class FakeEngine:
             eos_token_ids=eos,
             priority=priority,
             cache_salt=salt,
+            tag=tag,
         )
         self.scheduler.add(request)
         self.salts[seed] = salt
@@ -278,7 +279,9 @@ class FakeEngine:
         return plan
 
     def update(self) -> list[TokenDelta]:
-        deltas = self.scheduler.update(*self.pending.popleft())
+        gained = self.scheduler.update(*self.pending.popleft())
+        deltas = list(gained)
+        assert len({delta.request_id for delta in deltas}) == len(gained) == len(deltas), "a request twice in a step"
         self.kv.check()
         for delta in deltas:
             assert delta.request_id not in self.reasons, "a token after the end"

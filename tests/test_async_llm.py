@@ -32,6 +32,10 @@ class Recorder:
     def inter_token(self, seconds, tokens):
         self.events.append(("inter_token", seconds, tokens))
 
+    def inter_tokens(self, seconds):
+        for one in seconds:
+            self.inter_token(one, 1)
+
     def queued(self, seconds):
         self.events.append(("queued", seconds))
 

@@ -107,6 +107,14 @@ def test_steps_of_every_size_give_the_op_by_op_tokens(model: Path, compiled: Eng
 
 
 @needs_openvino
+@pytest.mark.parametrize("options", [{"max_num_seqs": 1}, {"max_num_seqs": 1, "max_model_len": 32}])
+def test_one_request_at_a_time_and_one_block(model: Path, cache: Path, options: dict[str, int]) -> None:
+    asked = prompts(3, longest=18)
+    expected = generate(engine(model, "eager", **options), asked)
+    assert generate(engine(model, "compile", **options), asked) == expected
+
+
+@needs_openvino
 def test_a_cached_prefix_is_attended_to(model: Path, compiled: EngineCore) -> None:
     asked = prompts(4, longest=150, seed=1)
     first = generate(compiled, asked)

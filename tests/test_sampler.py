@@ -12,7 +12,7 @@ from torch import Tensor
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
 from hotplug.core.request import SamplingParams
-from hotplug.core.sample.sampler import Sampled, Sampler
+from hotplug.core.sample.sampler import Draw, Sampled, Sampler
 
 VOCAB = 8
 BASE = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])  # greedy takes 7, then 6, 5, ... as they are lowered
@@ -37,6 +37,10 @@ def make_sampler(rows: int = 4) -> CountingSampler:
 
 def int32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
+
+
+def counters(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
 
 
 def admit(
@@ -105,6 +109,39 @@ def test_min_tokens_hold_back_end_and_stop_tokens() -> None:
     sampler = make_sampler()
     admit(sampler, 0, min_tokens=2, eos=(7,), stop_token_ids=(6,))
     assert run(sampler, 0, 3) == [5, 5, 7]
+
+
+def test_min_tokens_hold_back_nothing_that_does_not_end_the_request() -> None:
+    """Then such a request costs no more than any other."""
+    sampler = make_sampler()
+    admit(sampler, 0, min_tokens=2, ignore_eos=True, eos=(7,))
+    admit(sampler, 1, min_tokens=2, ignore_eos=True, eos=(7,), stop_token_ids=(6,))
+    assert sampler.demand(int32(0), counters(0)) is Draw.GREEDY
+    assert sampler.demand(int32(1), counters(0)) is Draw.LOGITS
+    assert step(sampler, 0, 1) == [7, 7]
+
+
+def test_rows_of_a_step_have_their_own_biases_and_held_back_tokens() -> None:
+    sampler = make_sampler()
+    admit(sampler, 0, min_tokens=1, eos=(7,), stop_token_ids=(5, 6))
+    admit(sampler, 1, logit_bias={3: 20.0, 4: 19.0}, min_tokens=1, eos=(3,))
+    admit(sampler, 2, logit_bias={0: 50.0})
+    admit(sampler, 3)
+    assert step(sampler, 2, 0, 3, 1) == [0, 4, 7, 4]
+
+
+def test_what_a_step_needs_follows_the_rows_that_run() -> None:
+    sampler = make_sampler()
+    assert sampler.demand(int32(1, 2), counters(0, 0)) is Draw.GREEDY
+    admit(sampler, 0, temperature=1.0)
+    admit(sampler, 1, logprobs=0)
+    admit(sampler, 2)
+    assert sampler.demand(int32(2), counters(0)) is Draw.GREEDY
+    assert sampler.demand(int32(0, 2), counters(0, 0)) is Draw.RANDOM
+    assert sampler.demand(int32(0, 1, 2), counters(0, 0, 0)) is Draw.LOGITS
+    sampler.release(int32(0, 1))
+    admit(sampler, 1)
+    assert sampler.demand(int32(1, 2), counters(0, 0)) is Draw.GREEDY
 
 
 def test_min_tokens_count_the_outputs_of_before_a_preemption() -> None:

@@ -155,6 +155,26 @@ def test_logprobs_travel_with_their_token() -> None:
     assert [d.logprobs for d in deltas] == [[entry], None]
 
 
+def test_a_steady_decode_is_columns_and_what_is_more_than_a_token_is_a_delta() -> None:
+    engine = FakeEngine()
+    for number in range(3):
+        engine.add(prompt(3, first=number), max_tokens=4 - number, tag=(1 << 32) + number)
+    scheduler, seen = engine.scheduler, []
+    entry = TokenLogprobs([7], [-0.5], 1)
+    for logprobs in ({}, {}, {1: [entry]}, {}):
+        plan = scheduler.schedule()
+        assert plan is not None
+        gained = scheduler.update(plan, StepResult(np.full(len(plan.rows), 7, np.int32), logprobs=logprobs))
+        kinds = [(d.tag - (1 << 32), d.request_id, d.finish_reason, d.logprobs) for d in gained.deltas]
+        seen.append(((gained.tags - (1 << 32)).tolist(), gained.ids.tolist(), gained.tokens.tolist(), kinds))
+    assert seen == [
+        ([], [], [], [(0, "r0", None, None), (1, "r1", None, None), (2, "r2", None, None)]),
+        ([0, 1], ["r0", "r1"], [7, 7], [(2, "r2", "length", None)]),
+        ([0], ["r0"], [7], [(1, "r1", "length", [entry])]),
+        ([], [], [], [(0, "r0", "length", None)]),
+    ]
+
+
 def test_prompt_logprobs_are_collected_over_chunks_and_sent_once() -> None:
     engine = FakeEngine(max_num_batched_tokens=4)
     engine.add(prompt(6), max_tokens=2, prompt_logprobs=0)

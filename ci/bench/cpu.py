@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "cpu_engines" / "worker.py"
 KV_CACHE = "256MiB"
 """Of hotplug: 5,825 tokens in float32; W2 takes 3,072. llama.cpp is given about as much, 10,240 tokens in float16."""
-COLUMNS = (*(title for _, _, title, _ in FIGURES), "start s", "RSS GB")
+STARTS = (("start s", False), ("cold start s", True))
+COLUMNS = (*(title for _, _, title, _ in FIGURES), *(title for title, _ in STARTS), "RSS GB")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 """Variables of the environment that hold PyTorch, MKL and oneDNN to AVX2."""
 
@@ -135,7 +137,7 @@ class Worker:
         self._peer = peer
         self._process = subprocess.Popen(
             [str(peer.python), str(WORKER), peer.module, json.dumps(peer.options)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         self.about: str = self._read()["about"]
 
@@ -164,7 +166,7 @@ class Worker:
         return answer
 
     def stop(self) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # engines have processes of their own
         self._process.wait()
 
 
@@ -183,8 +185,13 @@ class Measured:
         return median(self.values[column]) if column in self.values else None
 
 
-def start_seconds(peer: Peer, source: Source) -> float:
-    """From nothing running to a first token; what the engine keeps on disk is there from earlier starts."""
+def start_seconds(peer: Peer, source: Source, *, cold: bool = False) -> float:
+    """From nothing running to a first token; what the engine keeps on disk is there from earlier starts.
+
+    `cold`: the system holds none of its files, packages and model, in memory.
+    """
+    if cold:
+        forget(Path(peer.python).parents[1], Path(peer.options["model"]), cache_folder())
     asked = source.w1(0)
     begin = time.perf_counter()
     worker = Worker(peer)
@@ -192,6 +199,15 @@ def start_seconds(peer: Peer, source: Source) -> float:
     seconds = time.perf_counter() - begin
     worker.stop()
     return seconds
+
+
+def forget(*places: Path) -> None:
+    """Ask the system to drop what it holds in memory of all files below these."""
+    for place in places:
+        for path in [place, *place.rglob("*")]:
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run(peers: list[Peer], source: Source, repeat: int, starts: int) -> dict[str, Measured]:
@@ -230,16 +246,18 @@ def run(peers: list[Peer], source: Source, repeat: int, starts: int) -> dict[str
         if peer.name in workers:
             found[peer.name].add("RSS GB", workers[peer.name].rss() / 1e9)
             workers.pop(peer.name).stop()
-    for _ in range(starts):
-        for peer in peers:
-            if peer.name in found:
-                attempt(peer, lambda peer=peer: found[peer.name].add("start s", start_seconds(peer, source)))
+    for title, cold in STARTS:
+        for _ in range(starts):
+            for peer in peers:
+                if peer.name in found:
+                    attempt(peer, lambda peer=peer, title=title, cold=cold: found[peer.name].add(
+                        title, start_seconds(peer, source, cold=cold)))  # fmt: skip
     return found
 
 
 def table(peers: list[Peer], found: dict[str, Measured]) -> str:
     """Markdown: a row an engine, then the best of the peers and the best of ours over it."""
-    better = {title: choose for _, _, title, choose in FIGURES} | {"start s": min, "RSS GB": min}
+    better = {title: choose for _, _, title, choose in FIGURES} | dict.fromkeys(COLUMNS[-3:], min)
 
     def text(value: float | None) -> str:
         return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -290,7 +308,8 @@ def main() -> None:
             print(f"\n{peer.name}: {found[peer.name].about}", end="")
     held_to = f", held to {options.isa}" if options.isa else ""
     print(
-        f"\n{cores} cores{held_to}, medians of {options.repeat}; start: the best cache that the engine keeps is there"
+        f"\n{cores} cores{held_to}, medians of {options.repeat}; start: the best cache that the engine keeps is "
+        "there; cold: and nothing of its files is in memory"
     )
     if options.json is not None:
         document = {name: {"about": m.about, **m.values} for name, m in found.items()}

@@ -16,7 +16,6 @@ def write_hf_folder(source: Path, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from hotplug.core.text.tokenizer import load_tokenizer
     from hotplug.core.weights.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(source)
@@ -46,6 +45,13 @@ def write_hf_folder(source: Path, folder: Path) -> None:
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(document))
+    write_tokenizer(source, folder)
+
+
+def write_tokenizer(source: Path, folder: Path) -> None:
+    """Write the tokenizer of the checkpoint at `source`, with its chat template, as Hugging Face's files."""
+    from hotplug.core.text.tokenizer import load_tokenizer
+
     tokenizer = load_tokenizer(source)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     tokenizer_config = {

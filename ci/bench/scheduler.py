@@ -1,9 +1,9 @@
-"""Host time of the scheduler for steady decoding: schedule, update, and of that the making of the deltas.
+"""Host time of the scheduler for steady decoding, and of the message that a step becomes: its bytes made and read.
 
     python ci/bench/scheduler.py [--rows 64 256 1024] [--steps 400]
 
-Nothing runs on a device: results are made up. The bar is 0.25 ms for schedule and update at 256 rows without
-the deltas. The figures are medians over steps, so the steps in which many rows get a block show in p99 only.
+Nothing runs on a device: results are made up. The bar is 0.25 ms for schedule and update at 256 rows. The figures are
+medians over steps, so the steps in which many rows get a block show in p99 of schedule and update only.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import time
 
 import numpy as np
 
+from hotplug.core.engine import messages
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
-from hotplug.core.request import Request, SamplingParams, TokenDelta
+from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.plan import StepResult
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 
@@ -37,7 +38,7 @@ def decoding_scheduler(rows: int) -> Scheduler:
     for i in range(rows):
         prompt = random.integers(3, 30000, PROMPT + i % BLOCK_SIZE).tolist()
         sampling = SamplingParams(temperature=0.0, max_tokens=MAX_MODEL_LEN - len(prompt))
-        scheduler.add(Request(id=f"request-{i}", prompt_token_ids=prompt, sampling=sampling, eos_token_ids=(2,)))
+        scheduler.add(Request(id=f"request-{i}", prompt_token_ids=prompt, sampling=sampling, eos_token_ids=(2,), tag=i))
     while scheduler.stats().waiting or scheduler.stats().generated_tokens < rows:
         plan = scheduler.schedule()
         assert plan is not None
@@ -48,24 +49,28 @@ def decoding_scheduler(rows: int) -> Scheduler:
 def measure(rows: int, steps: int) -> dict[str, float]:
     """Milliseconds a step at `rows` decoding requests."""
     scheduler = decoding_scheduler(rows)
-    names, tokens = [f"request-{i}" for i in range(rows)], np.full(rows, 5, np.int32)
-    phases = np.empty((steps, 3))
+    tokens = np.full(rows, 5, np.int32)
+    phases = np.empty((steps, 4))
     for step in range(steps):
-        t0 = time.perf_counter()
+        times = [time.perf_counter()]
         plan = scheduler.schedule()
-        t1 = time.perf_counter()
+        times.append(time.perf_counter())
         assert plan is not None and plan.num_decodes == rows
-        deltas = scheduler.update(plan, StepResult(token_ids=tokens))
-        t2 = time.perf_counter()
-        again = [TokenDelta(name, [t]) for name, t in zip(names, tokens.tolist(), strict=True)]
-        t3 = time.perf_counter()
-        assert len(deltas) == len(again) == rows
-        phases[step] = t1 - t0, t2 - t1, t3 - t2
-    schedule, update, deltas_alone = (np.median(phases, axis=0) * 1e3).tolist()
-    net = (phases[:, 0] + phases[:, 1] - phases[:, 2]) * 1e3
+        gained = scheduler.update(plan, StepResult(token_ids=tokens))
+        times.append(time.perf_counter())
+        data = messages.encode(messages.Outputs.of(gained, scheduler.stats()))
+        times.append(time.perf_counter())
+        outputs = messages.decode_from_engine(data)
+        assert isinstance(outputs, messages.Outputs)
+        columns = [column.tolist() for column in outputs.columns()]
+        times.append(time.perf_counter())
+        assert len(columns[0]) == len(columns[1]) == rows
+        phases[step] = np.diff(times) * 1e3
+    schedule, update, encode, decode = np.median(phases, axis=0).tolist()
+    both = phases[:, 0] + phases[:, 1]
     return {
-        "schedule": schedule, "update": update, "of it deltas": deltas_alone,
-        "without deltas": float(np.median(net)), "p99": float(np.percentile(net, 99)),
+        "schedule": schedule, "update": update, "both": float(np.median(both)),
+        "p99": float(np.percentile(both, 99)), "encode": encode, "decode": decode,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -16,10 +17,12 @@ import psutil
 class Served:
     """`hotplug serve` with these arguments on a free port; ready when made. `stop` it."""
 
-    def __init__(self, *arguments: str, log: IO[str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, log: IO[str] | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         """`log` takes its standard error instead of ours. Raises RuntimeError if it ends before it is ready."""
         command = [sys.executable, "-m", "hotplug.cli", "serve", *arguments, "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         self.url = self._ready_url()
 
     def _ready_url(self) -> str:

@@ -21,6 +21,7 @@ from hotplug.core.errors import ConfigError, HotplugError
 
 if TYPE_CHECKING:
     from hotplug.core.engine.core import EngineCore
+    from hotplug.core.engine.timeline import Timeline
 
 app = typer.Typer(rich_markup_mode=None, help="Measure latency, throughput, or a running server.", no_args_is_help=True)
 
@@ -29,6 +30,10 @@ OutputLen = Annotated[int, typer.Option(min=1, help="Tokens to generate a reques
 Repeat = Annotated[int, typer.Option(min=1, help="Runs; figures are their medians.")]
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write JSON to a file, or to standard output with -.")
+]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Write a trace of the measured runs, for ui.perfetto.dev."),
 ]
 Seed = Annotated[int, typer.Option("--prompt-seed", help="Seed of the random prompts.")]
 
@@ -43,15 +48,20 @@ def latency(
     repeat: Repeat = 3,
     prompt_seed: Seed = 0,
     json: JsonFile = None,
+    trace: TraceFile = None,
 ) -> None:
     """One request alone: time to first token, inter-token latency, decode tokens a second."""
+    timeline = _timeline(trace)
     core = _load(engine)
     from hotplug.cli.bench_engine import latency_figures, measure, random_prompts, speculation_figures
 
-    prompts = random_prompts(core.vocab_size, repeat + 1, input_len, prompt_seed)
-    runs = [measure(core, [prompt], output_len) for prompt in prompts][1:]  # the first one warms up
+    warm_up, *prompts = random_prompts(core.vocab_size, repeat + 1, input_len, prompt_seed)
+    measure(core, [warm_up], output_len)
+    runs = [measure(core, [prompt], output_len, timeline) for prompt in prompts]
     options = {"input_len": input_len, "output_len": output_len, "repeat": repeat}
-    _report("latency", _engine_facts(core), options, latency_figures(runs) | speculation_figures(core), json)
+    facts = _engine_facts(core)
+    _report("latency", facts, options, latency_figures(runs) | speculation_figures(core), json)
+    _write_trace(timeline, trace, {"benchmark": "latency", **facts, **options})
 
 
 @app.command("throughput", cls=SectionedCommand)
@@ -65,19 +75,23 @@ def throughput(
     repeat: Repeat = 3,
     prompt_seed: Seed = 0,
     json: JsonFile = None,
+    trace: TraceFile = None,
 ) -> None:
     """Many requests at once: output tokens a second."""
+    timeline = _timeline(trace)
     core = _load(engine)
     from hotplug.cli.bench_engine import measure, random_prompts, speculation_figures, throughput_figures
 
     measure(core, random_prompts(core.vocab_size, 1, input_len, prompt_seed + repeat), 2)  # warms up
     runs = [
-        measure(core, random_prompts(core.vocab_size, num_requests, input_len, prompt_seed + i), output_len)
+        measure(core, random_prompts(core.vocab_size, num_requests, input_len, prompt_seed + i), output_len, timeline)
         for i in range(repeat)
     ]
     options = {"num_requests": num_requests, "input_len": input_len, "output_len": output_len, "repeat": repeat}
     figures = throughput_figures(runs, num_requests) | speculation_figures(core)
-    _report("throughput", _engine_facts(core), options, figures, json)
+    facts = _engine_facts(core)
+    _report("throughput", facts, options, figures, json)
+    _write_trace(timeline, trace, {"benchmark": "throughput", **facts, **options})
 
 
 @app.command("serve", cls=SectionedCommand)
@@ -122,6 +136,27 @@ def serve(
         err().print(f"{count} requests failed: {reason}", style="red")
     if errors:
         raise typer.Exit(1)
+
+
+def _timeline(file: Path | None) -> Timeline | None:
+    """What records a trace, if one is asked for. Raises ConfigError where it could not be written afterwards."""
+    if file is None:
+        return None
+    from hotplug.core.engine.timeline import Timeline
+
+    try:
+        file.touch()
+    except OSError as e:
+        raise ConfigError(f"cannot write the trace: {e.strerror}", where=str(file)) from e
+    return Timeline()
+
+
+def _write_trace(timeline: Timeline | None, file: Path | None, facts: dict[str, Any]) -> None:
+    if timeline is None or file is None:
+        return
+    timeline.write(file, facts)
+    if timeline.left_out:
+        err().print(f"the trace is full: {timeline.left_out:,} later records were left out", style="yellow")
 
 
 def _load(engine: EngineConfig) -> EngineCore:

@@ -17,8 +17,9 @@ from hotplug.server.config import ServerConfig
 @takes(engine=EngineConfig, server=ServerConfig)
 def serve(engine: EngineConfig, server: ServerConfig) -> None:
     """Serve a model over the OpenAI-compatible HTTP API."""
-    from hotplug.server.serve import listen, run
+    from hotplug.server.serve import check, listen, run
 
+    check(server)
     with listen(server):
         pass  # a port in use is known before a model is fetched; `run` takes it again
     typer.echo(f"model    {engine.model_name}")

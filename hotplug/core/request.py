@@ -7,11 +7,20 @@ This module knows nothing of HTTP, scheduling or devices.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from hotplug.core.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    TokenIds = Sequence[int] | npt.NDArray[np.int32]
+else:
+    TokenIds = Any  # msgspec reads annotations, and knows no arrays
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -22,7 +31,8 @@ MAX_LOGPROBS = 20
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose the tokens of one request. Validated on construction.
 
-    Temperature 0 is greedy. `top_k` 0 means all tokens. `max_tokens` None runs to the end of the context.
+    Temperature 0 is greedy. `top_k` 0 means all tokens. `max_tokens` None runs to the end of the context;
+    before `min_tokens`, tokens that would end it are not chosen: stop tokens, and unless `ignore_eos` the model's own.
     `seed` fixes the random numbers of this request whatever else is in the batch; None draws a fresh one.
     `logprobs` k returns the log-probability of each chosen token and the k most likely alternatives, taken
     from the model's own distribution before penalties and temperature; `prompt_logprobs` does so for the
@@ -101,13 +111,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
+    """Integers, or [n] int32: what comes from another process is an array."""
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str = ""
     arrival: float = 0.0
     """Seconds on the clock of `time.monotonic`, shared by the processes of one host."""
+    tag: int = 0
+    """What its front end finds it by: client number << 32 | slot. Comes back with every token, means nothing here."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -136,6 +149,8 @@ class TokenDelta(msgspec.Struct, array_like=True):
     """Seconds between arrival and first being scheduled (on the first delta)."""
     error: str = ""
     """Why, when `finish_reason` is "error"."""
+    tag: int = 0
+    """The request's."""
 
 
 class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
@@ -169,3 +184,7 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
     proposed_tokens: int = 0
     confirmed_tokens: int = 0
     """Proposed tokens, and those of them that the model's own choice confirmed."""
+    phase_ns: list[int] = []
+    """Nanoseconds of the loop in each of `hotplug.core.runner.timing.PHASES`."""
+    step_buckets: list[int] = []
+    """Steps by duration, in the buckets of `hotplug.core.runner.timing.STEP_SECONDS`."""

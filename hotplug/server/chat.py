@@ -14,6 +14,7 @@ from hotplug.server.parsing import ChoiceParser, render_call
 from hotplug.server.schemas import ChatBody
 from hotplug.server.service import Service, service_of
 from hotplug.server.stream import DONE, EventStream, Output, Usage, answer, collect, event, finite
+from hotplug.server.tracing import span_of
 
 if TYPE_CHECKING:
     from hotplug.core.engine.outputs import CompletionChunk
@@ -36,14 +37,15 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
     )
     service.check_length(prompt, "messages")
     params = _sampling(service, body, prompt)
-    chunks = service.stream(prompt, params, body)
+    span = span_of(request)
+    chunks = service.stream(prompt, params, body, span)
     usage = Usage(len(prompt), body.count)
     parsers = service.choice_parsers(prompt, body.count, tools=bool(body.offered_tools))
     if body.stream:
-        labels = await service.labels("chatcmpl-", "chat.completion.chunk")
+        labels = await service.labels("chatcmpl-", "chat.completion.chunk", span)
         events = ChatEvents(labels, service.tokenizer, usage, body.count, body.include_usage, parsers)
         return EventStream(chunks, events)
-    labels = await service.labels("chatcmpl-", "chat.completion")
+    labels = await service.labels("chatcmpl-", "chat.completion", span)
 
     async def complete() -> dict[str, Any]:
         outputs = await collect(chunks, body.count, usage)

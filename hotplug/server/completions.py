@@ -14,17 +14,8 @@ from hotplug.core.errors import RequestError
 from hotplug.server.body import encode
 from hotplug.server.schemas import MAX_PROMPTS, CompletionBody, check_token_ids
 from hotplug.server.service import Service, service_of
-from hotplug.server.stream import (
-    DONE,
-    EventStream,
-    Output,
-    Usage,
-    answer,
-    collect,
-    event,
-    finite,
-    merge,
-)
+from hotplug.server.stream import DONE, EventStream, Output, Usage, answer, collect, event, finite, merge
+from hotplug.server.tracing import span_of
 
 if TYPE_CHECKING:
     from hotplug.core.engine.outputs import CompletionChunk
@@ -50,12 +41,13 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     service.check_model(body.model)
     prompts = await _prompts(service, body)
     params = _sampling(service, body, prompts)
-    streams = [service.stream(prompt.token_ids, params, body) for prompt in prompts]
+    span = span_of(request)
+    streams = [service.stream(prompt.token_ids, params, body, span) for prompt in prompts]
     if body.max_tokens == 0:
         streams = [_score_only(stream) for stream in streams]
     chunks = streams[0] if len(streams) == 1 else merge(streams, body.count)
     usage = Usage(sum(len(prompt.token_ids) for prompt in prompts), body.count)
-    labels = await service.labels("cmpl-", "text_completion")
+    labels = await service.labels("cmpl-", "text_completion", span)
     choices = [
         Choice(index, prompts[index // body.count], body, service.tokenizer)
         for index in range(len(prompts) * body.count)

@@ -9,6 +9,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
 import hotplug
+from hotplug.core.errors import NotReadyError
 from hotplug.server.body import json_response
 from hotplug.server.errors import NOT_READY_RETRY, first_line
 from hotplug.server.schemas import DetokenizeBody, TokenizeBody, check_token_ids
@@ -97,8 +98,11 @@ async def version() -> Response:
 
 @router.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Response:
+    found = request.app.state.metrics
+    if not found.known:
+        raise NotReadyError("the engine has not told its figures yet")
     render, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(render(request.app.state.metrics.registry), headers={"content-type": content_type})
+    return Response(render(found.registry), headers={"content-type": content_type})
 
 
 @router.get("/debug/plan", response_model=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import signal
 import socket
@@ -14,15 +15,20 @@ import uvicorn
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError
+from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from hotplug.core.engine.async_llm import AsyncLLM
 
 _KEEP_ALIVE = 75
 """Seconds an idle connection stays open: longer than the clients' own limits, so that they close first."""
 _BACKLOG = 2048
+FAILED_GRACE = 1
+"""Seconds that clients of a dead engine get to take what they are told."""
 
 
 def run(
@@ -37,10 +43,32 @@ def run(
     requests get `shutdown_grace` seconds to finish, then the engine is closed. Raises ConfigError when the
     port is taken, before anything is loaded, and the engine's own error when it cannot start or dies.
     """
+    check(server_config)
+    if server_config.frontends > 1:
+        _run_several(engine_config, server_config, on_ready)
+        return
     with listen(server_config) as sock, _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
         from hotplug.core.engine.async_llm import AsyncLLM  # heavy, and the port may be taken
 
         serve(AsyncLLM(engine_config), server_config, sock, on_ready)
+
+
+def _run_several(engine_config: EngineConfig, config: ServerConfig, on_ready: Callable[[str], None]) -> None:
+    sockets = listen_all(config)
+    url = url_of(config, sockets[0])
+    try:
+        from hotplug.server.frontends import supervise  # heavy
+
+        supervise(engine_config, config, sockets, lambda: on_ready(url))
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def check(config: ServerConfig) -> None:
+    """Raises ConfigError for what can be known before a model is fetched."""
+    if config.otlp_endpoint is not None:
+        tracing.require()
 
 
 def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
@@ -49,21 +77,11 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
 
     def fail(error: Exception) -> None:
         failures.append(error)
-        server.should_exit = True
+        give_up(server)
 
-    app = create_app(llm, config, on_ready=lambda: on_ready(url_of(config, sock)), on_failure=fail)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            lifespan="on",
-            log_level="warning" if not config.access_log else "info",
-            access_log=config.access_log,
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=config.shutdown_grace,
-            backlog=_BACKLOG,
-        )
-    )
-
+    spans = tracing.connect(config.otlp_endpoint) if config.otlp_endpoint is not None else None
+    app = create_app(llm, config, spans=spans, on_ready=lambda: on_ready(url_of(config, sock)), on_failure=fail)
+    server = uvicorn.Server(uvicorn_config(app, config))
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         try:
             runner.run(server.serve(sockets=[sock]))
@@ -76,8 +94,44 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
         raise failures[0]
 
 
-def listen(config: ServerConfig) -> socket.socket:
-    """A listening socket on the configured address. Raises ConfigError naming the port and its option."""
+def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="on",
+        log_level="warning" if not config.access_log else "info",
+        access_log=config.access_log,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=config.shutdown_grace,
+        backlog=_BACKLOG,
+    )
+
+
+def give_up(server: uvicorn.Server) -> None:
+    """End a server whose engine is dead: what is left to do for its clients is to tell them."""
+    server.config.timeout_graceful_shutdown = FAILED_GRACE
+    server.should_exit = True
+
+
+def listen_all(config: ServerConfig) -> list[socket.socket]:
+    """A listening socket for each front end, all on the configured address. Raises as `listen` does."""
+    if config.frontends == 1:
+        return [listen(config)]
+    with listen(config) as alone:  # sockets that share a port share it with any other server that shares its own
+        port = alone.getsockname()[1]
+    with contextlib.ExitStack() as opened:
+        sockets = [
+            opened.enter_context(listen(dataclasses.replace(config, port=port), shared=True))
+            for _ in range(config.frontends)
+        ]
+        opened.pop_all()
+    return sockets
+
+
+def listen(config: ServerConfig, *, shared: bool = False) -> socket.socket:
+    """A listening socket on the configured address. Raises ConfigError naming the port and its option.
+
+    `shared`: other sockets of this user may listen there too if they are shared themselves.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -87,6 +141,8 @@ def listen(config: ServerConfig) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
         sock.listen(_BACKLOG)  # now, not later: two sockets may be bound to one port, but not both listen
     except OSError as e:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hotplug.core.request import SamplingParams
     from hotplug.core.text.tokenizer import Tokenizer
     from hotplug.server.schemas import GenerationBody, Message, Tool
+    from hotplug.server.tracing import RequestSpan
 
 _LONG_TEXT = 20_000
 """Characters from which tokenizing (over 1 ms) is done beside the event loop."""
@@ -115,14 +116,21 @@ class Service:
             )
 
     def stream(
-        self, prompt: list[int], params: SamplingParams, body: GenerationBody
+        self, prompt: list[int], params: SamplingParams, body: GenerationBody, span: RequestSpan | None
     ) -> AsyncGenerator[CompletionChunk, None]:
-        return self.llm.stream(prompt, params, priority=body.priority, cache_salt=body.cache_salt)
+        chunks = self.llm.stream(prompt, params, priority=body.priority, cache_salt=body.cache_salt)
+        if span is None:
+            return chunks
+        span.asked(body.model, params, stream=bool(body.stream))
+        return span.follow(chunks, len(prompt))
 
-    async def labels(self, prefix: str, kind: str) -> dict[str, Any]:
+    async def labels(self, prefix: str, kind: str, span: RequestSpan | None) -> dict[str, Any]:
         """The fields that open every object of one answer."""
+        response_id = prefix + uuid.uuid4().hex
+        if span is not None:
+            span.named(response_id)
         return {
-            "id": prefix + uuid.uuid4().hex,
+            "id": response_id,
             "object": kind,
             "created": int(time.time()),
             "model": self.model_name,

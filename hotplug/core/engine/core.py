@@ -8,11 +8,21 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.connect import make_connector, make_transfer
 from hotplug.core.engine.crew import give_share_back, start_workers, take_share
-from hotplug.core.engine.executables import captured, captured_shapes, compiled, compiled_shapes, graph_memory
+from hotplug.core.engine.executables import (
+    captured,
+    captured_prompts,
+    captured_shapes,
+    compiled,
+    compiled_shapes,
+    graph_memory,
+)
 from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
 from hotplug.core.engine.warmup import WarmUp
@@ -30,7 +40,7 @@ from hotplug.core.parallel.workers import Workers
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasRuntime, HasWeights
-from hotplug.core.request import EngineStats, Request, TokenDelta
+from hotplug.core.request import EngineStats, Request
 from hotplug.core.runner import kv_memory, memory_guard
 from hotplug.core.runner.capture import CapturedSteps
 from hotplug.core.runner.compile import CompiledSteps
@@ -39,9 +49,11 @@ from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner, StepHandle
 from hotplug.core.runner.static import StepShape
+from hotplug.core.runner.timing import PLAN, UPDATE, WAIT
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
+from hotplug.core.scheduler.tokens import StepTokens, token_array
 
 _logger = logging.getLogger(__name__)
 
@@ -103,6 +115,8 @@ class RankCore:
         transfer, swap = make_transfer(bound, cache, connector), make_swap(bound, cache, space)
         runtime = platform if isinstance(platform, HasRuntime) else None
         self._runner = Runner(bound.model, bound.batch, bound.sampler, self._executable, transfer, runtime, swap)
+        self.timer = self._runner.timer
+        """The phases of its steps; whoever hands the results of a step over calls `sent`."""
         self._step_guard = MemoryGuard("running a step", bound.selection, memory_guard.STEP)
         if self._workers is not None:
             self._workers.ready()
@@ -202,18 +216,19 @@ class EngineCore(RankCore):
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError or QueueFullError, and goes on; EngineDeadError after a failed step."""
         self._require_alive()
+        request = msgspec.structs.replace(request, prompt_token_ids=token_array(request.prompt_token_ids))
         self._check_token_ids(request)
         self._scheduler.add(request)
 
     def _check_token_ids(self, request: Request) -> None:
         """A token id outside the vocabulary would be found by an indexing kernel, in the middle of a step."""
-        sampling = request.sampling
-        for param, ids in (
-            ("prompt", request.prompt_token_ids),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", sampling.logit_bias or ()),
+        sampling, prompt = request.sampling, np.asarray(request.prompt_token_ids)
+        for param, least, most in (
+            ("prompt", int(prompt.min(initial=0)), int(prompt.max(initial=0))),
+            ("stop_token_ids", min(sampling.stop_token_ids, default=0), max(sampling.stop_token_ids, default=0)),
+            ("logit_bias", min(sampling.logit_bias or (), default=0), max(sampling.logit_bias or (), default=0)),
         ):
-            if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            if least < 0 or most >= self.vocab_size:
                 raise RequestError(f"{param} has a token id outside the vocabulary of {self.vocab_size}", param=param)
         self.bound.sampler.check_processors(sampling)
         for param in ("logprobs", "prompt_logprobs"):
@@ -221,11 +236,16 @@ class EngineCore(RankCore):
             if wanted is not None and wanted > self.vocab_size:
                 raise RequestError(f"{param} is above the vocabulary of {self.vocab_size}", param=param)
 
+    @property
+    def requests(self) -> list[Request]:
+        """Those that have not ended."""
+        return self._scheduler.requests
+
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is and free its blocks. False if it is unknown, or over."""
         return self._scheduler.abort(request_id)
 
-    def step(self) -> list[TokenDelta]:
+    def step(self) -> StepTokens:
         """Plan and launch one step, and return what the oldest in flight added to which request.
 
         On an asynchronous device one step stays in flight: its results come with the next call.
@@ -269,21 +289,29 @@ class EngineCore(RankCore):
             self.close()
             raise
 
-    def _step(self) -> list[TokenDelta]:
+    def _step(self) -> StepTokens:
+        timer = self.timer
+        timer.begin()
         plan = self._scheduler.schedule()
+        timer.lap(PLAN)
         if plan is not None:
+            if timer.recorder is not None:
+                timer.recorder.launched(len(plan.rows), int(plan.num_tokens.sum()))
             if self._workers is not None:
                 self._workers.send(encode_plan(plan))
             self._in_flight.append((plan, self._runner.execute(plan)))
             if len(self._in_flight) <= self._ahead:
-                return []
+                return StepTokens()
         if not self._in_flight:
-            return []
+            return StepTokens()
         oldest, handle = self._in_flight.popleft()
-        deltas = self._scheduler.update(oldest, handle.result())
+        result = handle.result()
+        timer.lap(WAIT)
+        gained = self._scheduler.update(oldest, result)
+        timer.lap(UPDATE)
         if not self.has_work:  # nobody knows when the next step will be
             self._runner.save(self._scheduler.take_saves())
-        return deltas
+        return gained
 
     def wait_until_compiled(self) -> None:
         """Return when no step runs op by op for want of an executable. Raises PlatformError if compiling failed."""
@@ -294,6 +322,7 @@ class EngineCore(RankCore):
         stats = self._scheduler.stats()
         stats.reference_ops = self._reference_ops
         stats.recompiles = self._executable.recompiles
+        stats.phase_ns, stats.step_buckets = self.timer.nanoseconds.copy(), self.timer.buckets.copy()
         return stats
 
     def report(self) -> dict[str, Any]:
@@ -377,7 +406,7 @@ def _executable(
         case ExecMode.EAGER:
             return eager
         case ExecMode.CAPTURE:
-            return captured(bound, eager, captured_shapes(bound))
+            return captured(bound, eager, captured_shapes(bound), captured_prompts(bound))
         case ExecMode.COMPILE:
             return compiled(bound, shapes, kv, eager)
 

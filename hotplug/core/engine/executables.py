@@ -15,6 +15,7 @@ from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.optional import HasCapture, HasCompile
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
 from hotplug.core.runner.capture import CapturedSteps, decode_shapes, decode_shapes_on_use
+from hotplug.core.runner.capture_prompts import PromptShape, prompt_shapes
 from hotplug.core.runner.compile import Compiled, CompiledSteps, StepBounds, checked_shapes
 from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep
@@ -55,30 +56,48 @@ def captured_shapes(bound: Bound) -> list[StepShape]:
     return decode_shapes(bound.batch.spare_row, bound.limits.max_graph_shapes)
 
 
+def captured_prompts(bound: Bound) -> list[PromptShape]:
+    """The shapes of steps with prompt chunks to record, smallest first."""
+    if bound.resolved.exec_mode is not ExecMode.CAPTURE or not bound.limits.mixed_steps:
+        return []
+    most = min(bound.limits.capture_prompt_tokens, bound.resolved.max_num_batched_tokens, bound.max_model_len)
+    return prompt_shapes(bound.batch.spare_row, most)
+
+
 def captured(
-    bound: Bound, eager: EagerStep, shapes: Sequence[StepShape], recorded: Callable[[], object] = lambda: None
+    bound: Bound,
+    eager: EagerStep,
+    shapes: Sequence[StepShape],
+    prompts: Sequence[PromptShape] = (),
+    recorded: Callable[[], object] = lambda: None,
 ) -> CapturedSteps:
-    """Recorded decode steps of these shapes, the largest first; `recorded` is called after each recorded now."""
+    """Recorded steps of these shapes; `recorded` is called after each recorded now."""
     platform, device = bound.selection.platform, bound.selection.device
     if not isinstance(platform, HasCapture):
         raise PlatformError("the platform declares capture but has no `capture` method", where=platform.name)
     on_use = bound.limits.capture_on_use
-    return CapturedSteps(eager, bound.batch, bound.sampler, platform, device, shapes, recorded, on_use=on_use)
+    return CapturedSteps(eager, bound.batch, bound.sampler, platform, device, shapes, recorded, on_use=on_use,
+                         prompts=prompts)  # fmt: skip
 
 
 def graph_memory(bound: Bound, scratch: list[KVBlocks]) -> int:
-    """Bytes that recording all decode steps will take, from a trial with the two largest over a `scratch` KV cache.
+    """Bytes that recording all steps will take, from a trial with the two largest of each kind over a scratch cache.
 
-    Recorded steps share their memory, so that each smaller one adds about what the second largest did.
+    Recorded steps share their memory, so that each smaller one adds about what the second largest of its kind did.
     """
-    shapes = captured_shapes(bound)
+    shapes, prompts = captured_shapes(bound), captured_prompts(bound)
     if not shapes or bound.limits.capture_on_use:  # those run in memory that the largest steps had too
         return 0
     platform, device = bound.selection.platform, bound.selection.device
     free = [platform.memory(device).free]
     eager = EagerStep(bound.model, scratch, bound.batch)
-    captured(bound, eager, shapes[-2:], lambda: free.append(platform.memory(device).free)).release()
-    more = max(free[1] - free[-1], 0) * max(len(shapes) - 2, 0)
+    trial = captured(bound, eager, shapes[-2:], prompts[-2:], lambda: free.append(platform.memory(device).free))
+    trial.release()
+    more, after = 0, 0
+    for kind in (prompts, shapes):
+        after += len(kind[-2:])
+        if len(kind) > 2:
+            more += max(free[after - 1] - free[after], 0) * (len(kind) - 2)
     return max(free[0] - free[-1], 0) + more
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from hotplug.core.request import EngineStats
@@ -15,6 +16,9 @@ class EngineObserver(Protocol):
 
     def inter_token(self, seconds: float, tokens: int) -> None:
         """Time since the sequence's last tokens, when `tokens` more arrive."""
+
+    def inter_tokens(self, seconds: Sequence[float]) -> None:
+        """One more token each of several sequences, and the time since its last. Once a step."""
 
     def queued(self, seconds: float) -> None:
         """Time from arrival to first being scheduled."""

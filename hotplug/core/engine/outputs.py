@@ -23,6 +23,20 @@ class CompletionChunk:
     """The stop string or stop token id that ended it; None for the model's own end of sequence."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    queued: float = 0.0
+    """Seconds between arrival and first being scheduled (with the first token)."""
+
+    def extend(self, later: CompletionChunk) -> None:
+        """Become what this chunk and the `later` one of the same completion are together."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        if later.prompt_logprobs is not None:
+            self.prompt_logprobs = later.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
+        self.queued = max(self.queued, later.queued)
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
 @dataclass(slots=True)
@@ -65,6 +79,8 @@ class RequestOutput:
 class Completion:
     """The text side of one sequence in the engine: detokenizes, and finds stop strings."""
 
+    __slots__ = ("_detokenizer", "_eos", "_params", "finished", "index", "num_tokens")
+
     def __init__(
         self,
         index: int,
@@ -86,6 +102,23 @@ class Completion:
         self.finished = False
         self.num_tokens = 0
 
+    def push_token(self, token: int) -> str:
+        """The text of `push` for a delta of one token that does not end the sequence. Hot path.
+
+        When a stop string ends it, `finished` is true, `stopped` names it, and the text goes up to it.
+        """
+        self.num_tokens += 1
+        detokenizer = self._detokenizer
+        text = detokenizer.push_token(token)
+        if detokenizer.stopped is not None:
+            self.finished = True
+        return text
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that ended it."""
+        return self._detokenizer.stopped
+
     def push(self, delta: TokenDelta) -> CompletionChunk:
         """The chunk of a delta. When a stop string ended it though the engine goes on, `finish_reason` says so."""
         token_ids, logprobs = delta.token_ids, delta.logprobs
@@ -95,7 +128,7 @@ class Completion:
         if self._params.stop and len(token_ids) > 1:
             text = ""
             for count, token in enumerate(shown, 1):  # what follows a stop string is no part of the completion
-                text += self._detokenizer.push([token])
+                text += self._detokenizer.push_token(token)
                 if self._detokenizer.stopped is not None:
                     token_ids, logprobs = token_ids[:count], logprobs and logprobs[:count]
                     break
@@ -113,7 +146,7 @@ class Completion:
         self.finished = reason is not None
         return CompletionChunk(
             self.index, text, token_ids, logprobs, reason, stop_reason,
-            delta.prompt_logprobs, delta.num_cached_tokens,
+            delta.prompt_logprobs, delta.num_cached_tokens, delta.queued,
         )  # fmt: skip
 
     def _stop_reason(self, delta: TokenDelta) -> int | None:

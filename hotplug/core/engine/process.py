@@ -1,39 +1,52 @@
 """The engine process: builds an EngineCore, then serves messages and steps until told to stop.
 
-It blocks while there is nothing to do. It ends by itself when its parent dies, and never without a last
-message that says why.
+The loop waits for the device and for work, never for a front end (`clients`). Out of work, it looks for messages
+without pause for `SPIN` seconds, since the next request often follows the last at once, then blocks. It ends by itself
+when its parent dies, and never without a last message that says why.
 """
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import signal
+import time
 import traceback
 
 import zmq
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import messages
+from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
+from hotplug.core.engine.link import Link
 from hotplug.core.errors import HotplugError, QueueFullError, RequestError
+from hotplug.core.scheduler.tokens import CLIENT_SHIFT
 
 EXIT_FAILED = 1
+SPIN = 0.002
+"""Seconds of looking for messages before blocking."""
+MESSAGES_A_STEP = 64
+"""Messages handled between two steps at most, so that a flood of them does not hold up the running requests."""
+RETRY_MS = 10
+"""Milliseconds between attempts to send what a front end did not take, while there is no work."""
 
 
-def main(config: EngineConfig, inbox: str, outbox: str) -> None:
-    """Entry of the process. `inbox` and `outbox` are ZeroMQ addresses that the front end is bound to."""
+def main(config: EngineConfig, link: Link) -> None:
+    """Entry of the process."""
     # A signal to the whole process group is the front end's to handle: it lets running requests finish first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     context = zmq.Context()
-    receive, send = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    receive.connect(inbox)
-    send.connect(outbox)
+    inbox = context.socket(zmq.PULL)
+    inbox.set(zmq.RCVHWM, 0)
+    inbox.bind(link.inbox)
+    clients = Clients(context, link)
     try:
-        EngineProcess(config, receive, send).run()
+        EngineProcess(config, inbox, clients).run()
     except Exception as e:
-        send.send(messages.encode(messages.Failed(str(e), traceback.format_exc(), isinstance(e, HotplugError))))
+        clients.post_all(messages.Failed(str(e), traceback.format_exc(), isinstance(e, HotplugError)))
         raise SystemExit(EXIT_FAILED) from e
     finally:
         context.destroy(linger=2000)
@@ -42,15 +55,15 @@ def main(config: EngineConfig, inbox: str, outbox: str) -> None:
 class EngineProcess:
     """The loop around one EngineCore."""
 
-    def __init__(self, config: EngineConfig, receive: zmq.Socket[bytes], send: zmq.Socket[bytes]) -> None:
-        self._receive = receive
-        self._send = send
+    def __init__(self, config: EngineConfig, inbox: zmq.Socket[bytes], clients: Clients) -> None:
+        self._inbox = inbox
+        self._clients = clients
         self._poller = zmq.Poller()
-        self._poller.register(receive, zmq.POLLIN)
+        self._poller.register(inbox, zmq.POLLIN)
         parent = multiprocessing.parent_process()
-        self._parent = parent.sentinel if parent is not None else None
-        if self._parent is not None:
-            self._poller.register(self._parent, zmq.POLLIN)
+        self._parent_pid = None if parent is None else parent.pid
+        if parent is not None:
+            self._poller.register(parent.sentinel, zmq.POLLIN)
         self._core = EngineCore(config)
         self._ranks = self._core.sentinels
         for sentinel in self._ranks:
@@ -60,45 +73,81 @@ class EngineProcess:
 
     def run(self) -> None:
         """Serve until stopped, or until the parent is gone."""
-        core = self._core
-        self._post(messages.Ready(core.max_model_len, core.vocab_size, core.eos_token_ids))
+        core, clients = self._core, self._clients
+        clients.post_all(self._ready())
         while not self._stopped:
-            self._read(block=not core.has_work)
+            if not core.has_work:
+                clients.post_idle(core.stats())
+                self._wait()
+            self._read()
+            clients.flush()
             if core.has_work:
-                self._post(messages.Outputs(core.step(), core.stats()))
+                clients.post_step(core.step(), core.stats())
+                core.timer.sent()
+                if not core.has_work:
+                    clients.changed()  # what they have is from before this step's end
+            for client in clients.take_overrun():
+                self._abort_client(client)
 
-    def _read(self, *, block: bool) -> None:
-        """Handle every message that is there; with `block`, wait for the first."""
-        while not self._stopped:
-            ready = dict(self._poller.poll(None if block else 0))
-            if self._parent in ready:
-                self._stopped = True
-            if self._ranks and not ready.keys().isdisjoint(self._ranks):
-                self._core.check_ranks()
-            if self._receive not in ready:
+    def _wait(self) -> None:
+        """Return when there is a message, or when the parent is gone: look for one first, then block."""
+        deadline = time.monotonic() + SPIN
+        while time.monotonic() < deadline:
+            if self._has_message():
                 return
-            self._handle(messages.decode_to_engine(self._receive.recv()))
-            block = False
+        self._poller.poll(RETRY_MS if self._clients.waiting else None)
+        if self._ranks:
+            self._core.check_ranks()
+
+    def _has_message(self) -> bool:
+        events = self._inbox.get(zmq.EVENTS)
+        return isinstance(events, int) and bool(events & zmq.POLLIN)  # bytes are what other options have
+
+    def _read(self) -> None:
+        """Handle the messages that are there."""
+        if os.getppid() != (self._parent_pid or os.getppid()):
+            self._stopped = True
+        for _ in range(MESSAGES_A_STEP):
+            if self._stopped or not self._has_message():
+                return
+            self._handle(messages.decode_to_engine(self._inbox.recv_multipart(copy=False)))
 
     def _handle(self, message: messages.ToEngine) -> None:
         match message:
             case messages.Add(requests):
                 for request in requests:
+                    client = request.tag >> CLIENT_SHIFT
+                    if self._clients.gone(client):
+                        continue  # sent before its front end died
                     try:
                         self._core.add(request)
                     except (RequestError, QueueFullError) as e:
-                        self._post(messages.Refused.from_error(request.id, e))
+                        self._clients.post(client, messages.Refused.from_error(request, e))
             case messages.Abort(request_ids):
                 for request_id in request_ids:
                     self._core.abort(request_id)
-                self._post(messages.Outputs([], self._core.stats()))
-            case messages.Explain():
-                self._post(messages.Plan(self._core.report()))
+                self._clients.changed()
+            case messages.Explain(client):
+                self._clients.post(client, messages.Plan(self._core.report()))
+            case messages.ClientGone(client):
+                self._clients.leave(client)
+                self._abort_client(client)
+            case messages.ClientBack(client):
+                self._clients.enter(client)
+                self._abort_client(client)
+                self._clients.post(client, self._ready())
             case messages.Stop():
                 self._stopped = True
 
-    def _post(self, message: messages.FromEngine) -> None:
-        self._send.send(messages.encode(message))
+    def _abort_client(self, client: int) -> None:
+        for request in self._core.requests:
+            if request.tag >> CLIENT_SHIFT == client:
+                self._core.abort(request.id)
+        self._clients.changed()
+
+    def _ready(self) -> messages.Ready:
+        core = self._core
+        return messages.Ready(core.max_model_len, core.vocab_size, core.eos_token_ids)
 
 
 def freeze_started_objects() -> None:
@@ -110,10 +159,13 @@ def freeze_started_objects() -> None:
     gc.freeze()
 
 
-def start(config: EngineConfig, inbox: str, outbox: str) -> multiprocessing.process.BaseProcess:
-    """Start the process. Spawned, not forked: devices and threads do not survive a fork."""
+def start(config: EngineConfig, link: Link) -> multiprocessing.process.BaseProcess:
+    """Start the process for all front ends of `link`. Spawned, not forked: devices and threads do not survive a fork.
+
+    It belongs to the caller, with whom it ends.
+    """
     process = multiprocessing.get_context("spawn").Process(
-        target=main, args=(config, inbox, outbox), name="hotplug-engine", daemon=True
+        target=main, args=(config, link), name="hotplug-engine", daemon=True
     )
     process.start()
     return process

@@ -9,6 +9,7 @@ import msgspec
 
 from hotplug.core.engine.outputs import Completion, CompletionChunk, CompletionOutput, RequestOutput
 from hotplug.core.request import Request, SamplingParams, TokenDelta
+from hotplug.core.scheduler.tokens import token_array
 from hotplug.core.text.tokenizer import Tokenizer
 
 
@@ -25,20 +26,24 @@ class Submission:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tags: Iterator[int] | None = None,
     ) -> None:
+        """`tags` gives each request its tag. Raises RequestError for a prompt that is not token ids."""
         self.request_id = request_id
         self.prompt_token_ids = list(prompt_token_ids)
         self.arrival = time.monotonic()
         each = _expand(params)
+        array = token_array(self.prompt_token_ids)
         self.requests = [
             Request(
                 id=f"{request_id}.{index}" if len(each) > 1 else request_id,
-                prompt_token_ids=self.prompt_token_ids,
+                prompt_token_ids=array,
                 sampling=sampling,
                 eos_token_ids=eos_token_ids,
                 priority=priority,
                 cache_salt=cache_salt,
                 arrival=self.arrival,
+                tag=0 if tags is None else next(tags),
             )
             for index, sampling in enumerate(each)
         ]

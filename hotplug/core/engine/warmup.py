@@ -8,7 +8,7 @@ import threading
 import torch
 
 from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.engine.executables import captured_shapes
+from hotplug.core.engine.executables import captured_prompts, captured_shapes
 from hotplug.core.engine.swap import rehearse_swap
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.base import DeviceInfo
@@ -71,5 +71,5 @@ def rehearse(bound: Bound) -> None:
         runner.execute(plan)
     shapes = captured_shapes(twin)
     if shapes:
-        capture.run_once(eager, twin.batch, twin.sampler, shapes)
+        capture.run_once(eager, twin.batch, twin.sampler, shapes, captured_prompts(twin))
     rehearse_swap(twin, cache)

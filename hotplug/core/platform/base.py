@@ -115,6 +115,9 @@ class Limits:
     capture_on_use: bool = False
     """Whether recording a step costs about what running it does, and gives its results too: then each size is recorded
     when it is first needed, and none at start."""
+    capture_prompt_tokens: int = 0
+    """Most prompt tokens of a step that is recorded together with its prompt chunks, for devices that compute a short
+    prompt faster than the host can launch it; 0: such steps run op by op."""
     compiled: CompileLimits = CompileLimits()
     """Where compiled steps differ."""
     step_tokens: int = 2048
@@ -138,6 +141,11 @@ class Limits:
                 _check(name in known, field, f"{name!r} is no dtype", nearest(str(name), known))
         _check(self.auto_dtype in (None, *self.dtypes), "auto_dtype", f"{self.auto_dtype!r} is not in dtypes")
         _check(self.index_dtype in INDEX_DTYPES, "index_dtype", f"{self.index_dtype!r} is neither int32 nor int64")
+        _check(
+            self.capture_prompt_tokens == 0 or not (self.capture_on_use or self.max_graph_shapes),
+            "capture_prompt_tokens",
+            "steps with prompts are recorded at start, and in many shapes",
+        )
         _check(self.step_tokens >= self.step_requests > 0, "step_tokens", "a step holds a token of every request")
         _check(all(size > 0 for size in self.block_sizes), "block_sizes", "a block holds at least one token")
         for field in ("dtypes", "block_sizes", "kv_layouts", "exec_modes"):

@@ -8,8 +8,9 @@ the spare: its block table is all null blocks, and what pads a step of static sh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,35 @@ _ALIGNED = 4
 """Elements, at least 16 bytes."""
 _STAGED = 32
 """Host tensors kept while the device may still copy from them: more than two steps in flight send."""
+
+
+class Region:
+    """Named arrays of the index dtype that go to fixed places on the device in one copy.
+
+    Fill them by name and `send`; `begin` gives fresh host memory where the device may still copy from the last.
+    """
+
+    def __init__(self, batch: Batch, sizes: Mapping[str, int]) -> None:
+        self._batch = batch
+        ends = list(accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()))
+        self._places = dict(zip(sizes, zip([0, *ends[:-1]], sizes.values(), strict=True), strict=True))
+        self._device = torch.zeros(ends[-1], dtype=batch.index_dtype, device=batch.device)
+        self.on_device = {name: self._device.narrow(0, *place) for name, place in self._places.items()}
+        self._staged: Tensor
+        self._values: npt.NDArray[Any]
+        self.begin()
+
+    def begin(self) -> None:
+        self._staged = self._batch.stage(self._device.shape)
+        self._values = self._staged.numpy()
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        begin, size = self._places[name]
+        return self._values[begin : begin + size]
+
+    def send(self) -> None:
+        """Copy to the device, without waiting for it."""
+        self._device.copy_(self._staged, non_blocking=True)
 
 
 class Batch:
@@ -135,6 +165,34 @@ class Batch:
             max_seq_len=0,
         )
         return StepInputs(token_ids, positions, slots, attention, query_start[:-1])
+
+    def mixed(
+        self, rows: Tensor, start: Tensor, given: Tensor, query_start: Tensor, scored: Tensor, *, num_decodes: int,
+        max_query_len: int,
+    ) -> StepInputs:  # fmt: skip
+        """The inputs of a step of static shape, prompt chunks after `num_decodes` decodes, made on the device alone.
+
+        rows, start: [R]; `given` [T] is -1 where the token is the row's last; query_start: [R + 1], the last one T;
+        scored: [S] tokens that get scores.
+        """
+        token_ids, positions, slots, lens, block_table = self._prepare(
+            given, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
+        )
+        attention = AttentionInputs(
+            block_table=block_table,
+            query_start=query_start,
+            seq_lens=lens,
+            query_lens_host=None,
+            seq_lens_host=None,
+            num_decodes=num_decodes,
+            max_query_len=max_query_len,
+            max_seq_len=0,
+        )
+        return StepInputs(token_ids, positions, slots, attention, scored)
+
+    def region(self, **sizes: int) -> Region:
+        """Arrays of these sizes on their way to fixed places on the device."""
+        return Region(self, sizes)
 
     def _host_tokens(self, plan: StepPlan, query_start: np.ndarray) -> np.ndarray:
         """[T] token ids; -1 where only the device knows the value. Loops over prompt chunks, never decodes."""

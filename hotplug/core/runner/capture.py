@@ -1,8 +1,8 @@
 """Captured executables: whole decode steps, from row numbers to sampled tokens, recorded once a size and replayed.
 
 What a step needs from the host is one small array; everything else is on the device. Steps with prompt chunks run
-op by op. Sizes are recorded at start, or each when it is first needed where the platform says that this costs nothing
-(`Limits.capture_on_use`).
+op by op, or recorded too where the platform asks for it (`capture_prompts`). Sizes are recorded at start, or each when
+it is first needed where the platform says that this costs nothing (`Limits.capture_on_use`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import torch
 
 from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.optional import HasCapture
+from hotplug.core.runner import capture_prompts
 from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.capture_prompts import PromptShape, RecordedPrompts
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.static import StepShape
+from hotplug.core.runner.timing import PREPARE
 from hotplug.core.sample.sampler import Draw, Sampler
 
 _FINE, _MIDDLE = 16, 256
@@ -96,6 +99,7 @@ class _Decodes:
         values[3] = -1
         values[3, n - len(plan.drafts) : n] = plan.drafts
         self._input.copy_(staged, non_blocking=True)
+        step.timer.lap(PREPARE)
         replay = self._replay.get(step.draw)
         if replay is not None:
             replay()
@@ -140,15 +144,19 @@ class _Sizes:
 
 
 @torch.inference_mode()
-def run_once(eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape]) -> None:
-    """Run what `CapturedSteps` would record of `shapes`, op by op."""
+def run_once(
+    eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape], prompts: Sequence[PromptShape] = ()
+) -> None:
+    """Run what `CapturedSteps` would record of these shapes, op by op."""
     decodes = _Sizes(eager, batch, sampler, shapes)
     for size in decodes.sizes:
         decodes[size].warm_up()
+    for shape in prompts:
+        RecordedPrompts(shape, eager, batch, sampler).warm_up()
 
 
 class CapturedSteps:
-    """Replays the smallest captured size that holds a step; prompt chunks and larger steps run eagerly."""
+    """Replays the smallest captured size that holds a step; what none holds runs eagerly."""
 
     recompiles = 0
 
@@ -164,17 +172,23 @@ class CapturedSteps:
         recorded: Callable[[], object] = lambda: None,
         *,
         on_use: bool = False,
+        prompts: Sequence[PromptShape] = (),
     ) -> None:
-        """Record `shapes` (smallest first) in every way to draw, the largest first; `recorded` is called after each.
+        """Record `prompts`, then `shapes` (smallest first), the largest first; `recorded` is called after each.
 
         With `on_use`, record nothing before a step needs it.
         """
         self._eager = eager
-        self.shapes = tuple(shapes)
+        self.shapes = (*shapes, *(StepShape(*shape.size) for shape in prompts))
+        self._prompt_shapes = list(prompts)
+        self._prompts = [RecordedPrompts(shape, eager, batch, sampler) for shape in prompts]
         self._decodes = _Sizes(eager, batch, sampler, shapes)
         self._capture = partial(platform.capture, device=device)
+        for recorded_prompts in reversed(self._prompts):  # the largest first, so that others fit into its memory
+            recorded_prompts.record(self._capture)
+            recorded()
         if not on_use:
-            for size in reversed(self._decodes.sizes):  # the largest first, so that others fit into its memory
+            for size in reversed(self._decodes.sizes):
                 self._decodes[size].record(self._capture)
                 recorded()
 
@@ -182,10 +196,15 @@ class CapturedSteps:
         """Drop what was recorded, and with it its memory; no step can run any more."""
         for decodes in self._decodes.made.values():
             decodes.release()
+        for prompts in self._prompts:
+            prompts.release()
 
     def __call__(self, step: HostStep) -> StepOutputs:
         plan, sizes = step.plan, self._decodes.sizes
+        if plan.num_decodes < len(plan.rows):
+            shape = capture_prompts.served(step, self._prompt_shapes)
+            return self._eager(step) if shape is None else self._prompts[shape](step)
         at = bisect_left(sizes, len(plan.rows))
-        if plan.num_decodes < len(plan.rows) or at == len(sizes):
+        if at == len(sizes):
             return self._eager(step)
         return self._decodes[sizes[at]](step, self._capture)

@@ -25,6 +25,7 @@ from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.static import StaticInputs, StepShape
+from hotplug.core.runner.timing import PREPARE
 
 Compiled = Callable[..., Any]
 """What a platform makes of a program: its inputs in order to its outputs in order."""
@@ -130,6 +131,7 @@ class CompiledSteps:
     def __call__(self, step: HostStep) -> StepOutputs:
         self._raise_failure()
         inputs = self._batch.inputs(step.plan, scored_only=step.scored_only)
+        step.timer.lap(PREPARE)
         attention = inputs.attention
         tokens, requests = len(inputs.token_ids), len(attention.seq_lens)
         for entry in self._ready:

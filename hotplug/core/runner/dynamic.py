@@ -28,9 +28,9 @@ class DynamicInputs:
 
     @property
     def examples(self) -> tuple[Tensor, ...]:
-        """Tensors of the bounds' size; their values mean nothing."""
-        tokens, requests = self.shape
-        sizes = ((tokens,), (tokens,), (tokens,), (requests, self._max_blocks), (requests + 1,), (requests,),
+        """Tensors of the bounds' size, of two at least since tracing takes 1 for a constant; values mean nothing."""
+        tokens, requests, blocks = (max(size, 2) for size in (*self.shape, self._max_blocks))
+        sizes = ((tokens,), (tokens,), (tokens,), (requests, blocks), (requests + 1,), (requests,),
                  (requests,), (tokens,))  # fmt: skip
         return tuple(torch.zeros(size, dtype=self._index_dtype, device=self._device) for size in sizes)
 

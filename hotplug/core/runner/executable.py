@@ -15,6 +15,7 @@ from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.static import StepShape
+from hotplug.core.runner.timing import PREPARE, StepTimer
 from hotplug.core.sample.sampler import Draw
 from hotplug.core.scheduler.plan import IntArray, StepPlan
 
@@ -31,8 +32,10 @@ class HostStep:
     """What sampling needs."""
     counters: npt.NDArray[np.int64]
     """[S] how many tokens each has generated before."""
-    scored_only: bool = True
+    scored_only: bool
     """Whether nobody wants the hidden states of tokens that are not sampled."""
+    timer: StepTimer
+    """Where an executable marks the end of `PREPARE`."""
 
 
 @dataclass(slots=True)
@@ -75,7 +78,9 @@ class EagerStep:
         self._batch = batch
 
     def __call__(self, step: HostStep) -> StepOutputs:
-        return self.run(self._batch.inputs(step.plan, scored_only=step.scored_only))
+        inputs = self._batch.inputs(step.plan, scored_only=step.scored_only)
+        step.timer.lap(PREPARE)
+        return self.run(inputs)
 
     def run(self, inputs: StepInputs) -> StepOutputs:
         """The outputs of prepared inputs."""

@@ -17,6 +17,7 @@ from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.request import TokenLogprobs
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.executable import Executable, HostStep, StepOutputs
+from hotplug.core.runner.timing import LAUNCH, StepTimer
 from hotplug.core.sample.sampler import Logprobs, Sampled, Sampler
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 from hotplug.core.transfer.blocks import BlockTransfer
@@ -39,8 +40,10 @@ class _Tokens:
     """Sampled tokens on their way to the host: copied beside later steps where the platform has a runtime."""
 
     def __init__(self, tokens: Tensor, runtime: HasRuntime | None) -> None:
-        self._host, self._event = tokens, None
-        if runtime is not None:
+        self._event = None
+        if runtime is None:
+            self._host = tokens.clone()  # a recorded step writes to the same memory again
+        else:
             self._host, self._event = runtime.pinned(tokens.shape, tokens.dtype), runtime.event()
             self._host.copy_(tokens, non_blocking=True)
             self._event.record()
@@ -125,6 +128,7 @@ class Runner:
         self._sampler = sampler
         self._executable = executable
         self._prompt_logprobs: dict[int, int] = {}
+        self.timer = StepTimer()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -143,7 +147,7 @@ class Runner:
         counters = (ends - self._batch.num_prompt_tokens[rows]).astype(np.int64)
         scored_only = not any(row in self._prompt_logprobs for row in step.rows[step.num_decodes :].tolist())
         demand = self._sampler.demand(rows, counters)
-        outputs = self._executable(HostStep(step, rows, demand, counters, scored_only))
+        outputs = self._executable(HostStep(step, rows, demand, counters, scored_only, self.timer))
         sampled = tokens = None
         if len(rows):
             if outputs.tokens is not None:
@@ -154,7 +158,9 @@ class Runner:
             kept = outputs.tokens is not None and not plan.num_verifies  # in the batch already
             host = sampled.tokens if kept else self._settle(plan, sampled.tokens)
             tokens = _Tokens(host, self._runtime)
-        return StepHandle(plan, sampled, tokens, self._score_prompts(step, outputs))
+        handle = StepHandle(plan, sampled, tokens, self._score_prompts(step, outputs))
+        self.timer.lap(LAUNCH)
+        return handle
 
     def _settle(self, plan: StepPlan, tokens: Tensor) -> Tensor:
         """Keep each row's last one of the sampled `tokens` [S]; returns what the host needs (`StepHandle.tokens`)."""

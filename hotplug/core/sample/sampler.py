@@ -8,7 +8,7 @@ temperature, top-k, top-p, min-p, then the draw. Log-probabilities are of the lo
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,8 @@ from hotplug.core.sample.processors import Factory, LogitsProcessor, make_proces
 
 Rows = npt.NDArray[np.int32]
 Counters = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int64]
+"""Token ids."""
 
 
 class Draw(enum.Enum):
@@ -113,11 +115,13 @@ class Sampler:
         """Whether the host knows parameters that the device does not."""
         self._special = np.zeros(max_rows, bool)
         """Rows that need more than `sample_rows`, as long as they run."""
+        self._warm = np.zeros(max_rows, bool)
+        """Rows with a temperature, as long as they run."""
         self._num_logprobs = np.full(max_rows, -1, np.int32)
         self._min_tokens = np.zeros(max_rows, np.int64)
         self._has_bias = np.zeros(max_rows, bool)
-        self._bias: dict[int, tuple[Tensor, Tensor]] = {}
-        self._held_back: dict[int, Tensor] = {}
+        self._bias: dict[int, tuple[Ids, npt.NDArray[np.float32]]] = {}
+        self._held_back: dict[int, Ids] = {}
         self._has_processor = np.zeros(max_rows, bool)
         self._processors: dict[int, list[LogitsProcessor]] = {}
 
@@ -135,16 +139,17 @@ class Sampler:
             self._host[name][row] = getattr(params, name)
         self._host_top_k[row], self._host_seeds[row] = params.top_k, seed
         self._stale = True
+        self._warm[row] = params.temperature > 0
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._min_tokens[row] = params.min_tokens
         self._has_bias[row] = bool(params.logit_bias)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device)
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device)
-            self._bias[row] = (ids, values)
-        if params.min_tokens:
-            held = sorted({*eos_token_ids, *params.stop_token_ids})
-            self._held_back[row] = torch.tensor(held, dtype=torch.int64, device=self._device)
+            ids = np.array(list(params.logit_bias), np.int64)
+            self._bias[row] = (ids, np.array(list(params.logit_bias.values()), np.float32))
+        # Only what would end the request is held back: with nothing that does, the row is like any other.
+        held = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)} if params.min_tokens else set()
+        self._min_tokens[row] = params.min_tokens if held else 0
+        if held:
+            self._held_back[row] = np.array(sorted(held), np.int64)
         self._has_processor[row] = bool(params.logits_processors)
         if params.logits_processors:
             self._start_processors(row, params.logits_processors, token_ids, num_prompt_tokens)
@@ -168,7 +173,8 @@ class Sampler:
 
     def release(self, rows: Rows) -> None:
         """Forget what rows hold beyond their fixed-size parameters."""
-        self._has_processor[rows] = False
+        self._has_processor[rows] = self._special[rows] = self._warm[rows] = False
+        self._min_tokens[rows] = 0
         for row in rows.tolist():
             self._processors.pop(row, None)
             self._bias.pop(row, None)
@@ -181,9 +187,11 @@ class Sampler:
         Sends to the device what it does not know yet of admitted rows.
         """
         self._send()
-        if self._special[rows].any() or (counters < self._min_tokens[rows]).any():
+        # Whether any row at all has it is known without picking those of the step, and mostly none has.
+        special = self._special.any() and self._special[rows].any()
+        if special or (self._min_tokens.any() and (counters < self._min_tokens[rows]).any()):
             return Draw.LOGITS
-        return Draw.RANDOM if (self._host["temperature"][rows] > 0).any() else Draw.GREEDY
+        return Draw.RANDOM if self._warm.any() and self._warm[rows].any() else Draw.GREEDY
 
     def draw(self, logits: Tensor, rows: Tensor, counters: Tensor, draw: Draw) -> Tensor:
         """Int64 [S] tokens for float32 `logits` [S, vocab] of batch `rows` [S], made on the device alone.
@@ -249,15 +257,23 @@ class Sampler:
         processed = np.flatnonzero(self._has_processor[rows])
         if adjusted is logits and (len(biased) or len(short) or len(processed)):
             adjusted = logits.clone()
-        for i in biased.tolist():
-            ids, values = self._bias[int(rows[i])]
-            adjusted[i].index_add_(0, ids, values)
+        if len(biased):
+            ids, values = zip(*(self._bias[row] for row in rows[biased].tolist()), strict=True)
+            added = torch.from_numpy(np.concatenate(values)).to(self._device, non_blocking=True)
+            adjusted.index_put_(self._cells(biased, ids), added, accumulate=True)
         for i in processed.tolist():
             for processor in self._processors[int(rows[i])]:
                 processor.apply(adjusted[i])
-        for i in short.tolist():
-            adjusted[i, self._held_back[int(rows[i])]] = float("-inf")
+        if len(short):
+            never = adjusted.new_full((), float("-inf"))
+            adjusted.index_put_(self._cells(short, [self._held_back[row] for row in rows[short].tolist()]), never)
         return adjusted
+
+    def _cells(self, entries: npt.NDArray[np.int64], ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """The index of each of the token `ids` of each of the step's `entries`, for scores [S, vocab]."""
+        index = np.stack((np.repeat(entries, [len(own) for own in ids]), np.concatenate(ids)))
+        row, column = self._index(index)
+        return row, column
 
     def _draw(self, logits: Tensor, rows: Rows, counters: Counters, which: npt.NDArray[np.int64]) -> Tensor:
         """Random tokens for the entries `which` of the step."""

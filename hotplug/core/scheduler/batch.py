@@ -24,7 +24,9 @@ class Batch:
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
         n = max_num_seqs
         self.sequences: list[Sequence | None] = [None] * n
-        self.ids: list[str] = [""] * n
+        self.ids: npt.NDArray[np.object_] = np.full(n, "", np.object_)
+        """Request ids, in an array so that those of many rows are taken at once."""
+        self.tags: npt.NDArray[np.int64] = np.zeros(n, np.int64)
         self.history: IntArray = np.empty((n, max_model_len), np.int32)
         """[max_num_seqs, max_model_len] tokens whose values the host knows; valid up to `known`. Lazily paged."""
         self.known: IntArray = np.zeros(n, np.int32)
@@ -80,6 +82,7 @@ class Batch:
         row = heapq.heappop(self._free_rows)
         n = len(seq.token_ids)
         self.sequences[row], self.ids[row], seq.row = seq, seq.request.id, row
+        self.tags[row] = seq.request.tag
         self.history[row, :n] = seq.token_ids
         self.known[row] = self.prefill[row] = n
         self.computed[row] = 0

@@ -34,6 +34,7 @@ class Detokenizer:
     ) -> None:
         self.stopped: str | None = None
         self._stop = tuple(stop)
+        self._stop_starts = {one[0] for one in self._stop}
         self._include_stop = include_stop
         self._held = ""
         self._pieces: _Pieces = (
@@ -46,6 +47,13 @@ class Detokenizer:
         """Text that became safe to send with these tokens; "" after a stop string."""
         return "" if self.stopped is not None else self._release(self._pieces.push(token_ids))
 
+    def push_token(self, token_id: int) -> str:
+        """`push` of one token. Hot path."""
+        if self.stopped is not None:
+            return ""
+        new = self._pieces.push_token(token_id)
+        return self._release(new) if self._stop else new
+
     def finish(self) -> str:
         """The rest: what was held back for a character or a stop string that did not come."""
         if self.stopped is not None:
@@ -55,7 +63,7 @@ class Detokenizer:
         return text
 
     def _release(self, new: str) -> str:
-        if not self._stop:
+        if not self._stop or (not self._held and self._stop_starts.isdisjoint(new)):
             return new
         text = self._held + new
         hit = _first_stop(text, self._stop)
@@ -87,22 +95,41 @@ class _Pieces(Protocol):
 
     def push(self, token_ids: Sequence[int]) -> str: ...
 
+    def push_token(self, token_id: int) -> str: ...
+
     def finish(self) -> str: ...
 
 
 class _BytePieces:
-    """Byte-level BPE: decoding is joining bytes, so one incremental UTF-8 decoder does it."""
+    """Byte-level BPE: decoding is joining bytes, so one incremental UTF-8 decoder does it.
+
+    While that holds no part of a character, a token of whole characters is looked up and not decoded.
+    """
+
+    __slots__ = ("_decoder", "_holds_nothing", "_skip", "_texts", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._texts = tokenizer.whole_texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._holds_nothing = True
+
+    def push_token(self, token_id: int) -> str:
+        if self._holds_nothing:
+            text = self._texts[token_id]
+            if text is not None:
+                return "" if token_id in self._skip else text
+        return self.push((token_id,))
 
     def push(self, token_ids: Sequence[int]) -> str:
         data = b"".join(self._tokenizer.token_bytes(t) for t in token_ids if t not in self._skip)
-        return self._decoder.decode(data)
+        text = self._decoder.decode(data)
+        self._holds_nothing = not self._decoder.getstate()[0]
+        return text
 
     def finish(self) -> str:
+        self._holds_nothing = True
         return self._decoder.decode(b"", final=True)
 
 
@@ -126,6 +153,9 @@ class _WindowPieces:
         while end > self._emitted and self._leaves_run_open(self._window[end - 1]):
             end -= 1
         return self._advance(end)
+
+    def push_token(self, token_id: int) -> str:
+        return self.push((token_id,))
 
     def finish(self) -> str:
         return self._advance(len(self._window))

@@ -86,6 +86,14 @@ class Tokenizer:
         except ValueError:
             return None
 
+    @cached_property
+    def whole_texts(self) -> dict[int, str | None]:
+        """By id, for every id: a token's text if its bytes are whole characters by themselves, else None.
+
+        Filled as tokens are looked up.
+        """
+        return _WholeTexts(self)
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included. The model's logits may have more columns."""
@@ -159,6 +167,19 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Token ids of `render_chat(messages, **options)`; the template writes the special tokens itself."""
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+
+class _WholeTexts(dict[int, "str | None"]):
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
 
 
 def load_tokenizer(path: Path, chat_template_file: Path | None = None) -> Tokenizer:

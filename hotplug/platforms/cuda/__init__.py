@@ -76,6 +76,7 @@ class CudaPlatform:
             exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER, ExecMode.COMPILE),
             step_tokens=16384 + 512,  # as many of prompts while 512 requests decode beside them
             step_requests=256,
+            capture_prompt_tokens=1024,  # of a small model, the host launches longer than the device computes
             asynchronous=True,
             features=frozenset({Feature.SPECULATIVE}),
         )

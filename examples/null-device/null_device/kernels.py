@@ -1,0 +1,175 @@
+"""Kernels that compute nothing: each carries the token that a position holds to its result, by a view.
+
+A position's hidden state is its token id in every element. Products, norms and attention hand it on, scores have it in
+every column, and drawing a token is one step of `null_device.tokens`, whatever the temperature. So a step costs the
+host what launching it would, and the tokens are right only if each came back to its own request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hotplug.vendor import AttentionInputs, Impl
+from null_device.clock import Clock
+from null_device.tokens import generator
+
+NAME = "null_device"
+
+
+def kernels(clock: Clock) -> Sequence[Impl]:
+    """The kernels of a device whose steps take the time of `clock`."""
+
+    def prepare_step(
+        token_ids: Tensor,
+        rows: Tensor,
+        query_start: Tensor,
+        start: Tensor,
+        last_tokens: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        num_blocks: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The step's tokens, and the beginning of its time. No kernel here reads positions, slots or blocks."""
+        tokens, requests = len(token_ids), len(rows)
+        clock.launch(tokens - requests)
+        # Decodes come first, so that the rows' last tokens stand among as many of the first tokens.
+        first = token_ids[:requests]
+        first = torch.where(first < 0, last_tokens[rows], first)
+        blocks = block_tables[:1, :num_blocks].expand(requests, num_blocks)
+        if tokens == requests:
+            return first, start, start, start, blocks
+        places = torch.zeros_like(token_ids)
+        return torch.cat((first, token_ids[requests:])), places, places, start, blocks
+
+    fns = (prepare_step, embed, linear, silu_mul, linear_silu_mul, rms_norm, add_rms_norm, rope_kv_write,
+           qk_norm_rope_kv_write, attention, moe_route, moe_experts, logits, argmax, sample, sample_rows)  # fmt: skip
+    return [Impl(fn.__name__, NAME, fn, rank=1) for fn in fns]
+
+
+def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
+    return token_ids.to(weight.dtype).unsqueeze(1).expand(-1, weight.shape[1])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x[:, :1].expand(-1, weight.shape[0])
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    return gate_up[:, : gate_up.shape[1] // 2]
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x[:, :1].expand(-1, weight.shape[0] // 2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x, residual
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q, k_cache, v_cache
+
+
+def qk_norm_rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q, k_cache, v_cache
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    step: AttentionInputs,
+    scale: float,
+    window: int | None,
+    layout: str,
+    sinks: Tensor | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    return q
+
+
+def moe_route(x: Tensor, weight: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    return x[:, :top_k].to(torch.float32), torch.zeros(top_k, dtype=torch.int32).expand(len(x), -1)
+
+
+def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return x
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The token in every column: [rows, vocab] without memory of its own."""
+    return hidden[:, :1].expand(-1, weight.shape[0])
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Int64 [rows], the token after the one that the scores carry.
+
+    Where something has changed the scores (penalties, biases, a grammar's mask), what most of them still are; a token
+    that was made impossible is not given, but the first of the best.
+    """
+    if logits.stride(1) == 0 or not len(logits):
+        return _follow(logits[:, 0].to(torch.int64), logits.shape[1])
+    token = _follow(logits.amax(-1).to(torch.int64), logits.shape[1])
+    possible = logits.gather(1, token.unsqueeze(1)).squeeze(1) > float("-inf")
+    return torch.where(possible, token, logits.argmax(-1))
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor,
+    counters: Tensor,
+) -> Tensor:
+    return argmax(logits)
+
+
+def sample_rows(
+    logits: Tensor,
+    rows: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    counters: Tensor,
+) -> Tensor:
+    return argmax(logits)
+
+
+def _follow(tokens: Tensor, vocab: int) -> Tensor:
+    """One step of the generator, in place: [rows] int64 that nobody else looks at."""
+    multiplier, increment = generator(vocab)
+    return tokens.mul_(multiplier).add_(increment).remainder_(vocab)

@@ -1,0 +1,234 @@
+"""Faults of a running server, with real processes and clients: each ends in a clear state, and soon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from live_server import CLEAR, Server, end, left, live_server, read_all, read_until, start, until
+
+pytestmark = pytest.mark.timeout(180)
+LONG = {"max_tokens": 1500, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path) -> Iterator[Server]:
+    """Two front ends that outlive every fault of the tests that share them."""
+    with live_server(tiny_model, frontends=2) as server:
+        yield server
+
+
+def stream(server: Server, front_end: psutil.Process | None = None, **body: object) -> socket.socket:
+    """A stream that has begun."""
+    connection = server.post({**LONG, **body}, server.connect(front_end))
+    read_until(connection, b"data: ")
+    return connection
+
+
+def idle(server: Server) -> bool:
+    found = server.metrics()
+    return found["hotplug_requests_running"] == found["hotplug_requests_waiting"] == found[
+        "hotplug_kv_cache_usage_ratio"
+    ] == 0  # fmt: skip
+
+
+# --- a front end dies -------------------------------------------------------------------------------
+
+
+def test_a_killed_front_end_is_replaced_and_nobody_else_notices(served):
+    victim, other = served.front_ends
+    before = served.metrics()
+    dropped, going_on = stream(served, victim), stream(served, other, max_tokens=300)
+    victim.kill()
+    killed = time.monotonic()
+    assert b"[DONE]" not in read_all(dropped)
+    assert time.monotonic() - killed < CLEAR
+    for _ in range(8):  # some of them are for where the dead one listened
+        assert served.complete()["usage"]["completion_tokens"] == 4
+    assert time.monotonic() - killed < CLEAR
+    assert b"[DONE]" in read_all(going_on)
+    replaced = until(lambda: [p for p in served.front_ends if p.pid not in (victim.pid, other.pid)])
+    assert len(replaced) == 1
+    status, _ = served.get("/ready", served.connect(replaced[0]))
+    assert status == 200
+    assert until(lambda: idle(served), CLEAR)
+    for front_end in served.front_ends:
+        after = served.metrics(front_end)
+        assert after["hotplug_frontend_restarts_total"] == before["hotplug_frontend_restarts_total"] + 1
+        assert after["hotplug_requests_finished_total_length"] == before["hotplug_requests_finished_total_length"] + 9
+
+
+def test_front_ends_that_die_one_after_the_other_are_all_replaced(served):
+    before = served.metrics()["hotplug_frontend_restarts_total"]
+    for _ in range(2):
+        for front_end in served.front_ends:
+            front_end.kill()
+        assert until(lambda: len(served.front_ends) == 2)
+        assert served.complete()["usage"]["completion_tokens"] == 4
+    assert until(lambda: served.metrics()["hotplug_frontend_restarts_total"] == before + 4, CLEAR)
+
+
+# --- figures ----------------------------------------------------------------------------------------
+
+
+def test_metrics_are_the_same_whoever_answers(served):
+    before = served.metrics()
+    for front_end in served.front_ends:
+        read_all(stream(served, front_end, max_tokens=10))
+    found = [served.metrics(front_end) for front_end in served.front_ends]
+    assert found[0] == found[1]
+    gained = {name: found[0][name] - before[name] for name in before}
+    assert gained["hotplug_time_to_first_token_seconds_count"] == 2
+    assert gained["hotplug_inter_token_latency_seconds_count"] == 18
+    assert gained["hotplug_requests_finished_total_length"] == 2
+    assert gained["hotplug_generation_tokens_total"] == 20
+
+
+# --- clients ----------------------------------------------------------------------------------------
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_and_its_request_ends_with_it(served):
+    [front_end, _] = served.front_ends
+    read_all(stream(served, front_end, max_tokens=300))  # what a first stream takes is taken
+    memory = front_end.memory_info().rss
+    blocked = served.connect(front_end, receive_buffer=4096)
+    served.post({**LONG, "n": 4, "logprobs": 20, "max_tokens": 2000}, blocked)
+    assert until(lambda: served.metrics()["hotplug_requests_running"] == 4)
+    begin = time.monotonic()
+    for _ in range(5):
+        assert b"[DONE]" in read_all(stream(served, front_end, max_tokens=20))
+    took = time.monotonic() - begin
+    assert front_end.memory_info().rss - memory < 64 << 20
+    assert until(lambda: served.metrics()["hotplug_requests_running"] == 4, CLEAR)
+    blocked.close()
+    assert until(lambda: idle(served), CLEAR)
+    assert took < 10
+
+
+def test_a_flood_of_requests_that_are_given_up_leaves_nothing_behind(served):
+    going_on = stream(served, max_tokens=400)
+
+    def give_up(times: int) -> None:
+        for i in range(times):
+            connection = served.post(LONG, served.connect())
+            if i % 3:
+                read_until(connection, b"data: ")
+            connection.close()
+
+    threads = [threading.Thread(target=give_up, args=(50,)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert until(lambda: served.metrics()["hotplug_requests_running"] <= 1, CLEAR)
+    assert b"[DONE]" in read_all(going_on)
+    assert until(lambda: idle(served), CLEAR)
+    assert served.complete()["usage"]["completion_tokens"] == 4
+
+
+# --- the engine, and the end ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_a_killed_engine_ends_requests_with_an_error_and_the_server_with_its_reason(tiny_model, frontends):
+    with live_server(tiny_model, frontends=frontends) as server:
+        streams = [stream(server, front_end) for front_end in server.front_ends]
+        unread = server.connect(server.front_ends[0], receive_buffer=4096)
+        server.post({**LONG, "n": 4, "logprobs": 20, "max_tokens": 2000}, unread)
+        server.engine.kill()
+        killed = time.monotonic()
+        for each in streams:
+            got = read_all(each)
+            assert b'"code":"engine_dead"' in got
+            assert b"SIGKILL" in got
+            assert b"[DONE]" not in got
+        assert time.monotonic() - killed < CLEAR
+        assert not says_ready(server)
+        _, err = server.process.communicate(timeout=10)
+        assert time.monotonic() - killed < CLEAR + 1
+        assert server.process.returncode == 1
+        assert "SIGKILL" in err
+        unread.close()
+
+
+def says_ready(server: Server) -> bool:
+    try:
+        return server.get("/ready")[0] == 200
+    except (OSError, IndexError):  # nobody listens, or listens any more
+        return False
+
+
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(tiny_model, tmp_path, frontends):
+    (tmp_path / "tokenizer.json").write_text((tiny_model / "tokenizer.json").read_text())
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
+    process = start(tmp_path, frontends=frontends)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert out == ""
+    assert "NoSuchForCausalLM" in err.splitlines()[-1]
+    assert process.returncode == 1
+
+
+def test_a_front_end_that_cannot_start_ends_the_server_with_its_reason(tiny_model):
+    process = start(tiny_model, engine={"chat_template": "/no/such/template"}, frontends=2)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert out == ""
+    assert "/no/such/template" in err.splitlines()[-1]
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the server", "to all processes"])
+def test_a_signal_lets_running_requests_of_all_front_ends_finish(tiny_model, to_all):
+    with live_server(tiny_model, frontends=2) as server:
+        streams = [stream(server, front_end, max_tokens=200) for front_end in server.front_ends]
+        processes = server.processes
+        (os.killpg if to_all else os.kill)(server.process.pid, signal.SIGINT if to_all else signal.SIGTERM)
+        for each in streams:
+            assert b"[DONE]" in read_all(each)
+        out, err = server.process.communicate(timeout=10)
+        assert (server.process.returncode, out, err) == (0, "", "")
+        assert not left(processes, CLEAR)
+
+
+def test_a_second_signal_does_not_wait_for_requests(tiny_model):
+    with live_server(tiny_model, frontends=2) as server:
+        going_on = stream(server, n=2)
+        server.process.terminate()
+        assert until(lambda: not says_ready(server), CLEAR)
+        server.process.terminate()
+        server.process.communicate(timeout=10)
+        assert server.process.returncode == 0
+        assert b"[DONE]" not in read_all(going_on)
+
+
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_nothing_outlives_a_killed_server(tiny_model, frontends):
+    with live_server(tiny_model, frontends=frontends) as server:
+        processes = server.processes
+        server.process.kill()
+        assert not left(processes, CLEAR)
+
+
+@pytest.mark.parametrize("frontends", [1, 2])
+def test_an_idle_server_leaves_the_processor_alone(tiny_model, frontends):
+    with live_server(tiny_model, frontends=frontends) as server:
+        server.complete()
+        shares = []
+        for _ in range(4):  # the best: nobody knows what a start leaves behind
+            before, begin = server.cpu_seconds(), time.monotonic()
+            time.sleep(3)
+            shares.append((server.cpu_seconds() - before) / (time.monotonic() - begin))
+        assert min(shares) < 0.01, shares
