@@ -173,6 +173,16 @@ def test_past_its_bound_a_front_end_is_dropped_and_told_so_and_others_lose_nothi
         assert isinstance(again, messages.Outputs) and again.columns()[0].tolist() == [tag(1, 1)]
 
 
+def test_word_of_a_death_that_comes_after_its_successor_is_no_matter_to_that(tmp_path: Path) -> None:
+    with FrontEnds(tmp_path, 1) as ends:
+        assert ends.clients.enter(0, 1)
+        assert not ends.clients.leave(0, 0) and not ends.clients.gone(0)
+        assert not ends.clients.enter(0, 0)
+        assert ends.clients.leave(0, 1) and ends.clients.gone(0)
+        assert not ends.clients.leave(0, 1)
+        assert ends.clients.enter(0, 2) and not ends.clients.gone(0)
+
+
 def test_one_that_died_is_told_nothing_and_its_successor_begins_anew(tmp_path: Path) -> None:
     with FrontEnds(tmp_path, 1) as ends:
         ends.clients.post_step(gained([0]), EngineStats())

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fake_platforms import FakePlatform, candidates, limits
 from prometheus_client import generate_latest
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.timeline import Timeline
 from hotplug.core.request import EngineStats, TokenDelta
 from hotplug.core.runner.timing import PHASES, PLAN, SEND, STEP_SECONDS, UPDATE, WAIT, StepTimer
+from hotplug.plugins.conformance.engine_runs import small_model
 from hotplug.server.metrics import EngineMetrics
 
 
@@ -182,6 +184,21 @@ def test_a_step_is_on_the_device_from_its_launch_to_its_tokens(trace):
         assert closed["ts"] == pytest.approx(waits[number][1])
         assert 1 <= opened["args"]["requests"] <= opened["args"]["tokens"]
     assert sum(opened["args"]["tokens"] for opened, _ in device.values()) >= 10 * 20  # a token each of them gave
+
+
+def test_steps_overlap_on_a_device_that_runs_beside_the_host(tmp_path):
+    platform = FakePlatform(facts=limits(asynchronous=True, shared_host_memory=True, accelerator=False))
+    config = EngineConfig(model=str(small_model(tmp_path)), kv_cache_memory="4MiB")
+    core = EngineCore(config, candidates=candidates(platform))
+    timeline = Timeline()
+    measure(core, [[3, 4, 5]], 12, timeline)
+    timeline.write(tmp_path / "out.json", {})
+    trace = json.loads((tmp_path / "out.json").read_text())
+    device = [intervals(trace, "device")[number] for number in range(12)]
+    for (_, ends), (begins, _) in pairwise(device):
+        assert begins["ts"] < ends["ts"]
+    for (_, ends), (later, _) in zip(device, device[2:], strict=False):
+        assert ends["ts"] <= later["ts"]  # two are in flight at most
 
 
 def test_requests_queue_prefill_and_decode_one_after_the_other(trace):

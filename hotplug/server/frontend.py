@@ -36,21 +36,23 @@ READY, FAILED = "ready", "failed"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What the front ends of one number have in common."""
+    """What a front end serves, and as which."""
 
     engine: EngineConfig
     server: ServerConfig
     link: Link
     client: int
+    generation: int
+    """Which process of that number it is."""
     figures: Path
 
 
-def main(place: Place, sock: socket.socket, pipe: Connection, replaces: bool) -> None:
-    """Entry of the process. One that `replaces` another takes no connection before it can serve it."""
+def main(place: Place, sock: socket.socket, pipe: Connection) -> None:
+    """Entry of the process. One that takes the place of another takes no connection before it can serve it."""
     # A signal to the whole process group is the supervisor's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    llm = AsyncLLM(place.engine, link=place.link, client=place.client)
+    llm = AsyncLLM(place.engine, link=place.link, client=place.client, generation=place.generation)
 
     def fail(error: Exception) -> None:
         _tell(pipe, FAILED, str(error))
@@ -74,7 +76,7 @@ def main(place: Place, sock: socket.socket, pipe: Connection, replaces: bool) ->
         place.server,
         figures=Figures.attach(place.figures, place.client),
         spans=tracing.connect(endpoint) if endpoint is not None else None,
-        hold=hold if replaces else None,
+        hold=hold if place.generation else None,
         on_ready=ready,
         on_failure=fail,
     )

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -77,6 +78,8 @@ def supervise(
 class _FrontEnd:
     """One number's process, for as long as it lives."""
 
+    client: int
+    generation: int
     process: BaseProcess
     pipe: Connection
     ready: bool = False
@@ -127,7 +130,7 @@ class _Supervisor:
         """Start everything, and return when all front ends have ended."""
         self._engine = process.start(self._engine_config, self._link)
         for client in range(self._config.frontends):
-            self._start(client, replaces=False)
+            self._start(client)
         announced = False
         while self._front_ends:
             self._turn()
@@ -148,9 +151,9 @@ class _Supervisor:
         if self.failure is None and self._engine is not None:
             watch(self._from_engine, self._on_message)
             watch(self._engine.sentinel, self._on_engine_exit)
-        for client, front_end in self._front_ends.items():
-            watch(front_end.pipe.fileno(), lambda client=client: self._on_word(client))
-            watch(front_end.process.sentinel, lambda client=client: self._on_exit(client))
+        for front_end in self._front_ends.values():
+            watch(front_end.pipe.fileno(), partial(self._on_word, front_end))
+            watch(front_end.process.sentinel, partial(self._on_exit, front_end))
         left = None if self._killing is None else max(0.0, self._killing - time.monotonic())
         for what, _ in poller.poll(None if left is None else 1000 * left):
             watched[what]()
@@ -159,54 +162,54 @@ class _Supervisor:
 
     # --- front ends ---
 
-    def _start(self, client: int, *, replaces: bool) -> None:
+    def _start(self, client: int, generation: int = 0) -> None:
         ours, theirs = multiprocessing.Pipe()
-        place = frontend.Place(self._engine_config, self._config, self._link, client, self._table)
+        place = frontend.Place(self._engine_config, self._config, self._link, client, generation, self._table)
         with _masked(signal.SIGTERM, signal.SIGINT):  # what front ends are forked from outlives a signal to all
             forkserver.ensure_running()
         started = self._fork.Process(
-            target=frontend.main, args=(place, self._sockets[client], theirs, replaces),
+            target=frontend.main, args=(place, self._sockets[client], theirs),
             name=f"hotplug-frontend-{client}", daemon=True,
         )  # fmt: skip
         started.start()
         theirs.close()
-        self._front_ends[client] = _FrontEnd(started, ours)
+        self._front_ends[client] = _FrontEnd(client, generation, started, ours)
 
-    def _on_word(self, client: int) -> None:
+    def _on_word(self, front_end: _FrontEnd) -> None:
         """A front end has something to say, or its end of the pipe is closed."""
-        front_end = self._front_ends.get(client)
-        if front_end is None:
+        if front_end is not self._front_ends.get(front_end.client):
             return
         try:
             kind, text = front_end.pipe.recv()
         except (EOFError, OSError):  # it ends, or lives on out of reach
             front_end.process.join(PARTING)
             front_end.process.kill()
-            self._on_exit(client)
+            self._on_exit(front_end)
             return
         if kind == frontend.READY:
             front_end.ready = True
-            self._stillborn[client] = 0
+            self._stillborn[front_end.client] = 0
         elif self._killing is None:  # a front end that ends has no use for the engine, either
             self._fail(text)
 
-    def _on_exit(self, client: int) -> None:
-        front_end = self._front_ends.pop(client, None)
-        if front_end is None:
-            return
+    def _on_exit(self, front_end: _FrontEnd) -> None:
+        client = front_end.client
+        if front_end is not self._front_ends.get(client):
+            return  # the pipe told it before; another may have its place by now
+        del self._front_ends[client]
         front_end.process.join()
         front_end.pipe.close()
         if self._killing is not None:
             return
         reason = f"front end {client} ended: {_exit(front_end.process.exitcode)}"
-        self._to_engine.send(messages.encode(messages.ClientGone(client)))
+        self._to_engine.send(messages.encode(messages.ClientGone(client, front_end.generation)))
         self._stillborn[client] += not front_end.ready
         if self._stillborn[client] == MOST_STILLBORN:
             self._fail(f"{reason}, {MOST_STILLBORN} times in a row before it could serve")
             return
         _logger.error("%s; its requests are aborted and another takes its place", reason)
         self._figures.own("restarts")[0] += 1
-        self._start(client, replaces=True)
+        self._start(client, front_end.generation + 1)
 
     # --- the engine ---
 

@@ -61,9 +61,11 @@ class AsyncLLM:
         *,
         link: Link | None = None,
         client: int = 0,
+        generation: int = 0,
     ) -> None:
         """Without `link` this front end starts and owns an engine. With it, it is front end number `client` of one that
-        somebody else starts (`process.start`) and owns: a failure of that comes as a message of its owner."""
+        somebody else starts (`process.start`) and owns: a failure of that comes as a message of its owner. One that
+        takes the place of another has the next `generation`."""
         self.config = config
         self.observer = observer
         self.ready = False
@@ -71,6 +73,7 @@ class AsyncLLM:
         """Why the engine could not start or died; None while it may live."""
         self._eos: tuple[int, ...] = ()
         self._client = client
+        self._generation = generation
         self._streams = Streams(client)
         self._outgoing: list[Request | str] = []
         """Requests to be added and ids to be aborted, in order; sent together when the event loop is through."""
@@ -99,7 +102,7 @@ class AsyncLLM:
         asyncio.get_running_loop().add_reader(self._descriptor, self._on_readable)
         self._started = True
         if self._folder is None:
-            self._post(messages.ClientBack(self._client))
+            self._post(messages.ClientBack(self._client, self._generation))
         self._tasks = [asyncio.create_task(self._guard(self._boot()))]
 
     async def wait_ready(self) -> None:
@@ -127,7 +130,7 @@ class AsyncLLM:
             serving = hasattr(self, "max_model_len")  # before that it reads no messages
             await asyncio.to_thread(_end, self._process, STOP_TIMEOUT if serving else 0.0)
         elif self._started and self._folder is None:
-            self._post(messages.ClientGone(self._client))
+            self._post(messages.ClientGone(self._client, self._generation))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -212,7 +215,7 @@ class AsyncLLM:
             self._queue(self._streams.close(submission))
 
     def _new_id(self) -> str:
-        return f"{self._client}-{next(self._ids)}"
+        return f"{self._client}.{self._generation}-{next(self._ids)}"
 
     async def explain(self) -> dict[str, Any]:
         """The bound plan as plain data."""

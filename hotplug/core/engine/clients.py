@@ -91,6 +91,8 @@ class Clients:
         """`most_bytes` bounds the queue of each."""
         self._outlets = [Outlet(context, link.outbox(client), most_bytes) for client in range(link.clients)]
         self._gone = [False] * link.clients
+        self._generations = [0] * link.clients
+        """By client: which process of that number is here, or was last."""
         self._stats_sent = [0.0] * link.clients
         self._informed = [True] * link.clients
         """By client: whether it has the latest statistics."""
@@ -105,17 +107,21 @@ class Clients:
         """Whether nobody listens: a supervisor said so, and no other front end of that number has come."""
         return not 0 <= client < len(self._outlets) or self._gone[client]
 
-    def leave(self, client: int) -> None:
-        """A front end has died."""
-        if not self.gone(client):
-            self._gone[client] = True
-            self._outlets[client].close()
+    def leave(self, client: int, generation: int = 0) -> bool:
+        """A front end has died; False if another has its place already."""
+        if self.gone(client) or generation < self._generations[client]:
+            return False
+        self._gone[client] = True
+        self._outlets[client].close()
+        return True
 
-    def enter(self, client: int) -> None:
-        """A front end begins, with nothing of one before it."""
-        if 0 <= client < len(self._outlets):
-            self._gone[client] = False
-            self._outlets[client].reopen()
+    def enter(self, client: int, generation: int = 0) -> bool:
+        """A front end begins, with nothing of one before it; False if a later one has its place already."""
+        if not 0 <= client < len(self._outlets) or generation < self._generations[client]:
+            return False
+        self._gone[client], self._generations[client] = False, generation
+        self._outlets[client].reopen()
+        return True
 
     def post(self, client: int, message: messages.FromEngine) -> None:
         if not self.gone(client):

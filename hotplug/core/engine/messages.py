@@ -43,12 +43,15 @@ class ClientGone(msgspec.Struct, tag="client_gone"):
     """A front end has died: abort all its requests, and drop what is on the way to it."""
 
     client: int
+    generation: int = 0
+    """Which process of that number: the word of its death may come after that of its successor."""
 
 
 class ClientBack(msgspec.Struct, tag="client_back"):
     """A front end that attaches says so, and gets `Ready`. What one of its number had before it is dropped."""
 
     client: int
+    generation: int = 0
 
 
 class Stop(msgspec.Struct, tag="stop"):

@@ -129,13 +129,13 @@ class EngineProcess:
                 self._clients.changed()
             case messages.Explain(client):
                 self._clients.post(client, messages.Plan(self._core.report()))
-            case messages.ClientGone(client):
-                self._clients.leave(client)
-                self._abort_client(client)
-            case messages.ClientBack(client):
-                self._clients.enter(client)
-                self._abort_client(client)
-                self._clients.post(client, self._ready())
+            case messages.ClientGone(client, generation):
+                if self._clients.leave(client, generation):
+                    self._abort_client(client)
+            case messages.ClientBack(client, generation):
+                if self._clients.enter(client, generation):
+                    self._abort_client(client)
+                    self._clients.post(client, self._ready())
             case messages.Stop():
                 self._stopped = True
 
