@@ -231,7 +231,7 @@ def test_what_does_not_divide_is_refused_with_every_reason(model: Callable[[str]
 @pytest.mark.parametrize(
     ("kind", "ranks", "options", "reason"),
     [
-        ("llama", 2, {"exec": "compile"}, "exec compile"),
+        ("llama", 2, {"exec": "compile"}, "programs have no collectives"),
         ("stored", 4, {"quantization": "stored"}, "key/value heads"),
     ],
 )

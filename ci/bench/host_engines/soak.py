@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -39,6 +40,8 @@ class _Watch:
     def first_token(self, seconds: float) -> None: ...
 
     def inter_token(self, seconds: float, tokens: int) -> None: ...
+
+    def inter_tokens(self, seconds: Sequence[float]) -> None: ...
 
     def queued(self, seconds: float) -> None: ...
 

@@ -28,7 +28,7 @@ from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.source import cache_folder
 
 SCHEMA = 1
-OPTIONS = ("dtype", "quantization", "kv_cache_dtype", "block_size", "speculative", "force")
+OPTIONS = ("dtype", "quantization", "kv_cache_dtype", "block_size", "speculative", "force", "tensor_parallel_size")
 """Of the configuration: what changes the time of a step, as asked for."""
 
 
@@ -68,7 +68,7 @@ def choose(config: EngineConfig, selection: Selection, model: ModelConfig, modes
     if config.trace_ops:
         return ModeChoice(None, "ops are timed one by one")
     if config.tensor_parallel_size > 1:
-        return ModeChoice(None, "first in the platform's order that several ranks can run in; records are of one")
+        modes = [mode for mode in modes if mode is not ExecMode.COMPILE]
     if len(modes) < 2:
         return ModeChoice(None, "the platform has no other")
     path = record_file(config, selection, model)

@@ -7,6 +7,7 @@ from rank 0 does, whatever either was doing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -74,9 +75,10 @@ class Workers:
         for rank, ((doorbell, _), steps) in enumerate(zip(pipes, addresses, strict=True), start=1):
             self._crew.start(module, rank, doorbell)
             os.close(doorbell)
-            self._crew.links[-1].send(
-                Begin(dataclasses.asdict(config), rank, str(self._folder / "store"), steps, doorbell)
-            )
+            self._tell(rank, Begin(dataclasses.asdict(config), rank, str(self._folder / "store"), steps, doorbell))
+        self._poll = select.poll()
+        for link in self._crew.links:
+            self._poll.register(link, select.POLLIN)
 
     @property
     def sentinels(self) -> tuple[int, ...]:
@@ -90,15 +92,15 @@ class Workers:
                 "the ranks have bound different kernels", where="--tensor-parallel-size",
                 why=f"plans {', '.join(sorted({plan, *others}))}", hint="Run them on devices of one kind.",
             )  # fmt: skip
-        for link in self._crew.links:
-            link.send(Ready())
+        for rank in range(1, self._ranks):
+            self._tell(rank, Ready())
         group.join(self._folder / "store", 0, self._ranks)
         self._crew.joined = True
 
     def agree(self, blocks: int) -> int:
         count = min(blocks, *(found.count for found in self._each(Blocks)))
-        for link in self._crew.links:
-            link.send(Blocks(count))
+        for rank in range(1, self._ranks):
+            self._tell(rank, Blocks(count))
         return count
 
     def ready(self) -> None:
@@ -114,7 +116,7 @@ class Workers:
 
     def check(self, patience: float = 0.0) -> None:
         """Raises EngineDeadError if a worker has ended, or does within `patience` seconds."""
-        if select.select(self._crew.links, [], [], patience)[0]:
+        if self._poll.poll(patience * 1000):
             raise self._ended()
 
     def blame(self, error: BaseException) -> EngineDeadError | None:
@@ -128,20 +130,25 @@ class Workers:
                 return dead
         return None
 
+    def _tell(self, rank: int, message: Message) -> None:
+        """Send to a worker; that it has ended is found where its answer is waited for."""
+        with contextlib.suppress(EOFError):
+            self._crew.links[rank - 1].send(message)
+
     def _each(self, kind: type[M]) -> list[M]:
         """A message of every worker. Raises EngineDeadError as soon as one has ended."""
         found: dict[int, M] = {}
-        links = self._crew.links
+        links = {link.fileno(): i for i, link in enumerate(self._crew.links)}
         while len(found) < len(links):
-            waiting = [link for i, link in enumerate(links) if i not in found]
-            for link in select.select(waiting, [], [])[0]:
+            for end, _ in self._poll.poll():
+                index = links[end]
                 try:
-                    message = link.receive()
+                    message = self._crew.links[index].receive()
                 except EOFError:
                     raise self._ended() from None
                 if not isinstance(message, kind):
-                    raise self._ended({links.index(link): message})
-                found[links.index(link)] = message
+                    raise self._ended({index: message})
+                found[index] = message
         return [found[i] for i in range(len(links))]
 
     def _ended(self, said: dict[int, Message] | None = None) -> EngineDeadError:
@@ -149,7 +156,7 @@ class Workers:
         words, causes = [], []
         for i, link in enumerate(self._crew.links):
             failed, over = (said or {}).get(i), False
-            while not over and not isinstance(failed, Failed) and select.select([link], [], [], 0)[0]:
+            while not over and not isinstance(failed, Failed) and _readable(link):
                 try:
                     failed = link.receive()
                 except EOFError:
@@ -160,6 +167,13 @@ class Workers:
                 continue  # it lives
             words.append(f"rank {i + 1} has ended, {_exit(self._crew.exit_code(i))}")
         return EngineDeadError("; ".join(words), where="--tensor-parallel-size", why=causes)
+
+
+def _readable(link: Link) -> bool:
+    """Whether there is a message, or the end."""
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class _Crew:
