@@ -6,12 +6,17 @@ import asyncio
 import importlib.util
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 from fake_llm import FakeLLM
+from live_server import live_server, read_all
 from typer.testing import CliRunner
 
 from hotplug.cli.main import app as cli
@@ -194,6 +199,48 @@ def test_other_paths_have_no_spans(traced):
     ask(traced.app, "/tokenize", {"prompt": "hi"})
     traced.spans.close()
     assert traced.exporter.get_finished_spans() == ()
+
+
+@contextmanager
+def collector() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """The URL of something that takes spans, and what it got: paths and bodies."""
+    got: list[tuple[str, bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}", got
+        server.shutdown()
+
+
+def test_spans_reach_a_collector():
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    with collector() as (url, got):
+        spans = tracing.connect(url)
+        ask(create_app(FakeLLM(), ServerConfig(), spans=spans))
+        spans.close()
+    [(path, body)] = got
+    assert path == "/v1/traces"
+    assert b"chat fake" in body and b"gen_ai.usage.output_tokens" in body
+
+
+def test_every_front_end_sends_its_spans(tiny_model):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    with collector() as (url, got):
+        with live_server(tiny_model, frontends=2, otlp_endpoint=url) as server:
+            for front_end in server.front_ends:
+                read_all(server.post({"max_tokens": 3}, server.connect(front_end)))
+            server.process.terminate()
+            server.process.communicate(timeout=20)
+        assert len(got) == 2
+        assert all(b"text_completion tiny" in body for _, body in got)
 
 
 def test_a_collector_that_is_not_there_costs_requests_nothing_and_the_end_little():

@@ -58,6 +58,8 @@ def supervise(
 
     Raises EngineDeadError when the engine cannot start or dies, and when front ends cannot start.
     """
+    path = resolve(engine_config.model)
+    engine_config = dataclasses.replace(engine_config, model=str(path), served_model_name=engine_config.model_name)
     folder = tempfile.mkdtemp(prefix="hotplug-")
     context = zmq.Context()
     try:
@@ -102,10 +104,7 @@ class _Supervisor:
     ) -> None:
         self.failure: str | None = None
         """Why the engine is of no use any more."""
-        path = resolve(engine_config.model)
-        self._engine_config = dataclasses.replace(
-            engine_config, model=str(path), served_model_name=engine_config.model_name
-        )
+        self._engine_config = engine_config
         self._config = config
         self._sockets = sockets
         self._signals = signals

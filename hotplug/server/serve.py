@@ -44,31 +44,29 @@ def run(
     port is taken, before anything is loaded, and the engine's own error when it cannot start or dies.
     """
     check(server_config)
-    if server_config.frontends > 1:
-        _run_several(engine_config, server_config, on_ready)
-        return
-    with listen(server_config) as sock, _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
-        from hotplug.core.engine.async_llm import AsyncLLM  # heavy, and the port may be taken
-
-        serve(AsyncLLM(engine_config), server_config, sock, on_ready)
-
-
-def _run_several(engine_config: EngineConfig, config: ServerConfig, on_ready: Callable[[str], None]) -> None:
-    sockets = listen_all(config)
-    url = url_of(config, sockets[0])
-    try:
-        from hotplug.server.frontends import supervise  # heavy
-
-        supervise(engine_config, config, sockets, lambda: on_ready(url))
-    finally:
+    with contextlib.ExitStack() as opened, _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
+        sockets = listen_all(server_config)
         for sock in sockets:
-            sock.close()
+            opened.enter_context(sock)
+        # What is imported here is heavy, and the port might have been taken.
+        if len(sockets) == 1:
+            from hotplug.core.engine.async_llm import AsyncLLM
+
+            serve(AsyncLLM(engine_config), server_config, sockets[0], on_ready)
+        else:
+            from hotplug.server.frontends import supervise
+
+            url = url_of(server_config, sockets[0])
+            supervise(engine_config, server_config, sockets, lambda: on_ready(url))
 
 
 def check(config: ServerConfig) -> None:
     """Raises ConfigError for what can be known before a model is fetched."""
     if config.otlp_endpoint is not None:
         tracing.require()
+    if config.frontends > 1 and not hasattr(socket, "SO_REUSEPORT"):
+        raise ConfigError("several front ends cannot share a port on this system", where="frontends",
+                          why="it has no SO_REUSEPORT", hint="Leave --frontends at 1.")  # fmt: skip
 
 
 def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Callable[[str], None]) -> None:
