@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -194,30 +197,41 @@ def test_an_engine_that_cannot_start_says_why(tiny_model, tmp_path):
     run(main())
 
 
-def test_the_engine_process_ends_when_its_parent_is_killed(tiny_model, tmp_path):
-    import subprocess
-    import sys
-
-    program = f"""
+PARENT = """
 import asyncio
 from hotplug import AsyncLLM
 from hotplug.core.config import EngineConfig
 
 async def main():
-    llm = AsyncLLM(EngineConfig(model={str(tiny_model)!r}, load_format="dummy", kv_cache_memory="4MiB"))
+    llm = AsyncLLM(EngineConfig(model={model!r}, load_format="dummy", kv_cache_memory="4MiB"))
     await llm.start()
     await llm.wait_ready()
     print(llm.engine_pid, flush=True)
-    await asyncio.sleep(60)
+    {then}
 
 if __name__ == "__main__":
     asyncio.run(main())
 """
-    script = tmp_path / "parent.py"
-    script.write_text(program)
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+
+
+def _parent(model: Path, folder: Path, then: str) -> subprocess.Popen[str]:
+    """A process that owns an engine, prints its pid when that is ready, and goes on with the statement `then`."""
+    script = folder / "parent.py"
+    script.write_text(PARENT.format(model=str(model), then=then))
+    return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_the_engine_process_ends_when_its_parent_is_killed(tiny_model, tmp_path):
+    with _parent(tiny_model, tmp_path, "await asyncio.sleep(60)") as parent:
         engine = int(parent.stdout.readline())
         parent.kill()
+    assert _gone(engine, 10.0)
+
+
+def test_an_error_in_the_owner_ends_its_process_and_the_engine(tiny_model, tmp_path):
+    with _parent(tiny_model, tmp_path, "raise ValueError") as parent:
+        engine = int(parent.stdout.readline())
+        assert parent.wait(20) == 1
     assert _gone(engine, 10.0)
 
 

@@ -7,6 +7,7 @@ when its parent dies, and never without a last message that says why.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -168,4 +169,14 @@ def start(config: EngineConfig, link: Link) -> multiprocessing.process.BaseProce
         target=main, args=(config, link), name="hotplug-engine", daemon=True
     )
     process.start()
+    atexit.register(_end, process, os.getpid())
     return process
+
+
+def _end(engine: multiprocessing.process.BaseProcess, owner: int) -> None:
+    """Kill an engine that nobody has closed when its owner's interpreter ends.
+
+    `multiprocessing` would send it SIGTERM, which it leaves to its front end, and wait for it.
+    """
+    if os.getpid() == owner and engine.is_alive():
+        engine.kill()
