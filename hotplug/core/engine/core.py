@@ -134,6 +134,8 @@ class RankCore:
     def close(self) -> None:
         """End the other ranks' processes, if there are any: no step can run then. An engine's end does so too."""
         if self._workers is not None and self._workers.close.alive:
+            if isinstance(executable := getattr(self, "_executable", None), CapturedSteps):
+                executable.release()  # what is recorded may hold on to the group's connections
             self._workers.close()
             give_share_back(self.bound)
 

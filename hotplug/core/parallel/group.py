@@ -37,7 +37,11 @@ def join(store: Path, rank: int, ranks: int) -> None:
 
 
 def leave() -> None:
-    torch.distributed.destroy_process_group()
+    """Leave the group without the others, who may be gone: some backends' orderly end waits for all of them."""
+    world = torch.distributed.group.WORLD
+    if world is not None:
+        world.abort()
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
