@@ -181,6 +181,7 @@ class _Crew:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._owner = os.getpid()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.links: list[Link] = []
         self.lives: list[int] = []
@@ -210,6 +211,8 @@ class _Crew:
 
     def end(self) -> None:
         """Let all workers end, make them if they do not, and let go of everything."""
+        if os.getpid() != self._owner:
+            return  # a fork of rank 0, whose end is not the engine's
         for life in self.lives:
             os.close(life)
         for index, process in enumerate(self.processes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from hotplug.core.config import EngineConfig
@@ -115,6 +116,8 @@ def features(target: Target, report: Report) -> None:
         want = generate(start(target, wanted), asked, 6)
         if difference := first_difference(got, want, loose):
             report.fail(f"{words} is declared but gives other tokens than the references: {difference}")
+    if Feature.TENSOR_PARALLEL in limits.features:
+        _ranks(target, report, model)
     for option, value in _undeclared(target):
         report.cases += 1
         try:
@@ -124,6 +127,28 @@ def features(target: Target, report: Report) -> None:
         report.fail(f"{option} {value} is not declared and yet not refused")
     if Feature.FP8_KV in limits.features and "fp8_e4m3" not in limits.kv_dtypes:
         report.fail("the feature fp8_kv is declared, but fp8_e4m3 is not among kv_dtypes")
+
+
+def _ranks(target: Target, report: Report, model: Path) -> None:
+    """Two ranks give the references' tokens, where there are devices for them."""
+    asked = prompts(3, longest=40)
+    core = None
+    try:
+        core = start(target, config(target, model, tensor_parallel_size=2))
+        got = generate(core, asked, 6)
+    except FeatureError as e:
+        report.note(f"two ranks were not tried: {'; '.join(e.why)}")
+        return
+    except Exception as e:
+        report.fail(f"tensor_parallel is declared but does not work: {type(e).__name__}: {e}")
+        return
+    finally:
+        if core is not None:
+            core.close()
+    report.cases += 1
+    want = generate(start(target, trusted(target, model)), asked, 6)
+    if difference := first_difference(got, want, target.limits.dtypes[0]):
+        report.fail(f"two ranks give other tokens than the references: {difference}")
 
 
 def _declared(target: Target) -> list[tuple[str, Any]]:
@@ -144,4 +169,5 @@ def _undeclared(target: Target) -> list[tuple[str, Any]]:
         *(("block_size", size) for size in (3, 16, 48, 512) if size not in limits.block_sizes),
         *(("exec", str(mode)) for mode in ExecMode if mode not in limits.exec_modes),
         *([] if Feature.SPECULATIVE in limits.features else [("speculative", "ngram")]),
+        *([] if Feature.TENSOR_PARALLEL in limits.features else [("tensor_parallel_size", 2)]),
     ]
