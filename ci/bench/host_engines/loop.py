@@ -20,7 +20,9 @@ from typing import Any
 import zmq
 
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
+from hotplug.core.engine.link import Link
 from hotplug.core.engine.process import EngineProcess
 from hotplug.core.request import Request, SamplingParams
 
@@ -38,7 +40,7 @@ class _EnoughError(Exception):
 SWALLOW = """
 import sys, zmq
 socket = zmq.Context().socket(zmq.PULL)
-socket.connect(sys.argv[1])
+socket.bind(sys.argv[1])
 while True:
     socket.recv_multipart(copy=False)
 """
@@ -88,14 +90,13 @@ class Stamps:
 
 def measure(model: str, rows: int, steps: int, repeat: int, profile: bool = False) -> list[float]:
     """Milliseconds a step, a value a run."""
-    address = f"ipc://{tempfile.mkdtemp()}/outputs"
+    link = Link(tempfile.mkdtemp())
     context = zmq.Context()
-    receive, send = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    receive.bind(f"{address}-in")
-    send.bind(address)
-    drain = subprocess.Popen([sys.executable, "-c", SWALLOW, address])
+    inbox = context.socket(zmq.PULL)
+    inbox.bind(link.inbox)
+    drain = subprocess.Popen([sys.executable, "-c", SWALLOW, link.outbox(0)])
     wanted = SETTLE + steps * repeat
-    engine = EngineProcess(engine_config(model, rows, wanted + 100), receive, send)
+    engine = EngineProcess(engine_config(model, rows, wanted + 100), inbox, Clients(context, link))
     core: EngineCore = engine._core
     profiler = cProfile.Profile() if profile else None
     stamps = Stamps(core, rows, wanted, profiler)
