@@ -78,7 +78,7 @@ class CudaPlatform:
             step_requests=256,
             capture_prompt_tokens=1024,  # of a small model, the host launches longer than the device computes
             asynchronous=True,
-            features=frozenset({Feature.SPECULATIVE}),
+            features=frozenset({Feature.SPECULATIVE, Feature.TENSOR_PARALLEL}),
         )
 
     def _refuse_faults(self, device: DeviceInfo) -> None:
