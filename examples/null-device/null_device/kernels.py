@@ -1,14 +1,16 @@
 """Kernels that compute nothing: each carries the token that a position holds to its result, by a view.
 
-A position's hidden state is its token id in every element. Products, norms and attention hand it on, scores have it in
-every column, and drawing a token is one step of `null_device.tokens`, whatever the temperature. So a step costs the
-host what launching it would, and the tokens are right only if each came back to its own request.
+A position's hidden state is its token id in every element, an integer. Products, norms and attention hand it on, scores
+have it in every column, and drawing a token is one step of `null_device.tokens`, whatever the temperature. So a step
+costs the host what launching it would, and the tokens are right only if each came back to its own request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,16 +35,17 @@ def kernels(clock: Clock) -> Sequence[Impl]:
         num_blocks: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The step's tokens, and the beginning of its time. No kernel here reads positions, slots or blocks."""
-        tokens, requests = len(token_ids), len(rows)
-        clock.launch(tokens - requests)
-        # Decodes come first, so that the rows' last tokens stand among as many of the first tokens.
-        first = token_ids[:requests]
-        first = torch.where(first < 0, last_tokens[rows], first)
+        requests = len(rows)
+        clock.launch(len(token_ids) - requests)
         blocks = block_tables[:1, :num_blocks].expand(requests, num_blocks)
-        if tokens == requests:
-            return first, start, start, start, blocks
-        places = torch.zeros_like(token_ids)
-        return torch.cat((first, token_ids[requests:])), places, places, start, blocks
+        if len(token_ids) == requests:
+            tokens = torch.where(token_ids < 0, last_tokens.index_select(0, rows), token_ids)
+        else:  # never recorded, so that NumPy's calls, which cost less, will do
+            found = token_ids.numpy().copy()
+            first = found[:requests]  # decodes come first: the rows' last tokens are among as many of the first
+            np.copyto(first, last_tokens.numpy()[rows.numpy()], where=first < 0)
+            tokens = torch.from_numpy(found)
+        return tokens, tokens, tokens, start, blocks
 
     fns = (prepare_step, embed, linear, silu_mul, linear_silu_mul, rms_norm, add_rms_norm, rope_kv_write,
            qk_norm_rope_kv_write, attention, moe_route, moe_experts, logits, argmax, sample, sample_rows)  # fmt: skip
@@ -50,7 +53,7 @@ def kernels(clock: Clock) -> Sequence[Impl]:
 
 
 def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
-    return token_ids.to(weight.dtype).unsqueeze(1).expand(-1, weight.shape[1])
+    return token_ids.unsqueeze(1).expand(-1, weight.shape[1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -128,7 +131,7 @@ def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, do
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The token in every column: [rows, vocab] without memory of its own."""
-    return hidden[:, :1].expand(-1, weight.shape[0])
+    return hidden[:, :1].to(torch.float32).expand(-1, weight.shape[0])
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -138,8 +141,9 @@ def argmax(logits: Tensor) -> Tensor:
     that was made impossible is not given, but the first of the best.
     """
     if logits.stride(1) == 0 or not len(logits):
-        return _follow(logits[:, 0].to(torch.int64), logits.shape[1])
-    token = _follow(logits.amax(-1).to(torch.int64), logits.shape[1])
+        return _follow(logits[:, 0], logits.shape[1])
+    vocab = logits.shape[1]
+    token = _follow(logits.amax(-1).clamp(0, vocab - 1), vocab)  # a bias may have raised them
     possible = logits.gather(1, token.unsqueeze(1)).squeeze(1) > float("-inf")
     return torch.where(possible, token, logits.argmax(-1))
 
@@ -169,7 +173,13 @@ def sample_rows(
     return argmax(logits)
 
 
-def _follow(tokens: Tensor, vocab: int) -> Tensor:
-    """One step of the generator, in place: [rows] int64 that nobody else looks at."""
+def _follow(scores: Tensor, vocab: int) -> Tensor:
+    """Int64 [rows], the token after each that `scores` [rows] carry."""
+    return _successors(vocab).index_select(0, scores.to(torch.int64))
+
+
+@cache
+def _successors(vocab: int) -> Tensor:
+    """Int64 [vocab], the token that follows each."""
     multiplier, increment = generator(vocab)
-    return tokens.mul_(multiplier).add_(increment).remainder_(vocab)
+    return (torch.arange(vocab) * multiplier + increment) % vocab
