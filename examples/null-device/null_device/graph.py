@@ -1,7 +1,8 @@
-"""A recorded step: the few PyTorch operations that are left of it, made again on the same memory.
+"""A recorded step: the few operations that are left of it, made again on the same memory.
 
-Views need no replay. What computes new memory is called again in its form that writes to given memory, what writes in
-place as it was.
+Views need no replay. Kernels compute with NumPy (`compute`), whose calls cost the host least, and are called again on
+the same arrays. Of PyTorch's operations, what computes new memory is called again in its form that writes to given
+memory, what writes in place as it was.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from null_device.clock import Clock
 def record(step: Callable[[], Any], clock: Clock) -> Callable[[], None]:
     """Run a step of decodes and note it; the answer replays it. Raises PlatformError where the host reads a value."""
     recorder = _Recorder()
-    with recorder:
-        step()
+    _Recorder.current = recorder
+    try:
+        with recorder:
+            step()
+    finally:
+        _Recorder.current = None
     calls = recorder.calls
 
     def replay() -> None:
@@ -33,7 +38,19 @@ def record(step: Callable[[], Any], clock: Clock) -> Callable[[], None]:
     return replay
 
 
+def compute(function: Callable[..., None], out: Tensor, *inputs: Tensor) -> Tensor:
+    """`out`, filled by a function of NumPy arrays: that of `out`, then those of the inputs."""
+    arrays = tuple(t.numpy() for t in (out, *inputs))
+    function(*arrays)
+    if _Recorder.current is not None:
+        _Recorder.current.calls.append((function, arrays, {}))
+    return out
+
+
 class _Recorder(TorchDispatchMode):
+    current: _Recorder | None = None
+    """What notes now."""
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], Any, Any]] = []
@@ -46,6 +63,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is torch.ops.aten.empty.memory_format:
+            return result  # for `compute` to fill
         if func._schema.is_mutable:
             self.calls.append((func, args, kwargs))
         elif not isinstance(result, Tensor | list | tuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from hotplug.vendor import AttentionInputs, Impl
 from null_device.clock import Clock
+from null_device.graph import compute
 from null_device.tokens import generator
 
 NAME = "null_device"
+Array = np.ndarray[Any, Any]
 
 
 def kernels(clock: Clock) -> Sequence[Impl]:
@@ -38,13 +41,7 @@ def kernels(clock: Clock) -> Sequence[Impl]:
         requests = len(rows)
         clock.launch(len(token_ids) - requests)
         blocks = block_tables[:1, :num_blocks].expand(requests, num_blocks)
-        if len(token_ids) == requests:
-            tokens = torch.where(token_ids < 0, last_tokens.index_select(0, rows), token_ids)
-        else:  # never recorded, so that NumPy's calls, which cost less, will do
-            found = token_ids.numpy().copy()
-            first = found[:requests]  # decodes come first: the rows' last tokens are among as many of the first
-            np.copyto(first, last_tokens.numpy()[rows.numpy()], where=first < 0)
-            tokens = torch.from_numpy(found)
+        tokens = compute(_complete, torch.empty(len(token_ids), dtype=torch.int64), token_ids, rows, last_tokens)
         return tokens, tokens, tokens, start, blocks
 
     fns = (prepare_step, embed, linear, silu_mul, linear_silu_mul, rms_norm, add_rms_norm, rope_kv_write,
@@ -131,7 +128,8 @@ def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, do
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The token in every column: [rows, vocab] without memory of its own."""
-    return hidden[:, :1].to(torch.float32).expand(-1, weight.shape[0])
+    scores = compute(_convert, torch.empty((len(hidden), 1), dtype=torch.float32), hidden[:, :1])
+    return scores.expand(-1, weight.shape[0])
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -175,7 +173,7 @@ def sample_rows(
 
 def _follow(scores: Tensor, vocab: int) -> Tensor:
     """Int64 [rows], the token after each that `scores` [rows] carry."""
-    return _successors(vocab).index_select(0, scores.to(torch.int64))
+    return compute(_look_up, torch.empty(len(scores), dtype=torch.int64), scores, _successors(vocab))
 
 
 @cache
@@ -183,3 +181,18 @@ def _successors(vocab: int) -> Tensor:
     """Int64 [vocab], the token that follows each."""
     multiplier, increment = generator(vocab)
     return (torch.arange(vocab) * multiplier + increment) % vocab
+
+
+def _complete(out: Array, given: Array, rows: Array, last: Array) -> None:
+    """Given tokens, and where none is (-1), the row's last: decodes come first, so it stands at the row's own place."""
+    out[:] = given
+    first = out[: len(rows)]
+    np.copyto(first, last[rows], where=first < 0)
+
+
+def _convert(out: Array, source: Array) -> None:
+    out[:] = source
+
+
+def _look_up(out: Array, scores: Array, successors: Array) -> None:
+    np.take(successors, scores.astype(np.int64), out=out, mode="clip")
