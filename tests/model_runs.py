@@ -53,7 +53,6 @@ class ModelRun:
             plan = self._plan(token_ids, start, count, decode=decode)
             for admission in plan.admitted:
                 batch.admit(admission)
-            batch.update_tables(plan)
             found.append(model.logits(model(batch.inputs(plan), self.kv)[0]))
             start += count
         return torch.cat(found)

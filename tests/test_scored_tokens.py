@@ -59,7 +59,6 @@ def run(model: Path, *, scored_only: bool) -> tuple[list[Tensor], list[Tensor]]:
     for i, plan in enumerate(STEPS):
         for admission in plan.admitted:
             batch.admit(admission)
-        batch.update_tables(plan)
         batch.last_tokens[:4] = torch.arange(4) + 7 * i + 1
         inputs = batch.inputs(plan, scored_only=scored_only)
         states, _ = decoder(inputs, one.kv)

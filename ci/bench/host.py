@@ -128,7 +128,7 @@ class Bench:
         return self.options.steps or max(100, 51_200 // rows)
 
     def prepare(self) -> None:
-        found = self.worker("prepare.py", chunks=40, repeat=self.options.repeat)
+        found = self.worker("prepare.py", prompts=15, repeat=self.options.repeat)
         self.give("prepare", found["prepare_ms"])
 
     def steady(self) -> None:

@@ -1,7 +1,8 @@
 """Input preparation of a prompt chunk of 2,048 tokens, timed: `python prepare.py OPTIONS`, in a process of its own.
 
-OPTIONS is JSON: model, chunks (of a run), repeat. From the plan to the first operation of the model: the request enters
-the persistent batch and the sampler, its tokens go to the device, positions and slots are asked for there. Prints
+OPTIONS is JSON: model, prompts (of a run), repeat. From the plan to the first operation of the model: tokens and new
+block-table entries go to the device, positions and slots are asked for there; with the first of the three chunks of a
+prompt its request enters the persistent batch and the sampler, with the last a token is asked for. Prints
 {"prepare_ms": [the median of each run's chunks]}.
 """
 
@@ -16,11 +17,13 @@ from typing import Any
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
+from hotplug.core.engine.process import freeze_started_objects
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner.executable import EagerStep
 
-CHUNK = 2048
-WARM_UP = 10
+CHUNK, CHUNKS = 2048, 3
+WARM_UP = 5
+"""Prompts."""
 
 
 class _Between:
@@ -45,7 +48,7 @@ class _Between:
         return call
 
 
-def measure(model: str, chunks: int, repeat: int) -> list[float]:
+def measure(model: str, prompts: int, repeat: int) -> list[float]:
     """Milliseconds, a value a run."""
     between = _Between()
     EagerStep.run = between.ends(EagerStep.run)  # type: ignore[method-assign]
@@ -56,13 +59,14 @@ def measure(model: str, chunks: int, repeat: int) -> list[float]:
     core._runner.execute = between.begins(core._runner.execute)  # type: ignore[method-assign]
     draw = random.Random(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    for i in range(WARM_UP + chunks * repeat):
-        prompt = [draw.randrange(1000, 40000) for _ in range(CHUNK)]
+    freeze_started_objects()
+    for i in range(WARM_UP + prompts * repeat):
+        prompt = [draw.randrange(1000, 40000) for _ in range(CHUNK * CHUNKS)]
         core.add(Request(id=str(i), prompt_token_ids=prompt, sampling=sampling))
         while core.has_work:
             core.step()
-    times = between.seconds[WARM_UP:]
-    return [median(times[i * chunks : (i + 1) * chunks]) * 1e3 for i in range(repeat)]
+    times, run = between.seconds[WARM_UP * CHUNKS :], prompts * CHUNKS
+    return [median(times[i * run : (i + 1) * run]) * 1e3 for i in range(repeat)]
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+import psutil
+
 SETTLE = 10
 PROMPT = 64
 
@@ -44,7 +46,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # it prints as it likes
     print(json.dumps(measure(**json.loads(sys.argv[1]))), file=answers, flush=True)
-    os._exit(0)  # its processes end with ours
+    for child in psutil.Process().children(recursive=True):  # they would outlive us, and hold our caller's pipes
+        child.kill()
+    os._exit(0)
 
 
 if __name__ == "__main__":

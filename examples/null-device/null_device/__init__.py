@@ -74,14 +74,17 @@ class NullDevice:
         return nullcontext()
 
     def event(self) -> Event:
-        from null_device.clock import Event
-
-        return Event(self.clock)
+        return self.clock.event()
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._empty(shape, dtype=dtype)
+
+    @cached_property
+    def _empty(self) -> Callable[..., torch.Tensor]:
+        """Of torch, which is not imported before it is needed and not looked for in every step."""
         import torch
 
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, device: DeviceInfo) -> torch.Tensor:
         """Zeroed memory that nobody writes to: calloc's pages cost nothing until then."""

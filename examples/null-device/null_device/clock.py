@@ -33,6 +33,9 @@ class Clock:
         """As the variables say. Raises PlatformError for one that is no time."""
         return cls(_seconds(STEP, 1e-3), _seconds(TOKEN, 1e-6))
 
+    def event(self) -> Event:
+        return Event(self)
+
     def launch(self, more_tokens: int) -> None:
         """A step begins once the device is free, with so many tokens beyond the first of each request."""
         self.free_at = max(now(), self.free_at) + self.step + more_tokens * self.token

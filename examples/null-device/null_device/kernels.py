@@ -1,22 +1,27 @@
 """Kernels that compute nothing: each carries the token that a position holds to its result, by a view.
 
-A position's hidden state is its token id in every element. Products, norms and attention hand it on, scores have it in
-every column, and drawing a token is one step of `null_device.tokens`, whatever the temperature. So a step costs the
-host what launching it would, and the tokens are right only if each came back to its own request.
+A position's hidden state is its token id in every element, an integer. Products, norms and attention hand it on, scores
+have it in every column, and drawing a token is one step of `null_device.tokens`, whatever the temperature. So a step
+costs the host what launching it would, and the tokens are right only if each came back to its own request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hotplug.vendor import AttentionInputs, Impl
 from null_device.clock import Clock
+from null_device.graph import compute
 from null_device.tokens import generator
 
 NAME = "null_device"
+Array = np.ndarray[Any, Any]
 
 
 def kernels(clock: Clock) -> Sequence[Impl]:
@@ -33,16 +38,11 @@ def kernels(clock: Clock) -> Sequence[Impl]:
         num_blocks: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The step's tokens, and the beginning of its time. No kernel here reads positions, slots or blocks."""
-        tokens, requests = len(token_ids), len(rows)
-        clock.launch(tokens - requests)
-        # Decodes come first, so that the rows' last tokens stand among as many of the first tokens.
-        first = token_ids[:requests]
-        first = torch.where(first < 0, last_tokens[rows], first)
+        requests = len(rows)
+        clock.launch(len(token_ids) - requests)
         blocks = block_tables[:1, :num_blocks].expand(requests, num_blocks)
-        if tokens == requests:
-            return first, start, start, start, blocks
-        places = torch.zeros_like(token_ids)
-        return torch.cat((first, token_ids[requests:])), places, places, start, blocks
+        tokens = compute(_complete, torch.empty(len(token_ids), dtype=torch.int64), token_ids, rows, last_tokens)
+        return tokens, tokens, tokens, start, blocks
 
     fns = (prepare_step, embed, linear, silu_mul, linear_silu_mul, rms_norm, add_rms_norm, rope_kv_write,
            qk_norm_rope_kv_write, attention, moe_route, moe_experts, logits, argmax, sample, sample_rows)  # fmt: skip
@@ -50,7 +50,7 @@ def kernels(clock: Clock) -> Sequence[Impl]:
 
 
 def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
-    return token_ids.to(weight.dtype).unsqueeze(1).expand(-1, weight.shape[1])
+    return token_ids.unsqueeze(1).expand(-1, weight.shape[1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -128,7 +128,8 @@ def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, do
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The token in every column: [rows, vocab] without memory of its own."""
-    return hidden[:, :1].expand(-1, weight.shape[0])
+    scores = compute(_convert, torch.empty((len(hidden), 1), dtype=torch.float32), hidden[:, :1])
+    return scores.expand(-1, weight.shape[0])
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -138,8 +139,9 @@ def argmax(logits: Tensor) -> Tensor:
     that was made impossible is not given, but the first of the best.
     """
     if logits.stride(1) == 0 or not len(logits):
-        return _follow(logits[:, 0].to(torch.int64), logits.shape[1])
-    token = _follow(logits.amax(-1).to(torch.int64), logits.shape[1])
+        return _follow(logits[:, 0], logits.shape[1])
+    vocab = logits.shape[1]
+    token = _follow(logits.amax(-1).clamp(0, vocab - 1), vocab)  # a bias may have raised them
     possible = logits.gather(1, token.unsqueeze(1)).squeeze(1) > float("-inf")
     return torch.where(possible, token, logits.argmax(-1))
 
@@ -169,7 +171,28 @@ def sample_rows(
     return argmax(logits)
 
 
-def _follow(tokens: Tensor, vocab: int) -> Tensor:
-    """One step of the generator, in place: [rows] int64 that nobody else looks at."""
+def _follow(scores: Tensor, vocab: int) -> Tensor:
+    """Int64 [rows], the token after each that `scores` [rows] carry."""
+    return compute(_look_up, torch.empty(len(scores), dtype=torch.int64), scores, _successors(vocab))
+
+
+@cache
+def _successors(vocab: int) -> Tensor:
+    """Int64 [vocab], the token that follows each."""
     multiplier, increment = generator(vocab)
-    return tokens.mul_(multiplier).add_(increment).remainder_(vocab)
+    return (torch.arange(vocab) * multiplier + increment) % vocab
+
+
+def _complete(out: Array, given: Array, rows: Array, last: Array) -> None:
+    """Given tokens, and where none is (-1), the row's last: decodes come first, so it stands at the row's own place."""
+    out[:] = given
+    first = out[: len(rows)]
+    np.copyto(first, last[rows], where=first < 0)
+
+
+def _convert(out: Array, source: Array) -> None:
+    out[:] = source
+
+
+def _look_up(out: Array, scores: Array, successors: Array) -> None:
+    np.take(successors, scores.astype(np.int64), out=out, mode="clip")

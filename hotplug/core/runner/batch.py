@@ -88,6 +88,8 @@ class Batch:
         self.spare_row = max_rows
         self.max_blocks = -(-max_len // block_size)
         self.block_tables = torch.zeros((max_rows + 1, self.max_blocks), dtype=index_dtype, device=device)
+        self._cells = self.block_tables.view(-1)
+        """The entries of all block tables, one after the other."""
         self.last_tokens = torch.zeros(max_rows + 1, dtype=index_dtype, device=device)
 
     def admit(self, admission: Admission) -> None:
@@ -96,27 +98,38 @@ class Batch:
         self.num_prompt_tokens[row] = admission.num_prompt_tokens
 
     def update_tables(self, plan: StepPlan) -> None:
-        """Apply the step's new block table entries."""
+        """Apply the step's new block table entries: before a step whose inputs are made on the device alone."""
         if len(plan.block_rows):
-            rows, cols, ids = self.upload(plan.block_rows, plan.block_cols, plan.block_ids)
-            self.block_tables[rows, cols] = ids
+            cells, ids = self.upload(self._changed(plan), plan.block_ids)
+            self._cells.index_put_((cells,), ids)
+
+    def _changed(self, plan: StepPlan) -> Ints:
+        """[B] places in `_cells` of the step's new block table entries."""
+        return plan.block_rows.astype(np.int64) * self.max_blocks + plan.block_cols
 
     def inputs(self, plan: StepPlan, *, scored_only: bool = False) -> StepInputs:
-        """The device inputs of an unrolled step; `scored_only`: nobody wants hidden states of tokens without scores."""
+        """The device inputs of an unrolled step, whose new block table entries go to the device in the same copy.
+
+        `scored_only`: nobody wants hidden states of tokens without scores.
+        """
         query_start = np.zeros(len(plan.rows) + 1, np.int64)
         np.cumsum(plan.num_tokens, out=query_start[1:])
         seq_lens = plan.start + plan.num_tokens
         longest = int(seq_lens.max())
         samples = np.flatnonzero(plan.samples)
-        host_tokens, rows, starts, first, last, which, ones = self.upload(
-            self._host_tokens(plan, query_start),
-            plan.rows,
-            query_start,
-            plan.start,
-            query_start[1:][samples] - 1,
-            samples,
-            np.arange(len(samples) + 1),
-        )
+        every = len(samples) == len(plan.rows)
+        sent: list[Ints] = [
+            self._host_tokens(plan, query_start), plan.rows, query_start, plan.start, query_start[samples + 1] - 1
+        ]  # fmt: skip
+        scored_alone = scored_only and len(samples) < query_start[-1]
+        if scored_alone:
+            sent += (np.arange(len(samples) + 1), samples[:0] if every else samples)
+        if len(plan.block_rows):
+            sent += (self._changed(plan), plan.block_ids)
+        host_tokens, rows, starts, first, last, *more = self.upload(*sent)
+        if len(plan.block_rows):
+            *more, cells, ids = more
+            self._cells.index_put_((cells,), ids)
         token_ids, positions, slots, lens, block_table = self._prepare(
             host_tokens, rows, starts, first, self.last_tokens, self.block_tables, self._block_size,
             -(-longest // self._block_size),
@@ -132,12 +145,13 @@ class Batch:
             max_seq_len=longest,
         )
         scored = None
-        if scored_only and len(samples) < query_start[-1]:
+        if scored_alone:
+            ones, which = more
             scored_lens = seq_lens[samples]
             scored = AttentionInputs(
-                block_table=block_table[which],
+                block_table=block_table if every else block_table[which],
                 query_start=ones,
-                seq_lens=lens[which],
+                seq_lens=lens if every else lens[which],
                 query_lens_host=[1] * len(samples),
                 seq_lens_host=scored_lens.tolist(),
                 num_decodes=len(samples),
@@ -208,14 +222,15 @@ class Batch:
 
         Each begins at a multiple of `_ALIGNED` elements, whatever the lengths: kernels may be compiled for alignment.
         """
-        ends = list(accumulate(-(-len(a) // _ALIGNED) * _ALIGNED for a in arrays))
-        begins = [0, *ends[:-1]]
-        staged = self.stage(ends[-1:])
-        host = staged.numpy()
-        for begin, array in zip(begins, arrays, strict=True):
+        sizes: list[int] = []  # of the arrays, and of the gap after each
+        for array in arrays:
+            sizes += (len(array), -len(array) % _ALIGNED)
+        staged = self.stage((sum(sizes),))
+        host, begin = staged.numpy(), 0
+        for i, array in enumerate(arrays):
             host[begin : begin + len(array)] = array
-        both = staged.to(self.device, non_blocking=True)
-        return tuple(both.narrow(0, begin, len(array)) for begin, array in zip(begins, arrays, strict=True))
+            begin += sizes[2 * i] + sizes[2 * i + 1]
+        return staged.to(self.device, non_blocking=True).split_with_sizes(sizes)[::2]
 
     def stage(self, shape: Sequence[int]) -> Tensor:
         """An uninitialized host tensor of the index dtype, to be filled and sent to the device before long."""

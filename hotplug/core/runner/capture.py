@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from hotplug.core.sample.sampler import Draw, Sampler
 
 _FINE, _MIDDLE = 16, 256
 """Sizes are this far apart from the first on, and twice that above the second."""
+_STAGED = 4
+"""Host tensors of one size: more than the steps in flight, so that none is filled while the device copies from it."""
 _EXACT = 64
 """Sizes up to this are not padded where they are recorded on use."""
 
@@ -72,6 +75,9 @@ class _Decodes:
         self._query_start = torch.arange(size + 1, dtype=dtype, device=device)
         self._tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self._replay: dict[Draw, Callable[[], Any]] = {}
+        staged = [batch.stage((4, size)) for _ in range(_STAGED)]
+        self._staged = cycle([(tensor, tensor.numpy()) for tensor in staged])
+        """Host tensors that the input is sent from, in turn."""
 
     def warm_up(self) -> None:
         """Run the step in every way: what is made on first use must not be recorded."""
@@ -91,13 +97,14 @@ class _Decodes:
     def __call__(self, step: HostStep, capture: Capture | None = None) -> StepOutputs:
         """Replay, or record with `capture` what was not recorded yet."""
         plan, n = step.plan, len(step.plan.rows)
-        staged = self._batch.stage((4, self.size))
-        values = staged.numpy()
-        values[0, :n], values[0, n:] = plan.rows, self._batch.spare_row
-        values[1, :n], values[1, n:] = plan.start, 0
-        values[2, :n], values[2, n:] = step.counters, 0
+        self._batch.update_tables(plan)
+        staged, values = next(self._staged)
+        values[0, :n], values[1, :n], values[2, :n] = plan.rows, plan.start, step.counters
+        if n < self.size:
+            values[0, n:], values[1:3, n:] = self._batch.spare_row, 0
         values[3] = -1
-        values[3, n - len(plan.drafts) : n] = plan.drafts
+        if len(plan.drafts):
+            values[3, n - len(plan.drafts) : n] = plan.drafts
         self._input.copy_(staged, non_blocking=True)
         step.timer.lap(PREPARE)
         replay = self._replay.get(step.draw)

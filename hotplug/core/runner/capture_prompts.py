@@ -92,6 +92,7 @@ class RecordedPrompts:
 
     def __call__(self, step: HostStep) -> StepOutputs:
         """Replay with a step that the shape holds, drawn in a way that is recorded."""
+        self._batch.update_tables(step.plan)
         self._fill(step)
         self._host.send()
         step.timer.lap(PREPARE)

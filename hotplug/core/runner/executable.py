@@ -51,7 +51,7 @@ class StepOutputs:
 
 
 class Executable(Protocol):
-    """Runs a step; the outputs hold until the next call."""
+    """Runs a step, its plan's new block table entries applied first; the outputs hold until the next call."""
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:

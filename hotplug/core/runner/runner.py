@@ -142,10 +142,13 @@ class Runner:
             self._transfer.load(plan.loads)
         self._apply(plan)
         step = plan.unrolled()
-        rows = step.rows[step.samples]
-        ends = (step.start + step.num_tokens)[step.samples]
-        counters = (ends - self._batch.num_prompt_tokens[rows]).astype(np.int64)
-        scored_only = not any(row in self._prompt_logprobs for row in step.rows[step.num_decodes :].tolist())
+        rows, ends = step.rows, step.start + step.num_tokens
+        if step.num_decodes < len(rows):  # some are prompt chunks
+            rows, ends = rows[step.samples], ends[step.samples]
+        counters = np.subtract(ends, self._batch.num_prompt_tokens[rows], dtype=np.int64)
+        scored_only = not self._prompt_logprobs or not any(
+            row in self._prompt_logprobs for row in step.rows[step.num_decodes :].tolist()
+        )
         demand = self._sampler.demand(rows, counters)
         outputs = self._executable(HostStep(step, rows, demand, counters, scored_only, self.timer))
         sampled = tokens = None
@@ -182,7 +185,7 @@ class Runner:
             self._transfer.save(blocks)
 
     def _apply(self, plan: StepPlan) -> None:
-        """Bring the persistent batch up to date."""
+        """Bring the persistent batch up to date, but for its block tables: these go with the step's inputs."""
         if len(plan.released):
             self._sampler.release(plan.released)
             for row in plan.released.tolist():
@@ -192,7 +195,6 @@ class Runner:
             self._sampler.admit(a.row, a.sampling, a.seed, a.token_ids, a.num_prompt_tokens, a.eos_token_ids)
             if a.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs[a.row] = a.sampling.prompt_logprobs
-        self._batch.update_tables(plan)
 
     def _score_prompts(self, plan: StepPlan, outputs: StepOutputs) -> list[_PromptScores]:
         """Log-probabilities of the prompt tokens that follow each position of this step's chunks."""
