@@ -164,9 +164,9 @@ def test_a_flood_of_requests_that_are_given_up_leaves_nothing_behind(served):
 @pytest.mark.parametrize("frontends", [1, 2])
 def test_a_killed_engine_ends_requests_with_an_error_and_the_server_with_its_reason(tiny_model, frontends):
     with live_server(tiny_model, frontends=frontends) as server:
-        streams = [stream(server, front_end) for front_end in server.front_ends]
         unread = server.connect(server.front_ends[0], receive_buffer=4096)
         server.post({**LONG, "n": 4, "logprobs": 20, "max_tokens": 2000}, unread)
+        streams = [stream(server, front_end) for front_end in server.front_ends]
         server.engine.kill()
         killed = time.monotonic()
         for each in streams:
