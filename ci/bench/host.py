@@ -5,7 +5,7 @@
 ROW is a row's name or the beginning of one (`loop`, `stream`); default: all. The device is `examples/null-device`,
 which computes nothing and takes a set time, so what is measured is hotplug itself; engines, servers and loads are
 processes of their own. The peer, vLLM's CPU build (`make bench-peers ARGS=vllm`), computes its model of two layers. A
-row that cannot be measured here says why.
+row that cannot be measured here says why. The same load on a GPU is `ci/gpu/bench_serve.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import gpu_workloads
 from host_engines import null_package, servers
-from host_engines.model import SMALL_VOCAB, VOCAB, model_folder, write_config, write_model
+from host_engines.model import SMALL_VOCAB, VOCAB, model_folder, write_config
 from host_engines.servers import CannotError
 
 ROOT = Path(__file__).parents[2]
@@ -72,11 +71,6 @@ ROWS = (
     Row("vllm-stream", "vLLM, HTTP streams, 256 clients", "tok/s"),
     Row("vllm-ttft-p50", "vLLM, time to first token, 50 requests/s", "ms"),
     Row("vllm-ttft-p99", "the same, 99th percentile", "ms"),
-    Row("gpu-256", "on a GPU, Llama-1B, 256 clients", "tok/s", 35_000, most=False),
-    Row("gpu-512", "on a GPU, Llama-1B, 512 clients", "tok/s", 35_000, most=False),
-    Row("gpu-512-ttft-p99", "the same, time to first token, p99", "ms", 1500),
-    Row("gpu-1", "on a GPU, Llama-1B, one client", "tok/s", 800, most=False),
-    Row("gpu-1-ttft-p50", "the same, time to first token, p50", "ms", 6),
 )
 
 
@@ -212,28 +206,6 @@ class Bench:
         with servers.vllm(self.vllm_python, self.model, 256) as server:
             self.first_tokens("vllm-", server)
 
-    # --- a GPU ---
-
-    def gpu(self, clients: int) -> None:
-        """Llama-1B's shape with the benchmark's tokenizer, as the peer's figures of `shared/PEERS.md` were made."""
-        if self.options.gpu_device is None:
-            raise CannotError("measured on a GPU machine only: --gpu-device NAME")
-        folder = self.folder / "llama1b"
-        write_model(folder)
-        config = {**gpu_workloads.MODELS["llama1b"], "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
-        (folder / "config.json").write_text(json.dumps(config))
-        inputs, outputs, requests, processes = {1: (128, 256, 16, 1), 256: (256, 256, 1024, 4),
-                                                512: (128, 128, 2048, 4)}[clients]  # fmt: skip
-        arguments = ("--device", self.options.gpu_device, "--max-num-seqs", "512", "--max-model-len", "8192",
-                     "--no-enable-prefix-cache")  # fmt: skip
-        with servers.hotplug(os.environ, folder, *arguments) as server:
-            runs = [servers.load(self.options.load, server, clients, requests, inputs, outputs, processes)
-                    for _ in range(self.options.repeat + 1)][1:]  # fmt: skip
-        self.give(f"gpu-{clients}", [run["out_tok_s"] for run in runs], f"{inputs} in, {outputs} out")
-        share = {1: "p50", 512: "p99"}.get(clients)
-        if share is not None:
-            self.give(f"gpu-{clients}-ttft-{share}", [run[f"ttft_{share}"] for run in runs])
-
     def give(self, row: str, values: Sequence[float], note: str = "") -> None:
         self.found[row] = Found(list(values), note=note)
 
@@ -266,9 +238,6 @@ class Bench:
         yield ("vllm-ttft-p50", "vllm-ttft-p99"), self.vllm_ttft
         yield ("idle",), self.idle
         yield ("soak-growth", "soak-blocks", "soak-chains"), self.soak
-        yield ("gpu-256",), lambda: self.gpu(256)
-        yield ("gpu-512", "gpu-512-ttft-p99"), lambda: self.gpu(512)
-        yield ("gpu-1", "gpu-1-ttft-p50"), lambda: self.gpu(1)
 
 
 def table(rows: Sequence[Row], found: dict[str, Found]) -> str:
@@ -318,7 +287,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--load", type=Path, default=os.environ.get("SERVE_LOAD", SERVE_LOAD),
                       help="serve_load.py; default: $SERVE_LOAD, or ../shared/gpu/serve_load.py")  # fmt: skip
     made.add_argument("--load-processes", type=int, default=1, help="processes of that load")
-    made.add_argument("--gpu-device", help="a platform with a GPU, for the rows gpu-*")
     return made
 
 
