@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,20 +197,3 @@ def test_one_that_died_is_told_nothing_and_its_successor_begins_anew(tmp_path: P
         ends.clients.enter(0)
         ends.clients.post(0, messages.Ready(1, 2, (3,)))
         assert ends.read(0) == messages.Ready(1, 2, (3,))
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
-def test_the_engines_sockets_do_not_run_in_its_place() -> None:
-    program = """
-import os
-from hotplug.core.engine.sockets import background_context
-context = background_context()
-policies = {open(f"/proc/self/task/{t}/comm").read().strip(): os.sched_getscheduler(int(t))
-            for t in os.listdir("/proc/self/task")}
-context.destroy(linger=0)
-sockets = {policy for name, policy in policies.items() if name.startswith("ZMQ")}
-assert sockets == {os.SCHED_BATCH}, policies
-assert os.sched_getscheduler(0) == os.SCHED_OTHER
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr

@@ -24,7 +24,6 @@ from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.link import Link
 from hotplug.core.engine.process import EngineProcess
-from hotplug.core.engine.sockets import background_context
 from hotplug.core.request import Request, SamplingParams
 
 SETTLE = 30
@@ -92,7 +91,7 @@ class Stamps:
 def measure(model: str, rows: int, steps: int, repeat: int, profile: bool = False) -> list[float]:
     """Milliseconds a step, a value a run."""
     link = Link(tempfile.mkdtemp())
-    context = background_context()
+    context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     inbox.bind(link.inbox)
     drain = subprocess.Popen([sys.executable, "-c", SWALLOW, link.outbox(0)])

@@ -22,7 +22,6 @@ from hotplug.core.engine import messages
 from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.link import Link
-from hotplug.core.engine.sockets import background_context
 from hotplug.core.errors import HotplugError, QueueFullError, RequestError
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT
 
@@ -40,7 +39,7 @@ def main(config: EngineConfig, link: Link) -> None:
     # A signal to the whole process group is the front end's to handle: it lets running requests finish first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    context = background_context()
+    context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     inbox.set(zmq.RCVHWM, 0)
     inbox.bind(link.inbox)
