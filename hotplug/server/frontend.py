@@ -26,7 +26,7 @@ from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
-from hotplug.server.serve import give_up, uvicorn_config
+from hotplug.server.http import give_up, uvicorn_config
 
 DRAIN, QUIT = "drain", "quit"
 """To a front end: let running requests finish; do not."""

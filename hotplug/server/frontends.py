@@ -37,7 +37,7 @@ from hotplug.core.weights.source import resolve
 from hotplug.server import frontend
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
-from hotplug.server.serve import FAILED_GRACE
+from hotplug.server.http import FAILED_GRACE
 
 _logger = logging.getLogger("hotplug.server")
 

@@ -18,17 +18,10 @@ from hotplug.core.errors import ConfigError
 from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
+from hotplug.server.http import BACKLOG, give_up, uvicorn_config
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from hotplug.core.engine.async_llm import AsyncLLM
-
-_KEEP_ALIVE = 75
-"""Seconds an idle connection stays open: longer than the clients' own limits, so that they close first."""
-_BACKLOG = 2048
-FAILED_GRACE = 1
-"""Seconds that clients of a dead engine get to take what they are told."""
 
 
 def run(
@@ -98,24 +91,6 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
         raise failures[0]
 
 
-def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        lifespan="on",
-        log_level="warning" if not config.access_log else "info",
-        access_log=config.access_log,
-        timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=config.shutdown_grace,
-        backlog=_BACKLOG,
-    )
-
-
-def give_up(server: uvicorn.Server) -> None:
-    """End a server whose engine is dead: what is left to do for its clients is to tell them."""
-    server.config.timeout_graceful_shutdown = FAILED_GRACE
-    server.should_exit = True
-
-
 def listen_all(config: ServerConfig) -> list[socket.socket]:
     """A listening socket for each front end, all on the configured address. Raises as `listen` does."""
     if config.frontends == 1:
@@ -148,7 +123,7 @@ def listen(config: ServerConfig, *, shared: bool = False) -> socket.socket:
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
-        sock.listen(_BACKLOG)  # now, not later: two sockets may be bound to one port, but not both listen
+        sock.listen(BACKLOG)  # now, not later: two sockets may be bound to one port, but not both listen
     except OSError as e:
         sock.close()
         if e.errno == errno.EADDRINUSE:
