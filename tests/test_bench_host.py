@@ -31,7 +31,7 @@ def test_rows_of_an_engine_are_measured_in_processes_of_their_own(model: Path, t
     assert not any(one.cannot for one in found.values()), found
     assert 0 < max(found["loop-64"].values) < 50 and len(found["loop-64"].values) == 2
     assert 0 < max(found["prepare"].values) < 50
-    assert 30 < max(found["steady"].values) <= 101  # of the device's ceiling; the machine may be busy
+    assert 10 < max(found["steady"].values) < 150  # % of the ceiling, of a few steps on a machine that may be busy
     assert found["soak-blocks"].values == found["soak-chains"].values == [0]
 
 
