@@ -265,8 +265,10 @@ def test_nothing_outlives_a_killed_server(tiny_model, frontends):
 def test_an_idle_server_leaves_the_processor_alone(tiny_model, frontends):
     with live_server(tiny_model, frontends=frontends) as server:
         server.complete()
-        shares = []
+        shares = [1.0]
         for _ in range(4):  # the best: nobody knows what a start leaves behind
+            if min(shares) < 0.01:
+                break
             before, begin = server.cpu_seconds(), time.monotonic()
             time.sleep(3)
             shares.append((server.cpu_seconds() - before) / (time.monotonic() - begin))
