@@ -24,13 +24,20 @@ MODES = CpuPlatform().limits(CpuPlatform().probe()[0]).exec_modes
 @pytest.mark.parametrize("mode", MODES)
 def test_sixty_random_requests_leave_nothing_behind(tiny_model: Path, mode: str) -> None:
     command = [sys.executable, str(SOAK), str(tiny_model), "--requests", "60", "--settle", "30", "--exec", mode,
-               "--kv-cache-memory", "560KiB", "--load-format", "dummy"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr + done.stdout
-    figures = json.loads(done.stdout)
-    assert figures["exec"] == mode
-    assert sum(figures["requests"].values()) == 60
-    assert figures["preemptions"] > 0 and figures["prefix_cache_hits"] > 0
+               "--kv-cache-memory", "560KiB", "--max-num-seqs", "32", "--concurrency", "60",
+               "--load-format", "dummy"]  # fmt: skip
+    preempted = 0
+    for _ in range(3):  # who meets whom is the machine's to decide
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
+        figures = json.loads(done.stdout)
+        assert figures["exec"] == mode
+        assert sum(figures["requests"].values()) == 60
+        assert figures["prefix_cache_hits"] > 0
+        preempted += figures["preemptions"]
+        if preempted:
+            break
+    assert preempted
 
 
 def test_requests_are_of_every_kind_and_the_same_for_a_seed() -> None:
