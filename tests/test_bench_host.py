@@ -35,6 +35,7 @@ def test_rows_of_an_engine_are_measured_in_processes_of_their_own(model: Path, t
     assert found["soak-blocks"].values == found["soak-chains"].values == [0]
 
 
+@pytest.mark.slow
 def test_rows_of_a_server_are_measured_over_http(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     found = measure(model, tmp_path, "ttft-p50", "ttft-p99", "idle")

@@ -73,7 +73,8 @@ def test_poison_is_what_new_memory_holds(poisoned: None) -> None:
     assert (torch.empty(3, dtype=torch.int32, device=DEVICE) == 2**31 - 1).all()
 
 
-@pytest.mark.parametrize("each", [2, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("each", [2, 16])
 def test_a_check_keeps_its_word_by_chance(each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hotplug.plugins.conformance.check_ops.FUZZED", 5 * each * len(KERNELS))  # a fifth is drawn
     report = Report()

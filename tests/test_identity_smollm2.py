@@ -43,6 +43,7 @@ def tokens(llm: LLM, prompts=PROMPTS, params=GREEDY) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params, progress=False)]
 
 
+@pytest.mark.slow
 def test_one_at_a_time(smollm2_path, expected):
     llm = engine(smollm2_path, enable_prefix_cache=False)
     assert [tokens(llm, [prompt])[0] for prompt in PROMPTS] == expected
@@ -56,6 +57,7 @@ def test_sixteen_at_once_with_mixed_lengths_and_again_from_the_prefix_cache(smol
     assert llm.core.stats().prefix_hits > hits
 
 
+@pytest.mark.slow
 def test_with_a_token_budget_of_64(smollm2_path, expected):
     llm = engine(smollm2_path, max_num_batched_tokens=64, max_num_seqs=16)
     assert tokens(llm) == expected
