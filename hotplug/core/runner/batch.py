@@ -204,10 +204,6 @@ class Batch:
         )
         return StepInputs(token_ids, positions, slots, attention, scored)
 
-    def region(self, **sizes: int) -> Region:
-        """Arrays of these sizes on their way to fixed places on the device."""
-        return Region(self, sizes)
-
     def _host_tokens(self, plan: StepPlan, query_start: np.ndarray) -> np.ndarray:
         """[T] token ids; -1 where only the device knows the value. Loops over prompt chunks, never decodes."""
         token_ids = np.full(query_start[-1], -1, np.int64)

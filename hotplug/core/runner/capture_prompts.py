@@ -65,10 +65,9 @@ class RecordedPrompts:
         self._sampler = sampler
         tokens, requests = shape.size
         scores = requests - 1
-        self._host = batch.region(
-            given=tokens, rows=requests, start=requests, query_start=requests + 1, scored=scores,
-            scored_rows=scores, counters=scores,
-        )  # fmt: skip
+        sizes = {"given": tokens, "rows": requests, "start": requests, "query_start": requests + 1, "scored": scores,
+                 "scored_rows": scores, "counters": scores}  # fmt: skip
+        self._host = Region(batch, sizes)
         self._tokens = torch.zeros(scores, dtype=torch.int64, device=batch.device)
         self._replay: dict[Draw, Callable[[], Any]] = {}
         self._fill_empty(self._host)
