@@ -75,6 +75,18 @@ def test_as_many_are_let_in_as_the_engine_runs_and_queues(monkeypatch: pytest.Mo
     one.check_room(9, 1)
 
 
+def test_what_was_sent_to_a_silent_engine_counts_though_nobody_waits_for_it_any_more() -> None:
+    one = Watch(6, 1)
+    one.max_num_seqs = 4
+    for _ in range(10):
+        one.check_room(0, 1)
+        one.sent(1)
+    with pytest.raises(QueueFullError, match="10 requests are in flight"):
+        one.check_room(0, 1)
+    one.heard(0.0, owes=False)
+    one.check_room(0, 1)
+
+
 # --- a real engine ---
 
 

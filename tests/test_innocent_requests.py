@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ import zmq
 from hotplug import LLM, AsyncLLM, SamplingParams
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import messages
+from hotplug.core.engine import process as engine_process
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.outputs import Completion
 from hotplug.core.engine.process import EngineProcess
@@ -210,6 +212,8 @@ class BrokenCore:
         self.error = error
         self.taken: list[str] = []
 
+    has_work = True
+
     def add(self, request: Request) -> None:
         if request.id == "guilty":
             raise self.error
@@ -279,6 +283,25 @@ def test_whatever_one_request_raises_in_the_engine_is_told_to_its_front_end_alon
     assert isinstance(refused, messages.Refused) and refused.request_tag == 1
     assert refused.kind == ("request" if isinstance(error, RequestError) else "failed")
     assert isinstance(plan, messages.Plan) and not plan.report and "TypeError" in plan.error
+
+
+def test_a_flood_of_requests_does_not_keep_running_ones_from_their_next_step(
+    engine: Callable[[Exception], tuple[EngineProcess, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, sender = engine(KeyError("x"))
+    core: Any = process._core
+    clock = SimpleNamespace(monotonic=lambda: 0.001 * len(core.taken))  # a millisecond a request
+    monkeypatch.setattr(engine_process, "time", clock)
+    for number in range(30):
+        asked = Request(id=str(number), prompt_token_ids=[1], sampling=SamplingParams())
+        sender.send_multipart(messages.add_frames([asked])[0])
+    process._inbox.poll(5000)
+    process._read()
+    assert len(core.taken) == 11
+    core.has_work = False
+    while len(core.taken) < 30:
+        process._inbox.poll(5000)
+        process._read()
 
 
 def test_an_engine_that_is_dead_is_not_kept_alive(engine: Callable[[Exception], tuple[EngineProcess, Any]]) -> None:

@@ -99,8 +99,8 @@ def text(most: int, *, least: int = 0) -> Rule:
         if not isinstance(value, str):
             refuse(name, "text", value)
         if not least <= len(value) <= most:
-            bounds = f"of at most {most} characters" if len(value) > most else "not empty"
-            raise RequestError(f"{name} must be {bounds}, got {len(value)} characters", param=name)
+            bounds = f"at most {most} characters" if len(value) > most else f"at least {least}"
+            raise RequestError(f"{name} must have {bounds}, got {len(value)}", param=name)
         if not value.isascii():
             try:
                 value.encode()
@@ -211,7 +211,7 @@ class _PlainCopy:
         if isinstance(value, numbers.Real):
             return _FINITE(self._name, value)
         if not isinstance(value, Mapping | list | tuple):
-            refuse(self._name, "made of what JSON can say", value)
+            refuse(self._name, "made of JSON values", value)
         if depth == self._depth:
             raise RequestError(f"{self._name} is nested more than {self._depth} deep", param=self._name)
         if isinstance(value, Mapping):
@@ -233,6 +233,6 @@ class _PlainCopy:
             raise RequestError(f"{self._name} is larger than {self._size} characters and values", param=self._name)
 
 
-_INT64 = integer(-INT64 - 1, INT64, "made of 64-bit integers")
+_INT64 = integer(-INT64 - 1, INT64, "made of integers of 64 bits")
 _FINITE = number(-1.7976931348623157e308, 1.7976931348623157e308)
 _TEXT = text(INT64)

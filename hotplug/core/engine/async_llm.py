@@ -50,6 +50,8 @@ RECEIVED = 1000
 """Messages that wait here unread before they wait at the engine."""
 AT_ONCE = 16
 """Messages handled before the event loop gets its turn."""
+REQUESTS_A_MESSAGE = 64
+"""At most, so that an engine with work can go on between two messages."""
 _ID = checks.text(MAX_ID_CHARS // 2)
 _PROMPT = checks.text(checks.INT64)
 
@@ -295,8 +297,10 @@ class AsyncLLM:
             if kind is str:
                 self._post(messages.Abort([item for item in items if isinstance(item, str)]))
             else:
-                self._add([item for item in items if isinstance(item, Request)])
-        self._watch.sent()
+                requests = [item for item in items if isinstance(item, Request)]
+                for start in range(0, len(requests), REQUESTS_A_MESSAGE):
+                    self._add(requests[start : start + REQUESTS_A_MESSAGE])
+        self._watch.sent(sum(isinstance(item, Request) for item in outgoing))
 
     def _add(self, requests: list[Request]) -> None:
         """Send requests; those that cannot be are told so, and no others."""

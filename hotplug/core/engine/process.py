@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -34,7 +35,8 @@ EXIT_FAILED = 1
 SPIN = 0.002
 """Seconds of looking for messages before blocking."""
 MESSAGES_A_STEP = 64
-"""Messages handled between two steps at most, so that a flood of them does not hold up the running requests."""
+READ_SECONDS = 0.01
+"""Messages, and seconds of handling them, between two steps at most: a flood does not hold up running requests."""
 RETRY_MS = 10
 """Milliseconds between attempts to send what a front end did not take, while there is no work."""
 
@@ -114,8 +116,9 @@ class EngineProcess:
         """Handle the messages that are there. One that fails is logged, and costs nobody else anything."""
         if os.getppid() != (self._parent_pid or os.getppid()):
             self._stopped = True
+        end = time.monotonic() + READ_SECONDS if self._core.has_work else math.inf
         for _ in range(MESSAGES_A_STEP):
-            if self._stopped or not self._has_message():
+            if self._stopped or not self._has_message() or time.monotonic() > end:
                 return
             frames = self._inbox.recv_multipart(copy=False)
             try:

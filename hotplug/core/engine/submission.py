@@ -81,9 +81,10 @@ def _expand(params: SamplingParams) -> list[SamplingParams]:
 
 
 def _of_one(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of one of several completions."""
+    """The parameters of one of several completions. The prompt's log-probabilities, which may be megabytes and are the
+    same for all, come with the first alone."""
     seed = None if params.seed is None else _wrap(params.seed + index)
-    return changed(params, n=1, seed=seed)
+    return changed(params, n=1, seed=seed, prompt_logprobs=None if index else params.prompt_logprobs)
 
 
 def _wrap(seed: int) -> int:

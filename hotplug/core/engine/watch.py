@@ -27,15 +27,19 @@ class Watch:
         self._front_ends = front_ends
         self._since: float | None = None
         """Since when the engine owes an answer (`time.monotonic`)."""
+        self._unheard = 0
+        """Requests sent since the engine was last heard. One that was aborted since still waits to be read."""
 
-    def sent(self) -> None:
-        """The engine is sent something."""
+    def sent(self, requests: int = 0) -> None:
+        """The engine is sent something, among it so many requests."""
+        self._unheard += requests
         if self._since is None:
             self._since = time.monotonic()
 
     def heard(self, now: float, *, owes: bool) -> None:
         """The engine has said something; `owes` is whether something that it was sent is not answered in full."""
         self._since = now if owes else None
+        self._unheard = 0
 
     @property
     def silence(self) -> float:
@@ -51,12 +55,13 @@ class Watch:
     def check_room(self, in_flight: int, more: int) -> None:
         """Raises QueueFullError where `more` requests beside those `in_flight` are too many, and RequestError where
         they always are."""
-        if in_flight + more <= self.most:
+        waiting = max(in_flight, self._unheard)
+        if waiting + more <= self.most:
             return
         whole = self.max_num_seqs + self._max_queue
         if more > whole:
             raise RequestError(f"n is {more}, and at most {whole} requests run and wait here", param="n",
                                hint="Ask for fewer completions.")  # fmt: skip
         slow = f", and the engine has not answered for {self.silence:.0f} s" if self.silence >= SLOW else ""
-        retry_after = 1 + in_flight // self.max_num_seqs
-        raise QueueFullError(f"{in_flight} requests are in flight{slow}", retry_after=retry_after)
+        retry_after = 1 + waiting // self.max_num_seqs
+        raise QueueFullError(f"{waiting} requests are in flight{slow}", retry_after=retry_after)
