@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hotplug.core.engine import messages
 from hotplug.core.errors import RequestError
@@ -128,6 +130,29 @@ def test_so_is_what_a_request_cannot_have(name: str) -> None:
         with pytest.raises(RequestError) as caught:
             request(**{name: value})
         assert caught.value.param == name, value
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
+    | st.sampled_from([2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**400, -(2**63), HALF, Decimal("nan"), object(),
+                       len, int, np.float32(1), np.int8(-1), np.arange(3), np.array(1), np.array(["a"])]),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(
+        st.none() | st.text() | st.integers() | st.floats() | st.binary(), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=500, derandomize=True)
+@given(name=st.sampled_from(SamplingParams.__struct_fields__), value=ODD)
+def test_anything_is_either_refused_by_name_or_arrives_in_another_process_as_it_was_taken(
+    name: str, value: object
+) -> None:
+    try:
+        params = SamplingParams(**{name: value})  # type: ignore[arg-type]
+    except RequestError as e:
+        assert e.param in (name, "min_tokens")
+        return
+    assert msgspec.msgpack.decode(messages.encode(params), type=SamplingParams) == params
 
 
 def test_min_tokens_may_not_be_above_max_tokens() -> None:

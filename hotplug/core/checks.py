@@ -8,6 +8,7 @@ names the parameter, whatever the value is: nothing here prints, walks or conver
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NoReturn
@@ -234,5 +235,5 @@ class _PlainCopy:
 
 
 _INT64 = integer(-INT64 - 1, INT64, "made of integers of 64 bits")
-_FINITE = number(-1.7976931348623157e308, 1.7976931348623157e308)
+_FINITE = number(-sys.float_info.max, sys.float_info.max)
 _TEXT = text(INT64)

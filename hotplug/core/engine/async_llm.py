@@ -30,6 +30,7 @@ from hotplug.core.engine import messages, process
 from hotplug.core.engine.link import Link
 from hotplug.core.engine.observer import EngineObserver
 from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
+from hotplug.core.engine.question import PlanQuestion
 from hotplug.core.engine.streams import Streams
 from hotplug.core.engine.submission import Submission
 from hotplug.core.engine.watch import SILENT, Watch
@@ -90,10 +91,7 @@ class AsyncLLM:
         self._outgoing: list[Request | str] = []
         """Requests to be added and ids to be aborted, in order; sent together when the event loop is through."""
         self._ids = itertools.count()
-        self._plans: list[asyncio.Future[dict[str, Any]]] = []
-        """Whoever waits for the plan; all get the next that comes."""
-        self._plan_asked = False
-        """Whether the engine owes the plan."""
+        self._plan = PlanQuestion(self._ask_plan)
         self._settled = asyncio.Event()  # ready, or failed
         self._last_words = asyncio.Event()
         self._dead = asyncio.Event()
@@ -193,7 +191,7 @@ class AsyncLLM:
         cache_salt: str = "",
     ) -> AsyncGenerator[CompletionChunk, None]:
         """Chunks of all completions of a prompt, as they come; what comes while nobody reads is merged. Closing the
-        generator aborts the request. `request_id` is for the eye, in what the engine says of the request.
+        generator aborts the request. `request_id` becomes part of the id that the engine's log shows.
 
         Raises RequestError, QueueFullError, NotReadyError or EngineDeadError; so does its first chunk.
         """
@@ -241,33 +239,11 @@ class AsyncLLM:
     async def explain(self) -> dict[str, Any]:
         """The bound plan as plain data. Raises NotReadyError if the engine does not answer within `watch.SILENT`."""
         self._require_ready()
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._plans.append(future)
-        if not self._plan_asked:
-            self._ask_plan()
-        try:
-            return await asyncio.wait_for(future, SILENT)
-        except TimeoutError:
-            raise NotReadyError(f"the engine has not answered for {SILENT:.0f} s") from None
-        finally:
-            if future in self._plans:
-                self._plans.remove(future)
+        return await self._plan.answer(SILENT)
 
     def _ask_plan(self) -> None:
-        self._plan_asked = True
         self._post(messages.Explain(self._client))
         self._watch.sent()
-
-    def _take_plan(self, report: dict[str, Any], error: str) -> None:
-        self._plan_asked = False
-        plans, self._plans = self._plans, []
-        for future in plans:
-            if future.done():  # its caller was cancelled
-                continue
-            if error:
-                future.set_exception(HotplugError("the plan cannot be told", why=error))
-            else:
-                future.set_result(report)
 
     @property
     def stalled(self) -> str | None:
@@ -355,9 +331,7 @@ class AsyncLLM:
     def _drop(self, reason: str) -> None:
         """What was on its way here is lost: requests in flight end, the plan is asked for again."""
         self._queue(self._streams.fail(reason))
-        self._plan_asked = False
-        if any(not future.done() for future in self._plans):
-            self._ask_plan()
+        self._plan.lost()
 
     def _take(self, message: messages.FromEngine) -> None:
         now = time.monotonic()
@@ -369,7 +343,7 @@ class AsyncLLM:
             case messages.Refused():
                 self._streams.refuse(message.request_tag, message.to_error())
             case messages.Plan(report, error):
-                self._take_plan(report, error)
+                self._plan.answered(report, error)
             case messages.Ready():
                 self.max_model_len, self.vocab_size = message.max_model_len, message.vocab_size
                 self._eos, self.plan_hash = message.eos_token_ids, message.plan_hash
@@ -380,7 +354,7 @@ class AsyncLLM:
             case messages.Failed(text, trace, deliberate):
                 self._fail(text if deliberate else f"{text}\n{trace}")
                 self._last_words.set()
-        self._watch.heard(now, owes=bool(self._streams) or self._plan_asked)
+        self._watch.heard(now, owes=bool(self._streams) or self._plan.owed)
 
     # --- the end ---
 
@@ -405,10 +379,7 @@ class AsyncLLM:
         self._settled.set()
         self._dead.set()
         self._streams.fail(self.failure)
-        for future in self._plans:
-            if not future.done():
-                future.set_exception(EngineDeadError(self.failure))
-        self._plans.clear()
+        self._plan.fail(EngineDeadError(self.failure))
 
 
 def _exit(code: int | None) -> str:
