@@ -75,6 +75,9 @@ class FakeLLM:
         self.closed = threading.Event()
         self._died = asyncio.Event()
 
+    stalled: str | None = None
+    plan_hash = "0123456789abcdef"
+
     async def start(self) -> None: ...
 
     async def wait_ready(self) -> None: ...
@@ -93,7 +96,7 @@ class FakeLLM:
         self.closed.set()
 
     async def explain(self) -> dict[str, Any]:
-        return {"plan_hash": "0123456789abcdef", "sites": []}
+        return {"plan_hash": self.plan_hash, "sites": []}
 
     async def stream(
         self,

@@ -35,18 +35,21 @@ def test_requests_that_share_a_prompt_send_it_once_and_arrive_whole() -> None:
         Request(id=name, prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=3), tag=number)
         for number, (name, prompt) in enumerate([("a", shared), ("b", shared), ("c", other)])
     ]
-    frames = messages.add_frames(sent)
+    frames, failed = messages.add_frames(sent)
+    assert not failed
     assert len(frames) == 3
     context = zmq.Context()
     with context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as two:
         one.bind("inproc://frames")
         two.connect("inproc://frames")
         one.send_multipart(frames, copy=False)
-        received = messages.decode_to_engine(two.recv_multipart(copy=False))
+        got = two.recv_multipart(copy=False)
     context.destroy(linger=0)
-    assert isinstance(received, messages.Add)
-    assert [(r.id, r.tag, r.sampling.max_tokens) for r in received.requests] == [("a", 0, 3), ("b", 1, 3), ("c", 2, 3)]
-    prompts = [np.asarray(r.prompt_token_ids) for r in received.requests]
+    add = messages.decode_to_engine(got)
+    assert isinstance(add, messages.Add)
+    requests = [request for _, request in messages.received(add, got) if isinstance(request, Request)]
+    assert [(r.id, r.tag, r.sampling.max_tokens) for r in requests] == [("a", 0, 3), ("b", 1, 3), ("c", 2, 3)]
+    prompts = [np.asarray(r.prompt_token_ids) for r in requests]
     assert all(p.dtype == np.int32 for p in prompts)
     assert np.shares_memory(prompts[0], prompts[1])
     assert [p.tolist() for p in prompts] == [shared.tolist(), shared.tolist(), other]

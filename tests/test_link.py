@@ -141,7 +141,7 @@ def test_a_front_end_that_never_reads_holds_nobody_up(tiny_model: Path, tmp_path
             deaf = [
                 Request(id=f"deaf-{i}", prompt_token_ids=[3, 4], sampling=sampling, tag=1 << 32 | i) for i in range(4)
             ]
-            one.inbox.send_multipart(messages.add_frames(deaf))
+            one.inbox.send_multipart(messages.add_frames(deaf)[0])
             params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
             answers = await asyncio.gather(*(first.generate([3, 4, i], params) for i in range(4)))
             assert [len(answer.outputs[0].token_ids) for answer in answers] == [300] * 4

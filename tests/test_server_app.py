@@ -417,6 +417,15 @@ def test_engine_that_starts_is_alive_and_not_ready(client, llm):
     assert int(ready.headers["retry-after"]) > 0
 
 
+def test_engine_that_says_nothing_is_alive_and_not_ready_until_it_is_heard(client, llm):
+    llm.stalled = "the engine has said nothing for 12 s"
+    assert client.get("/health").status_code == 200
+    ready = client.get("/ready")
+    assert (ready.status_code, ready.json()) == (503, {"status": "stalled", "reason": llm.stalled})
+    llm.stalled = None
+    assert client.get("/ready").status_code == 200
+
+
 def test_dead_engine_is_neither_alive_nor_ready_and_says_why(client, llm):
     llm.ready, llm.failure = False, "exit code 9\nTraceback: secret.py"
     for path in ("/health", "/ready"):

@@ -215,3 +215,11 @@ def test_the_observer_is_told_once_a_step(tokenizer: Tokenizer) -> None:
     calls.clear()
     streams.take(step(tags, [5, 6]), 12.5, Observer())  # type: ignore[arg-type]
     assert calls == [("inter_tokens", [2.5, 2.5])]
+
+
+def test_the_prompts_log_probabilities_come_with_the_first_of_several_completions_alone(tokenizer: Tokenizer) -> None:
+    params = SamplingParams(n=3, seed=2**63 - 1, prompt_logprobs=2)
+    requests = Submission("r", [2], params, tokenizer, EOS).requests
+    assert [r.sampling.prompt_logprobs for r in requests] == [2, None, None]
+    assert [r.sampling.seed for r in requests] == [2**63 - 1, -(2**63), -(2**63) + 1]
+    assert {r.sampling.n for r in requests} == {1}

@@ -6,13 +6,13 @@ This module knows nothing of HTTP, scheduling or devices.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
-from hotplug.core.errors import RequestError
+from hotplug.core import checks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,15 +24,56 @@ else:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_N = 128
+"""The most completions of one prompt."""
 MAX_LOGPROBS = 20
 """The most alternatives a request may ask for per token (the OpenAI API's own limit)."""
+MAX_STOP = 16
+MAX_STOP_CHARS = 1024
+"""The most stop strings of a request, and characters of each."""
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_CACHE_SALT_CHARS = 1024
+MAX_ID_CHARS = 1024
+MAX_PROCESSORS_DEPTH = 64
+MAX_PROCESSORS_SIZE = 65_536
+"""Characters and values in all of `logits_processors`."""
+MAX_TOKEN_COUNT = checks.INT32
+"""The most that a number of tokens may be said to be; above every context and vocabulary."""
+MAX_PRIORITY = checks.INT32
+MIN_TEMPERATURE = 1e-5
+"""Below, the best token is as good as certain, and the division by it is not in float32: it counts as 0."""
+
+_COUNT = checks.integer(1, MAX_TOKEN_COUNT)
+_NOT_NEGATIVE = checks.integer(0, MAX_TOKEN_COUNT)
+_LOGPROBS = checks.optional(checks.integer(0, MAX_LOGPROBS))
+_PENALTY = checks.number(-2.0, 2.0)
+_PROCESSORS = checks.plain(MAX_PROCESSORS_DEPTH, MAX_PROCESSORS_SIZE)
+
+
+def _temperature(name: str, value: Any) -> float:
+    found: float = _TEMPERATURE(name, value)
+    return 0.0 if found < MIN_TEMPERATURE else found
+
+
+_TEMPERATURE = checks.number(0.0, 100.0)
+
+
+def _processors(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping) or not all(isinstance(one, Mapping) for one in islice(value.values(), 1000)):
+        checks.refuse(name, "arguments by the name of a processor", value)
+    return _PROCESSORS(name, value) or None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose the tokens of one request. Validated on construction.
+    """How to choose the tokens of one request.
+
+    Every value is checked on construction, for type and range (the constants of this module), wherever a request comes
+    from; RequestError names the one at fault. NumPy's numbers become Python's, lists tuples.
 
     Temperature 0 is greedy. `top_k` 0 means all tokens. `max_tokens` None runs to the end of the context;
     before `min_tokens`, tokens that would end it are not chosen: stop tokens, and unless `ignore_eos` the model's own.
+    `stop` is one string or several. `logit_bias` may have its token ids written as text, as JSON does.
     `seed` fixes the random numbers of this request whatever else is in the batch; None draws a fresh one.
     `logprobs` k returns the log-probability of each chosen token and the k most likely alternatives, taken
     from the model's own distribution before penalties and temperature; `prompt_logprobs` does so for the
@@ -59,55 +100,77 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     logits_processors: dict[str, dict[str, Any]] | None = None
-    """Processors of installed plugins by name, each with its arguments."""
+    """Processors of installed plugins by name, each with its arguments: what JSON can say."""
     speculative: bool | None = None
     """Whether to verify several proposed tokens a step; None leaves it to the engine's configuration. The output is
     the same either way."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                     "frequency_penalty"):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
-        _check(self.n >= 1, "n", self.n, "at least 1")
-        _check(self.n <= 128, "n", self.n, "at most 128")
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
-        if self.max_tokens is not None:
-            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens,
-                   f"at most max_tokens ({self.max_tokens})")  # fmt: skip
-        _check(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "between 0 and 100")
-        _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]")
-        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
-        _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
-        _check(self.repetition_penalty > 0.0, "repetition_penalty", self.repetition_penalty, "above 0")
-        _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty,
-               "between -2 and 2")  # fmt: skip
-        _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty,
-               "between -2 and 2")  # fmt: skip
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            _check(value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"between 0 and {MAX_LOGPROBS}")
-        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _check(all(self.stop), "stop", list(self.stop), "non-empty strings")
-        for token, bias in (self.logit_bias or {}).items():
-            _check(token >= 0, "logit_bias", token, "keyed by non-negative token ids")
-            _check(math.isfinite(bias) and -100.0 <= bias <= 100.0, "logit_bias", bias,
-                   "between -100 and 100")  # fmt: skip
+        _apply(_SAMPLING_RULES, self)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            checks.refuse("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
 
 
-def _check(ok: bool, param: str, value: object, requirement: str) -> None:
-    if not ok:
-        raise RequestError(f"{param} must be {requirement}, got {value!r}", param=param)
+def _apply(rules: Sequence[tuple[str, object, checks.Rule]], struct: msgspec.Struct) -> None:
+    """Check what is not the default, and keep it as plain Python."""
+    for name, default, rule in rules:
+        value = getattr(struct, name)
+        if value is not default:
+            checked = rule(name, value)
+            if checked is not value:
+                msgspec.structs.force_setattr(struct, name, checked)
+
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+
+def changed(struct: _Struct, **values: Any) -> _Struct:
+    """A copy with other values. Unlike `msgspec.structs.replace` it checks nothing again: for values known to be right
+    where the check is felt, as for 128 completions of one request."""
+    found: _Struct = struct.__copy__()  # type: ignore[attr-defined]
+    for name, value in values.items():
+        msgspec.structs.force_setattr(found, name, value)
+    return found
+
+
+def _rules(struct: type[msgspec.Struct], rules: dict[str, checks.Rule]) -> list[tuple[str, object, checks.Rule]]:
+    """With the default of each field, which needs no check: most fields of most requests have it."""
+    return [(field.name, field.default, rules[field.name]) for field in msgspec.structs.fields(struct)
+            if field.name in rules]  # fmt: skip
+
+
+_SAMPLING_RULES = _rules(SamplingParams, {
+    "n": checks.integer(1, MAX_N),
+    "max_tokens": checks.optional(_COUNT),
+    "min_tokens": _NOT_NEGATIVE,
+    "temperature": _temperature,
+    "top_p": checks.number(0.0, 1.0, above=True),
+    "top_k": _NOT_NEGATIVE,
+    "min_p": checks.number(0.0, 1.0),
+    "repetition_penalty": checks.number(0.001, 1000.0),  # scores times or by it stay far from float32's ends
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "logit_bias": checks.optional(checks.biases(MAX_LOGIT_BIAS, 100.0)),
+    "seed": checks.optional(checks.integer(-(2**63), 2**63 - 1)),
+    "stop": checks.texts(MAX_STOP, checks.text(MAX_STOP_CHARS, least=1)),
+    "stop_token_ids": checks.integers(MAX_STOP_TOKEN_IDS, 0, checks.INT32),
+    "include_stop_str_in_output": checks.flag,
+    "ignore_eos": checks.flag,
+    "logprobs": _LOGPROBS,
+    "prompt_logprobs": _LOGPROBS,
+    "skip_special_tokens": checks.flag,
+    "logits_processors": checks.optional(_processors),
+    "speculative": checks.optional(checks.flag),
+})  # fmt: skip
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One sequence to generate, as the engine sees it: token ids in, token ids out.
+    """One sequence to generate, as the engine sees it: token ids in, token ids out. Raises RequestError.
 
     `sampling.n` is 1 here: the front end expands a request for several completions. `priority`: lower runs
     first. `cache_salt` separates prefix-cache tenants. `eos_token_ids` end the sequence unless
-    `sampling.ignore_eos`. Stop *strings* are the front end's business.
+    `sampling.ignore_eos`; the engine leaves out those beyond its vocabulary. Stop *strings* are the front end's
+    business. The prompt is checked by the engine, which knows the vocabulary and the context.
     """
 
     id: str
@@ -121,6 +184,26 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Seconds on the clock of `time.monotonic`, shared by the processes of one host."""
     tag: int = 0
     """What its front end finds it by: client number << 32 | slot. Comes back with every token, means nothing here."""
+
+    def __post_init__(self) -> None:
+        _apply(_REQUEST_RULES, self)
+
+
+def _is_sampling(name: str, value: Any) -> SamplingParams:
+    if not isinstance(value, SamplingParams):
+        checks.refuse(name, "SamplingParams", value)
+    return value
+
+
+_REQUEST_RULES = _rules(Request, {
+    "id": checks.text(MAX_ID_CHARS),
+    "sampling": _is_sampling,
+    "eos_token_ids": checks.integers(MAX_STOP_TOKEN_IDS, -checks.INT64 - 1, checks.INT64),
+    "priority": checks.integer(-MAX_PRIORITY - 1, MAX_PRIORITY),
+    "cache_salt": checks.text(MAX_CACHE_SALT_CHARS),
+    "arrival": checks.number(-1e18, 1e18),
+    "tag": checks.integer(0, checks.INT64),
+})  # fmt: skip
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -88,6 +88,8 @@ async def ready(request: Request) -> Response:
     if not llm.ready:
         retry = {"retry-after": str(NOT_READY_RETRY)}
         return json_response({"status": "starting", "reason": "the engine is starting"}, 503, retry)
+    if (stalled := llm.stalled) is not None:
+        return json_response({"status": "stalled", "reason": stalled}, 503)
     return json_response({"status": "ready"})
 
 

@@ -37,7 +37,6 @@ class Service:
         self.llm = llm
         self.parsers = parsers or Parsers()
         self.created = int(time.time())
-        self._fingerprint: str | None = None
 
     @property
     def model_name(self) -> str:
@@ -134,14 +133,8 @@ class Service:
             "object": kind,
             "created": int(time.time()),
             "model": self.model_name,
-            "system_fingerprint": await self._plan_hash(),
+            "system_fingerprint": self.llm.plan_hash[:12],
         }
-
-    async def _plan_hash(self) -> str:
-        if self._fingerprint is None:
-            plan = await self.llm.explain()
-            self._fingerprint = str(plan["plan_hash"])[:12]
-        return self._fingerprint
 
 
 def service_of(request: Request) -> Service:

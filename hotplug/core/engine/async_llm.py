@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import logging
 import shutil
 import signal
 import tempfile
@@ -23,17 +24,22 @@ from typing import Any
 
 import zmq
 
+from hotplug.core import checks
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import messages, process
 from hotplug.core.engine.link import Link
 from hotplug.core.engine.observer import EngineObserver
 from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
+from hotplug.core.engine.question import PlanQuestion
 from hotplug.core.engine.streams import Streams
 from hotplug.core.engine.submission import Submission
-from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError
-from hotplug.core.request import Request, SamplingParams
+from hotplug.core.engine.watch import SILENT, Watch
+from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, RequestError
+from hotplug.core.request import MAX_ID_CHARS, Request, SamplingParams
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
 from hotplug.core.weights.source import resolve
+
+_logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT = 5.0
 """Seconds the engine process gets to end by itself."""
@@ -45,6 +51,10 @@ RECEIVED = 1000
 """Messages that wait here unread before they wait at the engine."""
 AT_ONCE = 16
 """Messages handled before the event loop gets its turn."""
+REQUESTS_A_MESSAGE = 64
+"""At most, so that an engine with work can go on between two messages."""
+_ID = checks.text(MAX_ID_CHARS // 2)
+_PROMPT = checks.text(checks.INT64)
 
 
 class AsyncLLM:
@@ -53,6 +63,8 @@ class AsyncLLM:
     tokenizer: Tokenizer
     max_model_len: int
     vocab_size: int
+    plan_hash: str
+    """Names the bound plan."""
 
     def __init__(
         self,
@@ -75,10 +87,11 @@ class AsyncLLM:
         self._client = client
         self._generation = generation
         self._streams = Streams(client)
+        self._watch = Watch(config.max_queue, 1 if link is None else link.clients)
         self._outgoing: list[Request | str] = []
         """Requests to be added and ids to be aborted, in order; sent together when the event loop is through."""
         self._ids = itertools.count()
-        self._plans: list[asyncio.Future[dict[str, Any]]] = []
+        self._plan = PlanQuestion(self._ask_plan)
         self._settled = asyncio.Event()  # ready, or failed
         self._last_words = asyncio.Event()
         self._dead = asyncio.Event()
@@ -178,20 +191,22 @@ class AsyncLLM:
         cache_salt: str = "",
     ) -> AsyncGenerator[CompletionChunk, None]:
         """Chunks of all completions of a prompt, as they come; what comes while nobody reads is merged. Closing the
-        generator aborts the request.
+        generator aborts the request. `request_id` becomes part of the id that the engine's log shows.
 
-        Raises RequestError, NotReadyError or EngineDeadError; its first chunk PromptTooLongError or QueueFullError too.
+        Raises RequestError, QueueFullError, NotReadyError or EngineDeadError; so does its first chunk.
         """
         self._require_ready()
+        if isinstance(params, SamplingParams):
+            self._watch.check_room(len(self._streams), params.n)
         return self._run(Submission(
-            request_id or self._new_id(), prompt_token_ids, params, self.tokenizer, self._eos,
+            self._new_id(request_id), prompt_token_ids, params, self.tokenizer, self._eos,
             priority=priority, cache_salt=cache_salt, tags=self._streams.tags,
         ))  # fmt: skip
 
     async def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> RequestOutput:
         """The whole output of one prompt, text or token ids. Raises as `stream` does."""
         self._require_ready()
-        text = prompt if isinstance(prompt, str) else None
+        text = _PROMPT("prompt", prompt) if isinstance(prompt, str) else None
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         submission = Submission(
             self._new_id(), token_ids, params or SamplingParams(), self.tokenizer, self._eos, tags=self._streams.tags
@@ -204,7 +219,9 @@ class AsyncLLM:
 
     async def _run(self, submission: Submission) -> AsyncGenerator[CompletionChunk, None]:
         self._require_ready()
-        mailbox, running = self._streams.open(submission), len(submission.requests)
+        running = len(submission.requests)
+        self._watch.check_room(len(self._streams), running)
+        mailbox = self._streams.open(submission)
         self._queue(submission.requests)
         try:
             while running:
@@ -214,16 +231,28 @@ class AsyncLLM:
         finally:
             self._queue(self._streams.close(submission))
 
-    def _new_id(self) -> str:
-        return f"{self._client}.{self._generation}-{next(self._ids)}"
+    def _new_id(self, given: str | None = None) -> str:
+        """An id that no other request has, or an abort of one would end the other."""
+        own = f"{self._client}.{self._generation}-{next(self._ids)}"
+        return own if given is None else f"{own}-{_ID('request_id', given)}"
 
     async def explain(self) -> dict[str, Any]:
-        """The bound plan as plain data."""
+        """The bound plan as plain data. Raises NotReadyError if the engine does not answer within `watch.SILENT`."""
         self._require_ready()
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._plans.append(future)
+        return await self._plan.answer(SILENT)
+
+    def _ask_plan(self) -> None:
         self._post(messages.Explain(self._client))
-        return await future
+        self._watch.sent()
+
+    @property
+    def stalled(self) -> str | None:
+        """Why the engine counts as not ready though it lives: it owes answers and says nothing. None where it does."""
+        silence = self._watch.silence
+        if silence < SILENT:
+            return None
+        return (f"the engine has said nothing for {silence:.0f} s, with {len(self._streams)} requests in flight: "
+                "it is stopped, hangs, or is in a very long step")  # fmt: skip
 
     def _require_ready(self) -> None:
         if self.failure is not None:
@@ -244,8 +273,20 @@ class AsyncLLM:
             if kind is str:
                 self._post(messages.Abort([item for item in items if isinstance(item, str)]))
             else:
-                frames = messages.add_frames([item for item in items if isinstance(item, Request)])
-                self._send.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                requests = [item for item in items if isinstance(item, Request)]
+                for start in range(0, len(requests), REQUESTS_A_MESSAGE):
+                    self._add(requests[start : start + REQUESTS_A_MESSAGE])
+        self._watch.sent(sum(isinstance(item, Request) for item in outgoing))
+
+    def _add(self, requests: list[Request]) -> None:
+        """Send requests; those that cannot be are told so, and no others."""
+        frames, failed = messages.add_frames(requests)
+        for request, error in failed:
+            if not isinstance(error, RequestError):
+                error = RequestError(messages.as_text(f"the request cannot be sent to the engine: {error}"))
+            self._streams.refuse(request.tag, error)
+        if len(failed) < len(requests):
+            self._send.send_multipart(frames, zmq.NOBLOCK, copy=False)
 
     def _post(self, message: messages.ToEngine) -> None:
         """Send a message. It waits in the socket until the engine is there."""
@@ -266,39 +307,54 @@ class AsyncLLM:
 
     def _on_readable(self) -> None:
         """Read the messages that are there. The descriptor of a ZeroMQ socket says only that there may be new ones."""
-        try:
-            for _ in range(AT_ONCE):
-                if self._receive.closed:
-                    return
-                try:
-                    data = self._receive.recv(zmq.NOBLOCK)
-                except zmq.Again:
-                    return
+        for _ in range(AT_ONCE):
+            if self._receive.closed:
+                return
+            try:
+                data = self._receive.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
                 self._take(messages.decode_from_engine(data))
-        except Exception:
-            self._fail(f"the front end broke:\n{traceback.format_exc()}")
+            except Exception:
+                self._lose()
         asyncio.get_running_loop().call_soon(self._on_readable)
 
+    def _lose(self) -> None:
+        """A message could not be read: what it said of whom is not known. The engine lives, and so does this."""
+        if not self.ready:
+            self._fail(f"the front end broke:\n{traceback.format_exc()}")
+            return
+        _logger.exception("a message of the engine could not be read; its requests in flight end")
+        self._drop("a message of the engine could not be read")
+
+    def _drop(self, reason: str) -> None:
+        """What was on its way here is lost: requests in flight end, the plan is asked for again."""
+        self._queue(self._streams.fail(reason))
+        self._plan.lost()
+
     def _take(self, message: messages.FromEngine) -> None:
+        now = time.monotonic()
         match message:
             case messages.Outputs():
-                self._queue(self._streams.take(message, time.monotonic(), self.observer))
+                self._queue(self._streams.take(message, now, self.observer))
                 if self.observer is not None:
                     self.observer.stats(message.stats)
             case messages.Refused():
                 self._streams.refuse(message.request_tag, message.to_error())
-            case messages.Plan(report):
-                waiter = self._plans.pop(0) if self._plans else None  # none: asked for by one that died
-                if waiter is not None and not waiter.done():  # its caller may have been cancelled
-                    waiter.set_result(report)
-            case messages.Ready(max_model_len, vocab_size, eos_token_ids):
-                self.max_model_len, self.vocab_size, self._eos = max_model_len, vocab_size, eos_token_ids
+            case messages.Plan(report, error):
+                self._plan.answered(report, error)
+            case messages.Ready():
+                self.max_model_len, self.vocab_size = message.max_model_len, message.vocab_size
+                self._eos, self.plan_hash = message.eos_token_ids, message.plan_hash
+                self._watch.max_num_seqs = message.max_num_seqs
                 self._settle()
             case messages.Dropped(reason):
-                self._queue(self._streams.fail(reason))
+                self._drop(reason)
             case messages.Failed(text, trace, deliberate):
                 self._fail(text if deliberate else f"{text}\n{trace}")
                 self._last_words.set()
+        self._watch.heard(now, owes=bool(self._streams) or self._plan.owed)
 
     # --- the end ---
 
@@ -323,10 +379,7 @@ class AsyncLLM:
         self._settled.set()
         self._dead.set()
         self._streams.fail(self.failure)
-        for future in self._plans:
-            if not future.done():
-                future.set_exception(EngineDeadError(self.failure))
-        self._plans.clear()
+        self._plan.fail(EngineDeadError(self.failure))
 
 
 def _exit(code: int | None) -> str:

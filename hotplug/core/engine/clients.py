@@ -164,7 +164,7 @@ class Clients:
     def _outputs(self, client: int, own: StepTokens, stats: EngineStats, now: float) -> None:
         self._stats_sent[client], self._informed[client] = now, True
         if not self._gone[client]:
-            self._send(client, messages.encode(messages.Outputs.of(own, stats)))
+            self._send(client, messages.encode_outputs(own, stats))
 
     def flush(self) -> None:
         for outlet in self._outlets:

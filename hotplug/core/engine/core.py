@@ -26,7 +26,7 @@ from hotplug.core.engine.executables import (
 from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
 from hotplug.core.engine.warmup import WarmUp
-from hotplug.core.errors import ConfigError, EngineDeadError, RequestError
+from hotplug.core.errors import ConfigError, EngineDeadError, HotplugError, RequestError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
@@ -207,9 +207,25 @@ class EngineCore(RankCore):
         return self.bound.checkpoint.config.vocab_size
 
     @property
+    def max_num_seqs(self) -> int:
+        """Requests that run at once."""
+        return self.bound.resolved.max_num_seqs
+
+    @property
+    def plan_hash(self) -> str:
+        return self.bound.plan.hash
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a sequence, as the checkpoint says."""
-        return self.bound.checkpoint.config.eos_token_ids
+        """Tokens that end a sequence: what the checkpoint says, as far as they are in the vocabulary."""
+        return self._in_vocabulary(self.bound.checkpoint.config.eos_token_ids)
+
+    def _in_vocabulary(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """`token_ids` itself where all are. A token that is not can never come, and would index past the scores."""
+        size = self.vocab_size
+        if all(isinstance(token, int) and 0 <= token < size for token in token_ids):
+            return token_ids
+        return tuple(token for token in token_ids if isinstance(token, int) and 0 <= token < size)
 
     @property
     def has_work(self) -> bool:
@@ -218,8 +234,11 @@ class EngineCore(RankCore):
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError or QueueFullError, and goes on; EngineDeadError after a failed step."""
         self._require_alive()
-        request = msgspec.structs.replace(request, prompt_token_ids=token_array(request.prompt_token_ids))
+        prompt, ends = token_array(request.prompt_token_ids), self._in_vocabulary(request.eos_token_ids)
+        if prompt is not request.prompt_token_ids or ends is not request.eos_token_ids:
+            request = msgspec.structs.replace(request, prompt_token_ids=prompt, eos_token_ids=ends)
         self._check_token_ids(request)
+        self._check_processors(request)
         self._scheduler.add(request)
 
     def _check_token_ids(self, request: Request) -> None:
@@ -232,11 +251,19 @@ class EngineCore(RankCore):
         ):
             if least < 0 or most >= self.vocab_size:
                 raise RequestError(f"{param} has a token id outside the vocabulary of {self.vocab_size}", param=param)
-        self.bound.sampler.check_processors(sampling)
         for param in ("logprobs", "prompt_logprobs"):
             wanted = getattr(sampling, param)
             if wanted is not None and wanted > self.vocab_size:
                 raise RequestError(f"{param} is above the vocabulary of {self.vocab_size}", param=param)
+
+    def _check_processors(self, request: Request) -> None:
+        """Make the request's processors once, to see whether they take their arguments: they are a plugin's code."""
+        try:
+            self.bound.sampler.check_processors(request.sampling)
+        except HotplugError:
+            raise
+        except Exception as e:
+            raise RequestError(f"a logits processor failed on its arguments: {e!r}", param="logits_processors") from e
 
     @property
     def requests(self) -> list[Request]:

@@ -1,20 +1,21 @@
 """Messages between front ends and the engine process: msgspec over ZeroMQ.
 
 A message is one frame, but for `Add`: its prompts follow in frames of their own, raw int32, which neither side copies
-where they are large. What a step gave travels as columns (`Outputs`), one message a step and client.
+where they are large. Each of its requests is encoded by itself, so that one which cannot be encoded, or decoded, is
+refused and takes no other with it. What a step gave travels as columns (`Outputs`), one message a step and client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import zmq
 
-from hotplug.core.errors import PromptTooLongError, QueueFullError, RequestError
-from hotplug.core.request import EngineStats, Request, TokenDelta
+from hotplug.core.errors import HotplugError, PromptTooLongError, QueueFullError, RequestError
+from hotplug.core.request import EngineStats, Request, SamplingParams, TokenDelta, changed
 from hotplug.core.scheduler.plan import IntArray
 from hotplug.core.scheduler.tokens import StepTokens, TagArray, token_array
 
@@ -22,11 +23,14 @@ from hotplug.core.scheduler.tokens import StepTokens, TagArray, token_array
 
 
 class Add(msgspec.Struct, tag="add"):
-    """Requests without their prompts; see `add_frames`."""
+    """Requests without their prompts; see `add_frames`, and `received` for the other side."""
 
-    requests: list[Request]
+    requests: list[msgspec.Raw]
+    """Each a `Request`, encoded."""
     prompts: list[int]
     """Which of the frames that follow is each request's prompt."""
+    tags: list[int]
+    """Of each request: whom to tell, where a request cannot be decoded."""
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -69,6 +73,10 @@ class Ready(msgspec.Struct, tag="ready"):
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    max_num_seqs: int = 1
+    """Requests that run at once."""
+    plan_hash: str = ""
+    """Names the bound plan (`hotplug.core.ops.plan`)."""
 
 
 class Outputs(msgspec.Struct, tag="outputs"):
@@ -94,27 +102,38 @@ class Refused(msgspec.Struct, tag="refused"):
     """A request that the engine did not take."""
 
     request_tag: int
-    kind: Literal["request", "too_long", "queue_full"]
+    kind: Literal["request", "too_long", "queue_full", "failed"]
     message: str
     param: str | None = None
     retry_after: int = 1
 
     @classmethod
-    def from_error(cls, request: Request, error: RequestError | QueueFullError) -> Refused:
+    def from_error(cls, tag: int, error: Exception) -> Refused:
+        """Any error: what is none of the request's own (`RequestError`, `QueueFullError`) is a failure on our side."""
         if isinstance(error, QueueFullError):
-            return cls(request.tag, "queue_full", error.what, retry_after=error.retry_after)
-        kind: Literal["request", "too_long"] = "too_long" if isinstance(error, PromptTooLongError) else "request"
-        return cls(request.tag, kind, str(error), error.param)
+            return cls(tag, "queue_full", error.what, retry_after=error.retry_after)
+        if isinstance(error, RequestError):
+            kind: Literal["request", "too_long"] = "too_long" if isinstance(error, PromptTooLongError) else "request"
+            return cls(tag, kind, as_text(str(error)), None if error.param is None else as_text(error.param))
+        return cls(tag, "failed", as_text(f"{type(error).__name__}: {error}"))
 
-    def to_error(self) -> RequestError | QueueFullError:
+    def to_error(self) -> HotplugError:
         """The error as the engine raised it."""
-        if self.kind == "queue_full":
-            return QueueFullError(self.message, retry_after=self.retry_after)
-        return (PromptTooLongError if self.kind == "too_long" else RequestError)(self.message, param=self.param)
+        match self.kind:
+            case "queue_full":
+                return QueueFullError(self.message, retry_after=self.retry_after)
+            case "failed":
+                return HotplugError("the engine could not take the request", why=self.message)
+            case "too_long":
+                return PromptTooLongError(self.message, param=self.param)
+            case "request":
+                return RequestError(self.message, param=self.param)
 
 
 class Plan(msgspec.Struct, tag="plan"):
     report: dict[str, Any]
+    error: str = ""
+    """Why there is no report, where there is none."""
 
 
 class Dropped(msgspec.Struct, tag="dropped"):
@@ -139,27 +158,93 @@ _decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
-def add_frames(requests: Sequence[Request]) -> list[Any]:
-    """The frames of an `Add`. Requests that share a prompt, one object, send it once."""
+class _CheckedSampling(SamplingParams, frozen=True, kw_only=True, omit_defaults=True):
+    """What a front end has checked: types are checked again in decoding, ranges are not."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+class _CheckedRequest(Request, frozen=True, kw_only=True, omit_defaults=True):
+    """As `_CheckedSampling`."""
+
+    sampling: _CheckedSampling
+
+    def __post_init__(self) -> None:
+        pass
+
+
+_decode_request = msgspec.msgpack.Decoder(_CheckedRequest).decode
+
+
+def as_text(message: str) -> str:
+    """A message that can be sent: other people's errors may quote halves of surrogate pairs."""
+    return message.encode("utf-8", "backslashreplace").decode()
+
+
+def encode_outputs(gained: StepTokens, stats: EngineStats) -> bytes:
+    """`Outputs`, encoded. What cannot be sent of one request becomes an error of that request alone."""
+    try:
+        return encode(Outputs.of(gained, stats))
+    except Exception:
+        deltas = [_sendable(delta) for delta in gained.deltas]
+        return encode(Outputs.of(StepTokens(gained.tags, gained.tokens, gained.ids, deltas), stats))
+
+
+def _sendable(delta: TokenDelta) -> TokenDelta:
+    try:
+        encode(delta)
+    except Exception as e:
+        error = as_text(f"what the engine found cannot be sent: {type(e).__name__}: {e}")
+        return TokenDelta("", [], "error", error=error, tag=delta.tag)
+    return delta
+
+
+def add_frames(requests: Sequence[Request]) -> tuple[list[Any], list[tuple[Request, Exception]]]:
+    """The frames of an `Add`, and the requests that cannot be encoded, which are not in it. Requests that share a
+    prompt, one object, send it once; stop strings are not the engine's and stay here."""
     frames: list[Any] = [b""]
-    prompts: list[int] = []
-    bare: list[Request] = []
+    add = Add([], [], [])
+    failed: list[tuple[Request, Exception]] = []
     last: Any = None
     for request in requests:
-        if request.prompt_token_ids is not last:
-            last = request.prompt_token_ids
-            frames.append(token_array(last))
-        prompts.append(len(frames) - 2)
-        bare.append(msgspec.structs.replace(request, prompt_token_ids=()))
-    frames[0] = encode(Add(bare, prompts))
-    return frames
+        try:
+            if request.prompt_token_ids is not last:
+                array = token_array(request.prompt_token_ids)
+                frames.append(array)
+                last = request.prompt_token_ids
+            raw = msgspec.Raw(encode(_bare(request)))
+        except Exception as e:
+            failed.append((request, e))
+            continue
+        add.requests.append(raw)
+        add.prompts.append(len(frames) - 2)
+        add.tags.append(request.tag)
+    frames[0] = encode(add)
+    return frames, failed
+
+
+def _bare(request: Request) -> Request:
+    """Without prompt and stop strings."""
+    if not request.sampling.stop:
+        return changed(request, prompt_token_ids=())
+    return changed(request, prompt_token_ids=(), sampling=changed(request.sampling, stop=()))
 
 
 def decode_to_engine(frames: Sequence[zmq.Frame]) -> ToEngine:
-    """A message as received; the prompts of an `Add` are views of its frames."""
-    message = _decode_to_engine(frames[0].buffer)
-    if isinstance(message, Add):
-        arrays = [np.frombuffer(frame.buffer, np.int32) for frame in frames[1:]]
-        for request, number in zip(message.requests, message.prompts, strict=True):
-            msgspec.structs.force_setattr(request, "prompt_token_ids", arrays[number])
+    """A message as received. Raises msgspec.DecodeError for what is none. For an `Add`, see `received`."""
+    message: ToEngine = _decode_to_engine(frames[0].buffer)
     return message
+
+
+def received(add: Add, frames: Sequence[zmq.Frame]) -> Iterator[tuple[int, Request | Exception]]:
+    """Tag and request of each in an `Add` that came in `frames`, the prompt a view of its frame; or why it is none."""
+    for tag, raw, number in zip(add.tags, add.requests, add.prompts, strict=True):
+        try:
+            request = _decode_request(raw)
+            prompt = np.frombuffer(frames[1 + number].buffer, np.int32)
+            msgspec.structs.force_setattr(request, "prompt_token_ids", prompt)
+        except Exception as e:
+            yield tag, e
+        else:
+            yield tag, request

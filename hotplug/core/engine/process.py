@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
+import math
 import multiprocessing
 import os
 import signal
 import time
 import traceback
+from collections.abc import Sequence
 
 import zmq
 
@@ -22,14 +25,18 @@ from hotplug.core.engine import messages
 from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.link import Link
-from hotplug.core.errors import HotplugError, QueueFullError, RequestError
+from hotplug.core.errors import EngineDeadError, HotplugError, QueueFullError, RequestError
+from hotplug.core.request import Request
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT
+
+_logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 SPIN = 0.002
 """Seconds of looking for messages before blocking."""
 MESSAGES_A_STEP = 64
-"""Messages handled between two steps at most, so that a flood of them does not hold up the running requests."""
+READ_SECONDS = 0.01
+"""Messages, and seconds of handling them, between two steps at most: a flood does not hold up running requests."""
 RETRY_MS = 10
 """Milliseconds between attempts to send what a front end did not take, while there is no work."""
 
@@ -47,7 +54,8 @@ def main(config: EngineConfig, link: Link) -> None:
     try:
         EngineProcess(config, inbox, clients).run()
     except Exception as e:
-        clients.post_all(messages.Failed(str(e), traceback.format_exc(), isinstance(e, HotplugError)))
+        text, trace = messages.as_text(str(e)), messages.as_text(traceback.format_exc())
+        clients.post_all(messages.Failed(text, trace, isinstance(e, HotplugError)))
         raise SystemExit(EXIT_FAILED) from e
     finally:
         context.destroy(linger=2000)
@@ -105,31 +113,32 @@ class EngineProcess:
         return isinstance(events, int) and bool(events & zmq.POLLIN)  # bytes are what other options have
 
     def _read(self) -> None:
-        """Handle the messages that are there."""
+        """Handle the messages that are there. One that fails is logged, and costs nobody else anything."""
         if os.getppid() != (self._parent_pid or os.getppid()):
             self._stopped = True
+        end = time.monotonic() + READ_SECONDS if self._core.has_work else math.inf
         for _ in range(MESSAGES_A_STEP):
-            if self._stopped or not self._has_message():
+            if self._stopped or not self._has_message() or time.monotonic() > end:
                 return
-            self._handle(messages.decode_to_engine(self._inbox.recv_multipart(copy=False)))
+            frames = self._inbox.recv_multipart(copy=False)
+            try:
+                self._handle(messages.decode_to_engine(frames), frames)
+            except EngineDeadError:
+                raise
+            except Exception:
+                _logger.exception("a message to the engine failed and is dropped")
 
-    def _handle(self, message: messages.ToEngine) -> None:
+    def _handle(self, message: messages.ToEngine, frames: Sequence[zmq.Frame]) -> None:
         match message:
-            case messages.Add(requests):
-                for request in requests:
-                    client = request.tag >> CLIENT_SHIFT
-                    if self._clients.gone(client):
-                        continue  # sent before its front end died
-                    try:
-                        self._core.add(request)
-                    except (RequestError, QueueFullError) as e:
-                        self._clients.post(client, messages.Refused.from_error(request, e))
+            case messages.Add():
+                for tag, request in messages.received(message, frames):
+                    self._add(tag, request)
             case messages.Abort(request_ids):
                 for request_id in request_ids:
                     self._core.abort(request_id)
                 self._clients.changed()
             case messages.Explain(client):
-                self._clients.post(client, messages.Plan(self._core.report()))
+                self._explain(client)
             case messages.ClientGone(client, generation):
                 if self._clients.leave(client, generation):
                     self._abort_client(client)
@@ -140,6 +149,30 @@ class EngineProcess:
             case messages.Stop():
                 self._stopped = True
 
+    def _add(self, tag: int, request: Request | Exception) -> None:
+        """Take a request, or tell its front end why not. Raises EngineDeadError."""
+        client = tag >> CLIENT_SHIFT
+        if self._clients.gone(client):
+            return  # sent before its front end died
+        try:
+            if isinstance(request, Exception):
+                raise request
+            self._core.add(request)
+        except EngineDeadError:
+            raise
+        except Exception as e:
+            if not isinstance(e, RequestError | QueueFullError):
+                _logger.exception("a request could not be taken")
+            self._clients.post(client, messages.Refused.from_error(tag, e))
+
+    def _explain(self, client: int) -> None:
+        """Tell the plan, or why it cannot be told."""
+        try:
+            self._clients.post(client, messages.Plan(self._core.report()))
+        except Exception as e:
+            _logger.exception("the plan cannot be told")
+            self._clients.post(client, messages.Plan({}, messages.as_text(f"{type(e).__name__}: {e}")))
+
     def _abort_client(self, client: int) -> None:
         for request in self._core.requests:
             if request.tag >> CLIENT_SHIFT == client:
@@ -148,7 +181,9 @@ class EngineProcess:
 
     def _ready(self) -> messages.Ready:
         core = self._core
-        return messages.Ready(core.max_model_len, core.vocab_size, core.eos_token_ids)
+        return messages.Ready(
+            core.max_model_len, core.vocab_size, core.eos_token_ids, core.max_num_seqs, core.plan_hash
+        )
 
 
 def freeze_started_objects() -> None:

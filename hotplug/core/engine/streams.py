@@ -7,6 +7,7 @@ included (`ci/bench/front_end.py`).
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import EngineDeadError, HotplugError
 from hotplug.core.request import TokenDelta
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -53,6 +56,10 @@ class Streams:
             if tag not in self._streams:
                 yield tag
 
+    def __len__(self) -> int:
+        """Requests in flight."""
+        return len(self._streams)
+
     def open(self, submission: Submission) -> Mailbox:
         """A submission's requests go to the engine; returns where their chunks will be."""
         mailbox = Mailbox()
@@ -80,7 +87,8 @@ class Streams:
         return [stream.request_id for stream in failed]
 
     def take(self, outputs: Outputs, now: float, observer: EngineObserver | None) -> list[str]:
-        """Hand out what a step gave. Returns the ids of requests that a stop string ended, unknown to the engine."""
+        """Hand out what a step gave. Returns the ids of requests that ended here, unknown to the engine: by a stop
+        string, or because they cannot be made into text."""
         ended: list[str] = []
         gaps: list[float] = []
         find = self._streams.get
@@ -92,7 +100,11 @@ class Streams:
             gaps.append(now - stream.last_token)
             stream.last_token = now
             completion = stream.completion
-            text = completion.push_token(token)
+            try:
+                text = completion.push_token(token)
+            except Exception as e:
+                ended.append(self._broken(tag, stream, e))
+                continue
             if completion.finished:
                 chunk = CompletionChunk(stream.index, text, [token], None, "stop", completion.stopped)
                 self._end(tag, stream, chunk, now, observer)
@@ -104,15 +116,26 @@ class Streams:
             observer.inter_tokens(gaps)
         for delta in outputs.deltas:
             stream = find(delta.tag)
-            if stream is not None and self._push(stream, delta, now, observer):
-                ended.append(stream.request_id)
+            if stream is None:
+                continue
+            try:
+                if self._push(stream, delta, now, observer):
+                    ended.append(stream.request_id)
+            except Exception as e:
+                ended.append(self._broken(delta.tag, stream, e))
         return ended
 
+    def _broken(self, tag: int, stream: _Stream, error: Exception) -> str:
+        """End a request whose tokens cannot be made into text, and nobody else's; returns its id."""
+        _logger.error("request %s ends: its tokens cannot be made into text", stream.request_id, exc_info=error)
+        self.refuse(tag, HotplugError("the output cannot be made into text", why=f"{type(error).__name__}: {error}"))
+        return stream.request_id
+
     def _push(self, stream: _Stream, delta: TokenDelta, now: float, observer: EngineObserver | None) -> bool:
-        """Hand out what is more than one token. Whether a stop string ended the request."""
+        """Hand out what is more than one token. Whether the request ended here, and maybe not in the engine."""
         if delta.finish_reason == "error":
-            self.refuse(delta.tag, EngineDeadError(delta.error))
-            return False
+            self.refuse(delta.tag, HotplugError(delta.error))
+            return True
         chunk = stream.completion.push(delta)
         if observer is not None:
             if stream.last_token:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-import msgspec
-
+from hotplug.core.checks import shown
 from hotplug.core.engine.outputs import Completion, CompletionChunk, CompletionOutput, RequestOutput
-from hotplug.core.request import Request, SamplingParams, TokenDelta
+from hotplug.core.errors import RequestError
+from hotplug.core.request import Request, SamplingParams, TokenDelta, changed
 from hotplug.core.scheduler.tokens import token_array
 from hotplug.core.text.tokenizer import Tokenizer
 
@@ -28,12 +28,15 @@ class Submission:
         cache_salt: str = "",
         tags: Iterator[int] | None = None,
     ) -> None:
-        """`tags` gives each request its tag. Raises RequestError for a prompt that is not token ids."""
+        """`tags` gives each request its tag. Raises RequestError for a prompt that is not token ids, and for what
+        `Request` refuses."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, got {shown(params)}", param="params")
         self.request_id = request_id
-        self.prompt_token_ids = list(prompt_token_ids)
+        array = token_array(prompt_token_ids)
+        self.prompt_token_ids: list[int] = array.tolist()
         self.arrival = time.monotonic()
         each = _expand(params)
-        array = token_array(self.prompt_token_ids)
         self.requests = [
             Request(
                 id=f"{request_id}.{index}" if len(each) > 1 else request_id,
@@ -74,8 +77,14 @@ def _expand(params: SamplingParams) -> list[SamplingParams]:
     """One set of parameters a completion, each with a seed of its own if a seed was given."""
     if params.n == 1:
         return [params]
-    seeds = [None if params.seed is None else _wrap(params.seed + i) for i in range(params.n)]
-    return [msgspec.structs.replace(params, n=1, seed=seed) for seed in seeds]
+    return [_of_one(params, i) for i in range(params.n)]
+
+
+def _of_one(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of one of several completions. The prompt's log-probabilities, which may be megabytes and are the
+    same for all, come with the first alone."""
+    seed = None if params.seed is None else _wrap(params.seed + index)
+    return changed(params, n=1, seed=seed, prompt_logprobs=None if index else params.prompt_logprobs)
 
 
 def _wrap(seed: int) -> int:

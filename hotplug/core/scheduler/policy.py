@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
+from hotplug.core.checks import shown
 from hotplug.core.errors import RequestError
 from hotplug.core.request import Request
 
@@ -57,6 +58,11 @@ def rank_of(policy: SchedulingPolicy, request: Request) -> float:
         rank = policy.rank(request)
     except Exception as e:
         raise RequestError(f"the scheduling policy {type(policy).__name__} fails on the request: {e!r}") from e
-    if not isinstance(rank, int | float) or not math.isfinite(rank):
-        raise RequestError(f"the scheduling policy {type(policy).__name__} ranks the request {rank!r}, not a number")
-    return rank
+    try:
+        found = float(rank) if isinstance(rank, int | float) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        ranked = shown(rank)
+        raise RequestError(f"the scheduling policy {type(policy).__name__} ranks the request {ranked}, not a number")
+    return found

@@ -167,9 +167,9 @@ class Scheduler:
             hashes=BlockHashes(self.kv.block_size, request.cache_salt),
             drafter=drafter,
         )
-        self._speculator.num_requests += drafter is not None
+        self._waiting.push(seq)  # nothing after it can fail: a request is known as a whole or not at all
         self._requests[request.id] = seq
-        self._waiting.push(seq)
+        self._speculator.num_requests += drafter is not None
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is; its blocks are free at once. False when it is not known (any more)."""
@@ -206,6 +206,14 @@ class Scheduler:
                 f"the prompt has {n} tokens; {reason} {self.max_model_len}, prompt and output together",
                 param="prompt",
                 hint="Shorten the prompt" + (" or raise kv_cache_memory." if capped else "."),
+            )
+        room = self.max_model_len - n
+        if request.sampling.min_tokens > room:
+            raise RequestError(
+                f"min_tokens is {request.sampling.min_tokens}, but the prompt has {n} tokens and the context, output "
+                f"included, is {self.max_model_len}",
+                param="min_tokens",
+                hint=f"Ask for at most {room}.",
             )
         return np.array(token_array(request.prompt_token_ids))  # a copy: the buffer it came in may be a message
 

@@ -58,7 +58,12 @@ class StepTokens:
 
 def token_array(token_ids: Sequence[int] | npt.NDArray[np.integer]) -> IntArray:
     """Token ids of a prompt as [n] int32, not copied if they are. Raises RequestError for what is no such thing."""
-    array = np.asarray(token_ids)
+    try:
+        array = np.asarray(token_ids)
+    except Exception as e:  # lists of several lengths, tensors of a device, objects that refuse
+        raise RequestError("the prompt is not a flat list of token ids", param="prompt") from e
+    if array.ndim != 1:
+        raise RequestError("the prompt is not a flat list of token ids", param="prompt")
     if array.size == 0:
         return np.empty(0, np.int32)
     if array.dtype != np.int32:
@@ -66,6 +71,4 @@ def token_array(token_ids: Sequence[int] | npt.NDArray[np.integer]) -> IntArray:
         if array.dtype.kind not in "iu" or array.min() < -(2**31) or array.max() >= 2**31:
             raise RequestError("a token id of the prompt is not a 32-bit integer", param="prompt")
         array = array.astype(np.int32)
-    if array.ndim != 1:
-        raise RequestError("the prompt is not a flat list of token ids", param="prompt")
     return array

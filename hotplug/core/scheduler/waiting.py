@@ -22,8 +22,8 @@ class WaitingQueue:
         return len(self._members)
 
     def push(self, seq: Sequence) -> None:
-        self._members[seq.request.id] = seq
         heapq.heappush(self._heap, (seq.key, seq))
+        self._members[seq.request.id] = seq
 
     def peek(self) -> Sequence | None:
         """The best request, or None."""
