@@ -24,10 +24,12 @@ from typing import Any
 import zmq
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import messages, process
+from hotplug.core.engine import main_script, messages, process
+from hotplug.core.engine.forks import OwnProcess
 from hotplug.core.engine.link import Link
 from hotplug.core.engine.observer import EngineObserver
 from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
+from hotplug.core.engine.prompts import OnePrompt, read_params, read_prompt
 from hotplug.core.engine.streams import Streams
 from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError
@@ -66,6 +68,9 @@ class AsyncLLM:
         """Without `link` this front end starts and owns an engine. With it, it is front end number `client` of one that
         somebody else starts (`process.start`) and owns: a failure of that comes as a message of its owner. One that
         takes the place of another has the next `generation`."""
+        if link is None:
+            main_script.require_startable()
+        self._owner = OwnProcess()
         self.config = config
         self.observer = observer
         self.ready = False
@@ -95,6 +100,7 @@ class AsyncLLM:
 
     async def start(self) -> None:
         """Begin to load, and return. `wait_ready` waits; a failure is found there or in `failure`."""
+        self._owner.require()
         self._send.set(zmq.SNDHWM, 0)
         self._receive.set(zmq.RCVHWM, RECEIVED)
         self._receive.bind(self._link.outbox(self._client))
@@ -107,6 +113,7 @@ class AsyncLLM:
 
     async def wait_ready(self) -> None:
         """Wait until requests are served. Raises EngineDeadError with the reason if that will not be."""
+        self._owner.require()
         await self._settled.wait()
         if self.failure is not None:
             raise EngineDeadError(self.failure)
@@ -118,8 +125,8 @@ class AsyncLLM:
         return self.failure
 
     async def close(self) -> None:
-        """Stop the engine process, unless it is others'; requests in flight get EngineDeadError."""
-        if self._closing:
+        """Stop the engine process, unless it is others'; requests in flight get EngineDeadError. In a fork, nothing."""
+        if self._closing or not self._owner.is_here:
             return
         self._closing = True
         listening = self._folder is None and self.failure is None
@@ -170,7 +177,7 @@ class AsyncLLM:
 
     def stream(
         self,
-        prompt_token_ids: Sequence[int],
+        prompt_token_ids: OnePrompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -178,25 +185,26 @@ class AsyncLLM:
         cache_salt: str = "",
     ) -> AsyncGenerator[CompletionChunk, None]:
         """Chunks of all completions of a prompt, as they come; what comes while nobody reads is merged. Closing the
-        generator aborts the request.
+        generator aborts the request. A prompt is given as for `LLM.stream`.
 
         Raises RequestError, NotReadyError or EngineDeadError; its first chunk PromptTooLongError or QueueFullError too.
         """
         self._require_ready()
+        prompt, (params,) = read_prompt(prompt_token_ids), read_params(params, 1)
         return self._run(Submission(
-            request_id or self._new_id(), prompt_token_ids, params, self.tokenizer, self._eos,
-            priority=priority, cache_salt=cache_salt, tags=self._streams.tags,
+            request_id or self._new_id(), prompt.encoded(self.tokenizer.encode), params, self.tokenizer, self._eos,
+            priority=priority, cache_salt=cache_salt or prompt.cache_salt, tags=self._streams.tags,
         ))  # fmt: skip
 
-    async def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> RequestOutput:
-        """The whole output of one prompt, text or token ids. Raises as `stream` does."""
+    async def generate(self, prompt: OnePrompt, params: SamplingParams | None = None) -> RequestOutput:
+        """The whole output of one prompt, given as for `LLM.stream`. Raises as `stream` does."""
         self._require_ready()
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        one, (params,) = read_prompt(prompt), read_params(params, 1)
         submission = Submission(
-            self._new_id(), token_ids, params or SamplingParams(), self.tokenizer, self._eos, tags=self._streams.tags
-        )
-        output = submission.output(text)
+            self._new_id(), one.encoded(self.tokenizer.encode), params, self.tokenizer, self._eos,
+            cache_salt=one.cache_salt, tags=self._streams.tags,
+        )  # fmt: skip
+        output = submission.output(one.text)
         async with aclosing(self._run(submission)) as chunks:
             async for chunk in chunks:
                 output.add(chunk)
@@ -226,6 +234,7 @@ class AsyncLLM:
         return await future
 
     def _require_ready(self) -> None:
+        self._owner.require()
         if self.failure is not None:
             raise EngineDeadError(self.failure)
         if not self.ready:
@@ -313,7 +322,8 @@ class AsyncLLM:
             await asyncio.wait_for(self._last_words.wait(), LAST_WORDS_TIMEOUT)
         except TimeoutError:
             dead.join(0)
-            self._fail(f"the engine process ended without a word, {_exit(dead.exitcode)}")
+            said = main_script.NO_GUARD if dead.exitcode == main_script.EXIT_NO_GUARD else ""
+            self._fail(said or f"the engine process ended without a word, {_exit(dead.exitcode)}")
 
     def _fail(self, reason: str) -> None:
         """Tell everyone who waits that nothing more will come."""

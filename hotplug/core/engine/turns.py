@@ -1,0 +1,121 @@
+"""Who may use an engine core: one thread at a time, in the order of asking, and without being interrupted."""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # `signal` costs 15 us a step: it looks handlers up in enumerations
+import threading
+from collections import deque
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from hotplug.core.errors import HotplugError
+
+_SIGNALS = tuple(getattr(_signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(_signal, name))
+"""Those whose handlers are known to raise: an interrupt, an end, a time-out."""
+
+
+class HeldSignals:
+    """Within it, what a signal's Python handler would do to the main thread waits until the end.
+
+    An exception in the middle of a step ends the engine, since it leaves a cache that nobody can trust. A signal that
+    comes a second time does not wait: the step may be the one that hangs.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._held: list[tuple[int, FrameType | None]] = []
+
+    def __enter__(self) -> None:
+        if threading.get_ident() != threading.main_thread().ident:
+            return  # handlers run in the main thread alone
+        try:
+            for number in _SIGNALS:
+                handler = _signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    _signal.signal(number, self._hold)
+        except BaseException:
+            self._restore()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handlers:
+            self._restore()
+            for number, frame in self._held:
+                self._handlers[number](number, frame)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            _signal.signal(number, handler)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if number in (held for held, _ in self._held):
+            self._handlers[number](number, frame)
+        else:
+            self._held.append((number, frame))
+
+
+class Turns:
+    """A lock that is given in the order of asking, so that a thread which takes it again at once keeps nobody out."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._owner = 0
+        """Identifier of the thread that has it, 0 for none."""
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+
+    def __enter__(self) -> None:
+        """Wait for the turn. Raises HotplugError in the thread that has it."""
+        me, gate = threading.get_ident(), threading.Lock()
+        if self._owner == me:
+            raise HotplugError("the engine is used from within its own step", why="by a finalizer or a handler",
+                               hint="Use it outside of these.")  # fmt: skip
+        with self._mutex:
+            if not self._owner:
+                self._owner = me
+                return
+            gate.acquire()
+            self._waiting.append((me, gate))
+        try:
+            gate.acquire()
+        except BaseException:  # a signal that did not wait
+            self._leave(me, gate)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.give()
+
+    def _leave(self, me: int, gate: threading.Lock) -> None:
+        """Ask no more, or let the next one have what was given just now."""
+        with self._mutex:
+            asked = (me, gate) in self._waiting
+            if asked:
+                self._waiting.remove((me, gate))
+        if not asked:
+            self.give()
+
+    def take_if_free(self) -> bool:
+        """Take the turn if that needs no waiting at all, as in a finalizer, which may run inside of anything."""
+        if not self._mutex.acquire(blocking=False):
+            return False
+        try:
+            if self._owner:
+                return False
+            self._owner = threading.get_ident()
+            return True
+        finally:
+            self._mutex.release()
+
+    def give(self) -> None:
+        """Let the next one have it."""
+        with self._mutex:
+            if self._waiting:
+                self._owner, gate = self._waiting.popleft()
+                gate.release()
+            else:
+                self._owner = 0
