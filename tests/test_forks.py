@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from hotplug import LLM, AsyncLLM, SamplingParams
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import forks
+from hotplug.core.engine.turns import HeldSignals
 from hotplug.core.errors import EngineDeadError
 
 pytestmark = [
@@ -148,6 +150,18 @@ def test_a_fork_while_another_thread_generates(llm: LLM, used: list[int]) -> Non
     assert tokens(llm) == used
 
 
+def test_a_fork_while_the_main_thread_holds_signals_is_interrupted(llm: LLM) -> None:
+    def interrupted() -> bool:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    with HeldSignals(), ThreadPoolExecutor(1) as threads:  # as in a step
+        assert threads.submit(in_fork, interrupted).result(LIMIT)
+
+
 def test_a_forked_worker_of_multiprocessing_is_told(llm: LLM) -> None:
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
@@ -199,12 +213,14 @@ def test_a_fork_never_destroys_its_parents_engines() -> None:
 
 
 @pytest.mark.slow
-def test_a_fork_of_a_compiled_engine_ends(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
+@pytest.mark.parametrize("options", [{"exec": "compile"}, {"tensor_parallel_size": 2}], ids=["compiled", "ranks"])
+def test_a_forked_program_ends(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    if "exec" in options:
+        pytest.importorskip("openvino")
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, sys\nfrom hotplug import LLM\n"
-        f"llm = LLM({str(folder)!r}, exec='compile', **{OPTIONS})\n"
+        f"llm = LLM({str(folder)!r}, device='cpu', **{OPTIONS | options})\n"
         "llm.generate('hello', progress=False)\n"
         "if not os.fork():\n    signal.alarm(30)\n    sys.exit(0)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"

@@ -19,6 +19,7 @@ import pytest
 from hotplug import LLM, SamplingParams
 from hotplug.core.engine.llm import CompletionStream
 from hotplug.core.engine.outputs import CompletionChunk
+from hotplug.core.engine.turns import HeldSignals, Turns
 from hotplug.core.errors import EngineDeadError, HotplugError, PromptTooLongError, RequestError
 from hotplug.core.request import TokenDelta
 
@@ -288,7 +289,7 @@ def test_a_refused_prompt_ends_its_own_call_alone(llm: LLM, alone: Any) -> None:
             future.result()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGALRM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1"])
 def test_an_interrupt_in_a_step_waits_for_its_end(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, alone: Any, name: str
 ) -> None:
@@ -325,6 +326,37 @@ def test_an_interrupted_stream_goes_on_where_it_was(llm: LLM, monkeypatch: pytes
         patch.setattr(llm.core, "step", lambda: (signal.raise_signal(signal.SIGINT), step())[1])
         next(stream)
     assert joined(chunks + list(stream)) == alone[0]
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), HeldSignals():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+        signal.raise_signal(signal.SIGINT)
+        done.append(2)
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_turn_goes_round_in_the_order_of_asking() -> None:
+    turns, order = Turns(), []
+
+    def ask(i: int) -> None:
+        with turns:
+            order.append(i)
+
+    with turns:
+        assert not turns.take_if_free()
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(5)]
+        for i, thread in enumerate(threads):
+            thread.start()
+            while len(turns._waiting) <= i:
+                threading.Event().wait(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(5))
+    assert turns.take_if_free()
 
 
 def test_use_from_within_a_step_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch, alone: Any) -> None:
@@ -413,3 +445,25 @@ def test_after_a_failed_step_all_are_told(tiny_model: Path) -> None:
     for use in (lambda: next(second), lambda: llm.generate("c", progress=False)):
         with pytest.raises(EngineDeadError, match=r"a step failed: ZeroDivisionError.*Start a new engine"):
             use()
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_does_not_end_it_before_min_tokens(llm: LLM, speculative: bool, include: bool) -> None:
+    whole = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, skip_special_tokens=False)
+    (plain,) = llm.generate([3, 4, 5, 3, 4, 5], whole, progress=False)
+    ids, texts = plain.outputs[0].token_ids, [llm.tokenizer.token_text(t) for t in plain.outputs[0].token_ids]
+    stop = next(t for t in texts if len(t) == 1 and t.isascii() and texts.count(t) > 3)
+    for min_tokens in (1, 7, 20, 59, 60):
+        params = SamplingParams(
+            temperature=0.0, max_tokens=60, min_tokens=min_tokens, ignore_eos=True, skip_special_tokens=False,
+            stop=(stop,), include_stop_str_in_output=include, speculative=speculative,
+        )  # fmt: skip
+        end = next((i for i in range(min_tokens, 60) if texts[i] == stop), None)
+        (output,) = llm.generate([3, 4, 5, 3, 4, 5], params, progress=False)
+        chunks = list(llm.stream([3, 4, 5, 3, 4, 5], params))
+        expected = (ids, "length") if end is None else (ids[: end + 1], "stop")
+        assert (output.outputs[0].token_ids, output.outputs[0].finish_reason) == expected
+        assert joined(chunks) == (output.outputs[0].text, expected[0])
+        shown = expected[0] if end is None or include else expected[0][:-1]
+        assert output.outputs[0].text == llm.tokenizer.decode(shown, skip_special_tokens=False)

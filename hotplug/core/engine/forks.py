@@ -77,8 +77,8 @@ def _before_fork() -> None:
 
 def _in_child() -> None:
     global _obstacle
-    for engine in list(_engines):  # as long as the child lives: a destructor may wait for threads, too
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+    for held in (*_engines, *_groups()):  # as long as the child lives: a destructor may wait for threads, too
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
     children: set[BaseProcess] = getattr(multiprocessing.process, "_children", set())
     for process in [child for child in children if child.name == ENGINE]:
         children.discard(process)  # else `multiprocessing` would end its parent's engine when this process ends
@@ -86,6 +86,14 @@ def _in_child() -> None:
         _obstacle = "it was forked from one that has used an accelerator, whose context a fork cannot use"
     elif _pool_kept:
         _obstacle = "it was forked from one whose OpenMP threads a fork would wait for"
+
+
+def _groups() -> list[Any]:
+    """Connections to the other ranks of this process's engine."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return []
+    return list(getattr(distributed.distributed_c10d._world, "pg_map", ()))
 
 
 _pool_kept = False

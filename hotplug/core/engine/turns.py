@@ -11,8 +11,9 @@ from typing import Any
 
 from hotplug.core.errors import HotplugError
 
-_SIGNALS = tuple(getattr(_signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(_signal, name))
-"""Those whose handlers are known to raise: an interrupt, an end, a time-out."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+_SIGNALS = tuple(getattr(_signal, name) for name in _NAMES if hasattr(_signal, name))
+"""Those whose handlers programs let raise, or use the engine: an interrupt, an end, a time-out."""
 
 
 class HeldSignals:
@@ -25,9 +26,10 @@ class HeldSignals:
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._held: list[tuple[int, FrameType | None]] = []
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> None:
-        if threading.get_ident() != threading.main_thread().ident:
+        if self._thread != threading.main_thread().ident:
             return  # handlers run in the main thread alone
         try:
             for number in _SIGNALS:
@@ -52,7 +54,8 @@ class HeldSignals:
             _signal.signal(number, handler)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        if number in (held for held, _ in self._held):
+        elsewhere = threading.get_ident() != self._thread  # in a fork that another thread has made
+        if elsewhere or number in (held for held, _ in self._held):
             self._handlers[number](number, frame)
         else:
             self._held.append((number, frame))
