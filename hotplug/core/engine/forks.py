@@ -5,7 +5,7 @@ an accelerator's context cannot be used there at all. So an engine belongs to th
 
 A child that leaves its parent's engines alone must not be harmed by them. GNU's OpenMP keeps a pool of threads for
 each thread that computes; in a child it waits for ever for those of its parent. The pool of the forking thread is
-therefore given up just before a fork, which takes under a millisecond; the next computation starts another. And the
+therefore given up just before a fork, which takes a few milliseconds; the next computation starts another. And the
 child never destroys what its parent's engines hold, since destructors of libraries wait for their threads as well. So
 PyTorch, a new engine on the host's own processor, and the end of the program work in the child.
 """
