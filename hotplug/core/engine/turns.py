@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` costs 15 us a step: it looks handlers up in enumerations
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -15,18 +16,23 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUS
 _SIGNALS = tuple(getattr(_signal, name) for name in _NAMES if hasattr(_signal, name))
 """Those whose handlers programs let raise, or use the engine: an interrupt, an end, a time-out."""
 
+PATIENCE = 1.0
+"""Seconds that a step may take to end before a signal that comes again breaks it off."""
+
 
 class HeldSignals:
     """Within it, what a signal's Python handler would do to the main thread waits until the end.
 
     An exception in the middle of a step ends the engine, since it leaves a cache that nobody can trust. A signal that
-    comes a second time does not wait: the step may be the one that hangs.
+    comes again after `PATIENCE` does not wait: the step may hang.
     """
 
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._held: list[tuple[int, FrameType | None]] = []
+        self._held: dict[int, tuple[float, FrameType | None]] = {}
+        """By signal: when it came first, and where."""
         self._thread = threading.get_ident()
+        self._over = False
 
     def __enter__(self) -> None:
         if self._thread != threading.main_thread().ident:
@@ -46,19 +52,20 @@ class HeldSignals:
     ) -> None:
         if self._handlers:
             self._restore()
-            for number, frame in self._held:
+            for number, (_, frame) in self._held.items():
                 self._handlers[number](number, frame)
 
     def _restore(self) -> None:
+        self._over = True  # should a signal come now, whose handler raises: what is not restored holds nothing any more
         for number, handler in self._handlers.items():
             _signal.signal(number, handler)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         elsewhere = threading.get_ident() != self._thread  # in a fork that another thread has made
-        if elsewhere or number in (held for held, _ in self._held):
+        now = time.monotonic()
+        first, _ = self._held.setdefault(number, (now, frame))
+        if self._over or elsewhere or now - first > PATIENCE:
             self._handlers[number](number, frame)
-        else:
-            self._held.append((number, frame))
 
 
 class Turns:
