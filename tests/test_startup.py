@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -158,14 +159,18 @@ def test_a_tokenizer_is_loaded_while_the_engine_starts(tiny_model: Path, monkeyp
         loaded.set()
         return "the tokenizer"
 
-    def engine(config: EngineConfig) -> str:
+    started = mock.Mock(name="the engine")
+    started.bound.limits.accelerator = False
+
+    def engine(config: EngineConfig) -> mock.Mock:
         assert loaded.wait(30)  # it is not begun after the engine
-        return "the engine"
+        return started
 
     monkeypatch.setattr(llm_module, "load_tokenizer", load)
     monkeypatch.setattr(llm_module, "EngineCore", engine)
     llm = llm_module.LLM(str(tiny_model))
-    assert (llm.tokenizer, llm.core) == ("the tokenizer", "the engine")
+    assert llm.tokenizer == "the tokenizer"
+    assert llm.core is started
 
 
 def test_a_chat_template_that_is_wrong_is_told_before_the_engine_starts(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
-from hotplug.core.text.detokenizer import Detokenizer
+from hotplug.core.text.detokenizer import Detokenizer, LateStops
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -157,3 +157,57 @@ def test_stop_string_in_the_last_replacement_is_found(byte_level: Tokenizer) -> 
     detokenizer = Detokenizer(byte_level, stop=["\ufffd"])
     assert detokenizer.push(byte_level.encode("🎉")[:1]) + detokenizer.finish() == ""
     assert detokenizer.stopped == "\ufffd"
+
+
+def as_vllm_stops(texts: list[str], stops: tuple[str, ...], min_tokens: int) -> tuple[str, str | None]:
+    """Text and stop string of tokens with these `texts`: the first that a token after `min_tokens` completes."""
+    text = ""
+    for count, new in enumerate(texts, 1):
+        before, text = len(text), text + new
+        if count > min_tokens:
+            ends = [(at + len(s), at, s) for s in stops for at in range(len(text)) if text.startswith(s, at)]
+            hits = [hit for hit in ends if hit[0] > before]
+            if hits:
+                _, at, stop = min(hits)
+                return text[:at], stop
+    return text, None
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(["a", "b"]), max_size=20),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    min_tokens=st.integers(1, 12),
+    sizes=CHUNKS,
+)
+def test_stop_strings_count_after_min_tokens_however_chunked(
+    byte_level: Tokenizer, pieces: list[str], stops: list[str], min_tokens: int, sizes: list[int]
+) -> None:
+    token = {text: byte_level.encode(text)[0] for text in "ab"}
+    detokenizer = LateStops(byte_level, min_tokens=min_tokens, stop=tuple(stops))
+    text = stream(detokenizer, [token[piece] for piece in pieces], sizes)
+    assert (text, detokenizer.stopped) == as_vllm_stops(pieces, tuple(stops), min_tokens)
+
+
+def test_a_stop_string_that_began_before_min_tokens_counts(byte_level: Tokenizer) -> None:
+    a, b = (byte_level.encode(text)[0] for text in "ab")
+    detokenizer = LateStops(byte_level, min_tokens=2, stop=("bab",))
+    assert [detokenizer.push_token(t) for t in (a, b, a)] == ["a", "", ""]
+    assert detokenizer.push_token(b) == ""
+    assert detokenizer.stopped == "bab"
+
+
+def test_a_character_of_several_tokens_counts_with_its_last(byte_level: Tokenizer) -> None:
+    first, *rest = byte_level.encode("🦀")
+    assert rest
+    for min_tokens, stopped in ((len(rest), "🦀"), (len(rest) + 1, None)):
+        detokenizer = LateStops(byte_level, min_tokens=min_tokens, stop=("🦀",))
+        text = stream(detokenizer, [first, *rest], [])
+        assert (text, detokenizer.stopped) == (("", "🦀") if stopped else ("🦀", None))
+
+
+def test_what_is_held_back_to_the_end_within_min_tokens_is_text() -> None:
+    ids = [SENTENCEPIECE.backend.token_to_id("<0x61>")] * 2
+    detokenizer = LateStops(SENTENCEPIECE, min_tokens=2, stop=("aa",))
+    assert stream(detokenizer, ids, []) == "aa"
+    assert detokenizer.stopped is None

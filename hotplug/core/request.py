@@ -28,7 +28,7 @@ MAX_N = 128
 """The most completions of one prompt."""
 MAX_LOGPROBS = 20
 """The most alternatives a request may ask for per token (the OpenAI API's own limit)."""
-MAX_STOP = 16
+MAX_STOP = 64
 MAX_STOP_CHARS = 1024
 """The most stop strings of a request, and characters of each."""
 MAX_STOP_TOKEN_IDS = 1024
@@ -72,7 +72,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     from; RequestError names the one at fault. NumPy's numbers become Python's, lists tuples.
 
     Temperature 0 is greedy. `top_k` 0 means all tokens. `max_tokens` None runs to the end of the context;
-    before `min_tokens`, tokens that would end it are not chosen: stop tokens, and unless `ignore_eos` the model's own.
+    before `min_tokens`, tokens that would end it are not chosen: stop tokens, and unless `ignore_eos` the model's own;
+    a stop string counts from the token after them.
     `stop` is one string or several. `logit_bias` may have its token ids written as text, as JSON does.
     `seed` fixes the random numbers of this request whatever else is in the batch; None draws a fresh one.
     `logprobs` k returns the log-probability of each chosen token and the k most likely alternatives, taken

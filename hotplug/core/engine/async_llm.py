@@ -26,10 +26,12 @@ import zmq
 
 from hotplug.core import checks
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import messages, process
+from hotplug.core.engine import main_script, messages, process
+from hotplug.core.engine.forks import OwnProcess
 from hotplug.core.engine.link import Link
 from hotplug.core.engine.observer import EngineObserver
 from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
+from hotplug.core.engine.prompts import OnePrompt, read_params, read_prompt
 from hotplug.core.engine.question import PlanQuestion
 from hotplug.core.engine.streams import Streams
 from hotplug.core.engine.submission import Submission
@@ -54,7 +56,6 @@ AT_ONCE = 16
 REQUESTS_A_MESSAGE = 64
 """At most, so that an engine with work can go on between two messages."""
 _ID = checks.text(MAX_ID_CHARS // 2)
-_PROMPT = checks.text(checks.INT64)
 
 
 class AsyncLLM:
@@ -78,6 +79,9 @@ class AsyncLLM:
         """Without `link` this front end starts and owns an engine. With it, it is front end number `client` of one that
         somebody else starts (`process.start`) and owns: a failure of that comes as a message of its owner. One that
         takes the place of another has the next `generation`."""
+        if link is None:
+            main_script.require_startable()
+        self._owner = OwnProcess()
         self.config = config
         self.observer = observer
         self.ready = False
@@ -108,6 +112,7 @@ class AsyncLLM:
 
     async def start(self) -> None:
         """Begin to load, and return. `wait_ready` waits; a failure is found there or in `failure`."""
+        self._owner.require()
         self._send.set(zmq.SNDHWM, 0)
         self._receive.set(zmq.RCVHWM, RECEIVED)
         self._receive.bind(self._link.outbox(self._client))
@@ -120,6 +125,7 @@ class AsyncLLM:
 
     async def wait_ready(self) -> None:
         """Wait until requests are served. Raises EngineDeadError with the reason if that will not be."""
+        self._owner.require()
         await self._settled.wait()
         if self.failure is not None:
             raise EngineDeadError(self.failure)
@@ -131,8 +137,8 @@ class AsyncLLM:
         return self.failure
 
     async def close(self) -> None:
-        """Stop the engine process, unless it is others'; requests in flight get EngineDeadError."""
-        if self._closing:
+        """Stop the engine process, unless it is others'; requests in flight get EngineDeadError. In a fork, nothing."""
+        if self._closing or not self._owner.is_here:
             return
         self._closing = True
         listening = self._folder is None and self.failure is None
@@ -183,7 +189,7 @@ class AsyncLLM:
 
     def stream(
         self,
-        prompt_token_ids: Sequence[int],
+        prompt_token_ids: OnePrompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -191,27 +197,28 @@ class AsyncLLM:
         cache_salt: str = "",
     ) -> AsyncGenerator[CompletionChunk, None]:
         """Chunks of all completions of a prompt, as they come; what comes while nobody reads is merged. Closing the
-        generator aborts the request. `request_id` becomes part of the id that the engine's log shows.
+        generator aborts the request. A prompt is given as for `LLM.stream`; `request_id` becomes part of the id that the
+        engine's log shows.
 
         Raises RequestError, QueueFullError, NotReadyError or EngineDeadError; so does its first chunk.
         """
         self._require_ready()
-        if isinstance(params, SamplingParams):
-            self._watch.check_room(len(self._streams), params.n)
+        prompt, (params,) = read_prompt(prompt_token_ids), read_params(params, 1)
+        self._watch.check_room(len(self._streams), params.n)
         return self._run(Submission(
-            self._new_id(request_id), prompt_token_ids, params, self.tokenizer, self._eos,
-            priority=priority, cache_salt=cache_salt, tags=self._streams.tags,
+            self._new_id(request_id), prompt.encoded(self.tokenizer.encode), params, self.tokenizer, self._eos,
+            priority=priority, cache_salt=cache_salt or prompt.cache_salt, tags=self._streams.tags,
         ))  # fmt: skip
 
-    async def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> RequestOutput:
-        """The whole output of one prompt, text or token ids. Raises as `stream` does."""
+    async def generate(self, prompt: OnePrompt, params: SamplingParams | None = None) -> RequestOutput:
+        """The whole output of one prompt, given as for `LLM.stream`. Raises as `stream` does."""
         self._require_ready()
-        text = _PROMPT("prompt", prompt) if isinstance(prompt, str) else None
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        one, (params,) = read_prompt(prompt), read_params(params, 1)
         submission = Submission(
-            self._new_id(), token_ids, params or SamplingParams(), self.tokenizer, self._eos, tags=self._streams.tags
-        )
-        output = submission.output(text)
+            self._new_id(), one.encoded(self.tokenizer.encode), params, self.tokenizer, self._eos,
+            cache_salt=one.cache_salt, tags=self._streams.tags,
+        )  # fmt: skip
+        output = submission.output(one.text)
         async with aclosing(self._run(submission)) as chunks:
             async for chunk in chunks:
                 output.add(chunk)
@@ -255,6 +262,7 @@ class AsyncLLM:
                 "it is stopped, hangs, or is in a very long step")  # fmt: skip
 
     def _require_ready(self) -> None:
+        self._owner.require()
         if self.failure is not None:
             raise EngineDeadError(self.failure)
         if not self.ready:
@@ -369,7 +377,8 @@ class AsyncLLM:
             await asyncio.wait_for(self._last_words.wait(), LAST_WORDS_TIMEOUT)
         except TimeoutError:
             dead.join(0)
-            self._fail(f"the engine process ended without a word, {_exit(dead.exitcode)}")
+            said = main_script.NO_GUARD if dead.exitcode == main_script.EXIT_NO_GUARD else ""
+            self._fail(said or f"the engine process ended without a word, {_exit(dead.exitcode)}")
 
     def _fail(self, reason: str) -> None:
         """Tell everyone who waits that nothing more will come."""

@@ -6,23 +6,33 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, NoReturn
 
 from hotplug.core.config import EngineConfig
+from hotplug.core.engine import forks
 from hotplug.core.engine.core import EngineCore
+from hotplug.core.engine.inprocess import InProcessClient, Reader
 from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
+from hotplug.core.engine.prompts import (
+    OnePrompt,
+    Prompt,
+    read_conversations,
+    read_messages,
+    read_params,
+    read_prompt,
+    read_prompts,
+)
 from hotplug.core.engine.submission import Submission
-from hotplug.core.errors import HotplugError, RequestError
 from hotplug.core.request import SamplingParams
 from hotplug.core.text.tokenizer import load_tokenizer, read_template
 from hotplug.core.weights.source import resolve
 
-Prompt = str | Sequence[int]
-Message = dict[str, Any]
+Message = Mapping[str, Any]
 
 
 class LLM:
@@ -30,6 +40,10 @@ class LLM:
 
     >>> llm = LLM("smollm2")
     >>> llm.chat([{"role": "user", "content": "Hello"}])[0].outputs[0].text
+
+    Any number of threads may use it at once, and streams may be open beside each other and beside `generate`: their
+    requests run together, and each caller gets its own. It belongs to the process that made it: in a fork of that,
+    its methods raise EngineDeadError.
     """
 
     def __init__(self, model: str = "smollm2", **options: Any) -> None:
@@ -42,6 +56,7 @@ class LLM:
         return llm
 
     def _start(self, config: EngineConfig) -> None:
+        forks.require_usable()
         self.config = config
         template = Path(config.chat_template) if config.chat_template else None
         if template is not None:
@@ -52,117 +67,100 @@ class LLM:
             # The caller waits for all of its prompts, so none is refused for want of a place in the queue.
             self.core = EngineCore(dataclasses.replace(config, max_queue=sys.maxsize))
         self.tokenizer = tokenizer.result()
+        forks.engine_made(self.core, accelerator=self.core.bound.limits.accelerator)
+        self._client = InProcessClient(self.core)
         self._ids = itertools.count()
-        self._open: dict[str, Submission] = {}
-        """By request id: what has not finished."""
 
     def close(self) -> None:
-        """End the processes of an engine of several ranks, which also end with this object, or with the program."""
-        self.core.close()
+        """End the engine, and the processes of one of several ranks, which also end with this object, or the program.
+
+        Who still reads from it, and who uses it later, gets EngineDeadError.
+        """
+        self._client.close()
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: OnePrompt | Iterable[OnePrompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Complete prompts (text or token ids), in order. Raises RequestError; then none of them runs on."""
-        batch = _as_batch(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(batch)
-        if len(params) != len(batch):
-            raise RequestError(f"{len(batch)} prompts came with {len(params)} sets of parameters", param="params")
-        submissions: list[Submission] = []
-        try:
-            for prompt, one in zip(batch, params, strict=True):
-                submissions.append(self._submit(prompt, one))
-            return self._collect(batch, submissions, progress)
-        finally:
-            for submission in submissions:
-                self._drop(submission)
+        """Complete prompts, in order: one, or any iterable of them (`hotplug.core.engine.prompts` lists the forms).
+
+        Raises RequestError for one that cannot run; then none of them runs on. One that fails while it runs does not
+        end the others: its completion has the `finish_reason` "error", and `error` says why.
+        """
+        self._client.require()
+        batch = read_prompts(prompts)
+        each = read_params(params, len(batch))
+        submissions = [self._submission(prompt, one) for prompt, one in zip(batch, each, strict=True)]
+        outputs = {s.request_id: s.output(prompt.text) for prompt, s in zip(batch, submissions, strict=True)}
+        with (
+            self._client.read(submissions) as reader,
+            _progress_bar(progress, total=sum(len(s.requests) for s in submissions)) as advance,
+        ):
+            tokens = 0
+            for submission, chunk in reader:
+                outputs[submission.request_id].add(chunk)
+                tokens += len(chunk.token_ids)
+                advance(chunk.finish_reason is not None, tokens)
+        return list(outputs.values())
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, each a list of {"role", "content"} messages."""
-        single = bool(messages) and isinstance(messages[0], dict)
-        conversations: Sequence[Any] = [messages] if single else messages
-        prompts = [self.tokenizer.encode_chat(list(conversation)) for conversation in conversations]
+        """Answer one conversation, or several, each a list of {"role", "content"} messages. Otherwise as `generate`."""
+        self._client.require()
+        prompts = [self.tokenizer.encode_chat(conversation) for conversation in read_conversations(messages)]
         return self.generate(prompts, params, progress=progress)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[CompletionChunk]:
-        """Chunks of one prompt's completions as they come. Closing the iterator ends the request."""
-        submission = self._submit(prompt, params or SamplingParams())
-        try:
-            while not submission.finished:
-                for _, chunk in self._step():
-                    yield chunk
-        finally:
-            self._drop(submission)
+    def stream(self, prompt: OnePrompt, params: SamplingParams | None = None) -> CompletionStream:
+        """Chunks of one prompt's completions as they come; the request is queued at once. Raises RequestError, and
+        with the first chunk PromptTooLongError and others of its kind."""
+        self._client.require()
+        (one,) = read_params(params, 1)
+        return CompletionStream(self._client.read([self._submission(read_prompt(prompt), one)]))
 
-    def chat_stream(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
-    ) -> Iterator[CompletionChunk]:
+    def chat_stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> CompletionStream:
         """`stream` for a conversation."""
-        return self.stream(self.tokenizer.encode_chat(list(messages)), params)
+        self._client.require()
+        return self.stream(self.tokenizer.encode_chat(read_messages(messages)), params)
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> Submission:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        submission = Submission(str(next(self._ids)), token_ids, params, self.tokenizer, self.core.eos_token_ids)
-        try:
-            for request in submission.requests:
-                self.core.add(request)
-                self._open[request.id] = submission
-        except HotplugError:
-            self._drop(submission)
-            raise
-        return submission
+    def _submission(self, prompt: Prompt, params: SamplingParams) -> Submission:
+        token_ids, eos = prompt.encoded(self.tokenizer.encode), self.core.eos_token_ids
+        return Submission(str(next(self._ids)), token_ids, params, self.tokenizer, eos, cache_salt=prompt.cache_salt)
 
-    def _collect(self, prompts: Sequence[Prompt], submissions: list[Submission], progress: bool) -> list[RequestOutput]:
-        """Run steps until all submissions have ended."""
-        outputs = {
-            s.request_id: s.output(prompt if isinstance(prompt, str) else None)
-            for prompt, s in zip(prompts, submissions, strict=True)
-        }
-        with _progress_bar(progress, total=sum(len(s.requests) for s in submissions)) as advance:
-            tokens = 0
-            while any(request_id in self._open for s in submissions for request_id in s.unfinished()):
-                for submission, chunk in self._step():
-                    outputs[submission.request_id].add(chunk)
-                    tokens += len(chunk.token_ids)
-                    advance(chunk.finish_reason is not None, tokens)
-        return list(outputs.values())
-
-    def _step(self) -> Iterator[tuple[Submission, CompletionChunk]]:
-        """One step of the engine, as text."""
-        for delta in self.core.step():
-            submission = self._open.get(delta.request_id)
-            if submission is None:
-                continue  # aborted while the step ran
-            chunk = submission.push(delta)
-            if chunk.finish_reason is not None:
-                del self._open[delta.request_id]
-                if delta.finish_reason is None:  # a stop string ended it; the engine cannot know
-                    self.core.abort(delta.request_id)
-            yield submission, chunk
-
-    def _drop(self, submission: Submission) -> None:
-        """End what has not ended."""
-        for request_id in submission.unfinished():
-            if self._open.pop(request_id, None) is not None:
-                self.core.abort(request_id)
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an LLM cannot be copied or sent to another process: make one in the process that uses it")
 
 
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, of one prompt or several."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+class CompletionStream(Generator[CompletionChunk, None, None]):
+    """Chunks of one prompt's completions. Closing it, or letting go of it, ends the request; any thread may do so."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def send(self, value: None) -> CompletionChunk:
+        return next(self._reader)[1]
+
+    def throw(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: object = None,
+        trace: TracebackType | None = None,
+    ) -> NoReturn:
+        """End the request and raise this."""
+        self._reader.close()
+        error = kind if isinstance(kind, BaseException) else value if isinstance(value, BaseException) else kind()
+        raise error.with_traceback(trace) if trace is not None else error
+
+    def close(self) -> None:
+        """End the request."""
+        self._reader.close()
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from hotplug.core.request import FinishReason, SamplingParams, TokenDelta, TokenLogprobs
-from hotplug.core.text.detokenizer import Detokenizer
+from hotplug.core.text.detokenizer import Detokenizer, LateStops
 from hotplug.core.text.tokenizer import Tokenizer
 
 
@@ -25,6 +26,8 @@ class CompletionChunk:
     num_cached_tokens: int = 0
     queued: float = 0.0
     """Seconds between arrival and first being scheduled (with the first token)."""
+    error: str = ""
+    """Why, when `finish_reason` is "error"."""
 
     def extend(self, later: CompletionChunk) -> None:
         """Become what this chunk and the `later` one of the same completion are together."""
@@ -37,11 +40,12 @@ class CompletionChunk:
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
         self.queued = max(self.queued, later.queued)
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.error = later.error
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """A whole completion."""
+    """A whole completion; with the `finish_reason` "error" what there was before it failed, and `error` says why."""
 
     index: int
     text: str = ""
@@ -49,6 +53,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -74,6 +79,7 @@ class RequestOutput:
         self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         output.finish_reason = chunk.finish_reason
         output.stop_reason = chunk.stop_reason
+        output.error = chunk.error
 
 
 class Completion:
@@ -92,7 +98,8 @@ class Completion:
         self.index = index
         self._params = params
         self._eos = () if params.ignore_eos else eos_token_ids
-        self._detokenizer = Detokenizer(
+        kind = partial(LateStops, min_tokens=params.min_tokens) if params.stop and params.min_tokens else Detokenizer
+        self._detokenizer: Detokenizer = kind(
             tokenizer,
             stop=params.stop,
             include_stop=params.include_stop_str_in_output,
@@ -146,8 +153,13 @@ class Completion:
         self.finished = reason is not None
         return CompletionChunk(
             self.index, text, token_ids, logprobs, reason, stop_reason,
-            delta.prompt_logprobs, delta.num_cached_tokens, delta.queued,
+            delta.prompt_logprobs, delta.num_cached_tokens, delta.queued, delta.error if reason == "error" else "",
         )  # fmt: skip
+
+    def fail(self, error: str) -> CompletionChunk:
+        """The chunk that ends it where its tokens cannot be made text."""
+        self.finished = True
+        return CompletionChunk(self.index, "", [], finish_reason="error", error=error)
 
     def _stop_reason(self, delta: TokenDelta) -> int | None:
         return None if delta.stop_token in self._eos else delta.stop_token

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import zmq
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import messages
+from hotplug.core.engine import main_script, messages
 from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.link import Link
@@ -201,7 +201,7 @@ def start(config: EngineConfig, link: Link) -> multiprocessing.process.BaseProce
     It belongs to the caller, with whom it ends.
     """
     process = multiprocessing.get_context("spawn").Process(
-        target=main, args=(config, link), name="hotplug-engine", daemon=True
+        target=main, args=(config, link), name=main_script.ENGINE, daemon=True
     )
     process.start()
     atexit.register(_end, process, os.getpid())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from hotplug.core.text.tokenizer import Tokenizer
 
@@ -62,11 +62,15 @@ class Detokenizer:
         self._held = ""
         return text
 
+    def _find(self, text: str) -> tuple[int, str] | None:
+        """Begin and name of the stop string that ends it."""
+        return _first_stop(text, self._stop)
+
     def _release(self, new: str) -> str:
         if not self._stop or (not self._held and self._stop_starts.isdisjoint(new)):
             return new
         text = self._held + new
-        hit = _first_stop(text, self._stop)
+        hit = self._find(text)
         if hit is not None:
             begin, self.stopped = hit
             self._held = ""
@@ -76,9 +80,43 @@ class Detokenizer:
         return text[: len(text) - keep]
 
 
-def _first_stop(text: str, stops: tuple[str, ...]) -> tuple[int, str] | None:
-    """Begin and name of the stop string that is complete first, so that chunking does not matter."""
-    found = [(at + len(stop), at, stop) for stop in stops if (at := text.find(stop)) >= 0]
+class LateStops(Detokenizer):
+    """A detokenizer whose stop strings count where a token after the first `min_tokens` completes them."""
+
+    def __init__(self, tokenizer: Tokenizer, *, min_tokens: int, stop: Sequence[str], **options: Any) -> None:
+        """The other options are those of `Detokenizer`."""
+        super().__init__(tokenizer, stop=stop, **options)
+        self._early = min_tokens
+        """Tokens to come that complete no stop string."""
+        self._spent = 0
+        """Characters of the text held back that come from such tokens."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push_token, token_ids))
+
+    def push_token(self, token_id: int) -> str:
+        self._early -= 1
+        return super().push_token(token_id)
+
+    def _find(self, text: str) -> tuple[int, str] | None:
+        return None if self._early >= 0 else _first_stop(text, self._stop, self._spent)
+
+    def _release(self, new: str) -> str:
+        before = len(self._held) + len(new)
+        text = super()._release(new)
+        released = before - len(self._held)
+        self._spent = len(self._held) if self._early >= 0 else max(0, self._spent - released)
+        return text
+
+
+def _first_stop(text: str, stops: tuple[str, ...], spent: int = 0) -> tuple[int, str] | None:
+    """Begin and name of the stop string that is complete first, so that chunking does not matter.
+
+    The first `spent` characters complete none.
+    """
+    found = [
+        (at + len(stop), at, stop) for stop in stops if (at := text.find(stop, max(0, spent + 1 - len(stop)))) >= 0
+    ]
     return min(found)[1:] if found else None
 
 
