@@ -44,12 +44,12 @@ def innocent(number: int) -> tuple[list[int], SamplingParams]:
 
 ASKED: list[dict[str, Any]] = [
     *[{"prompt": prompt} for prompt in (
-        [], [-1], [VOCAB], [2**31], [2**70], [1.5], ["a"], [None], [[1], [1, 2]], [[1, 2]], "text", 5, {"a": 1},
+        [], [-1], [VOCAB], [2**31], [2**70], [1.5], ["a"], [None], [[1], [1, 2]], [[1, 2]], HALF, 5, {"a": 1},
         np.array(5), np.array([1.5]), [3] * CONTEXT)],
     *[{"priority": value} for value in (2**31, 2**63, 2**2000, 1.5, None)],
     *[{"cache_salt": value} for value in (HALF, "a" * 100_000, 5)],
     *[{"request_id": value} for value in (HALF, 5, "a" * 100_000)],
-    {"params": None}, {"params": {"n": 2}},
+    {"params": "greedy"}, {"params": {"n": 2}},
     *[{"params": SamplingParams(**values)} for values in (
         {"stop_token_ids": [VOCAB]}, {"logit_bias": {VOCAB: 1.0}}, {"logit_bias": {2**31 - 1: 1.0}},
         {"min_tokens": CONTEXT - 1}, {"min_tokens": 2**31 - 1}, {"min_tokens": CONTEXT, "max_tokens": CONTEXT},

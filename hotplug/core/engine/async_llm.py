@@ -197,8 +197,8 @@ class AsyncLLM:
         cache_salt: str = "",
     ) -> AsyncGenerator[CompletionChunk, None]:
         """Chunks of all completions of a prompt, as they come; what comes while nobody reads is merged. Closing the
-        generator aborts the request. A prompt is given as for `LLM.stream`; `request_id` becomes part of the id that the
-        engine's log shows.
+        generator aborts the request. A prompt is given as for `LLM.stream`; `request_id` becomes part of the id
+        that the engine's log shows.
 
         Raises RequestError, QueueFullError, NotReadyError or EngineDeadError; so does its first chunk.
         """
