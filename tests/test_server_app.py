@@ -387,7 +387,7 @@ def test_unknown_route_is_not_found(client):
 def test_wrong_method_is_refused(client):
     response = client.get("/v1/completions")
     refusal(response, 405)
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "POST, OPTIONS"
 
 
 @pytest.mark.parametrize("sent", [None, "Bearer no", "Basic k1", "k1", "Bearer"])
