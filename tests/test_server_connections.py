@@ -13,8 +13,9 @@ from contextlib import ExitStack
 
 import pytest
 from fake_server import SlowLLM, connect, error, get, post, read, server_process, serving, status, talk
-from live_server import live_server
+from live_server import live_server, until
 
+from hotplug.server import connection
 from hotplug.server.connections import SparseLog
 
 
@@ -74,11 +75,26 @@ def test_idle_connections_make_room_for_new_ones():
     with serving() as server, ExitStack() as stack:
         server._connections.limit = 10
         idle = silent(stack, server.port, 10)
-        for connection in idle:
-            connection.sendall(get("/health").replace(b"Connection: close\r\n", b""))
-            read(connection, b"}")
+        for each in idle:
+            each.sendall(get("/health").replace(b"Connection: close\r\n", b""))
+            read(each, b"}")
         assert status(talk(server.port, get("/health"))) == 200
         assert read(idle[0]) == b""
+
+
+def test_unfinished_headers_of_all_connections_are_bounded(monkeypatch):
+    monkeypatch.setattr(connection, "MOST_QUIET_OF_ALL", 100_000)
+    with serving() as server, ExitStack() as stack:
+        first, second = silent(stack, server.port, 2)
+        for each in (first, second):
+            each.sendall(b"GET /health HTTP/1.1\r\nA: " + b"x" * 60_000)
+        refused = read(second)
+        assert status(refused) == 503
+        assert status(talk(server.port, get("/health"))) == 200
+        first.sendall(b"\r\nConnection: close\r\n\r\n")
+        assert status(read(first)) == 200
+        second.close()
+        assert until(lambda: server._connections.quiet_bytes == 0)
 
 
 def test_a_process_without_descriptors_says_so_and_goes_on(caplog):

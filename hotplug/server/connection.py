@@ -21,17 +21,15 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from hotplug.server.connections import MIN_RATE, Connections, Waiting
+from hotplug.server.connections import MIN_RATE, MOST_QUIET_OF_ALL, Connections, Waiting
 from hotplug.server.gate import ANY_PATH
-from hotplug.server.refused import MOST_HEADERS, MOST_QUIET, RefusedError, head_too_large, malformed
+from hotplug.server.refused import MOST_HEADERS, MOST_QUIET, RefusedError, head_too_large, malformed, unframed
 
 if TYPE_CHECKING:
     import asyncio
 
 PIECE = 16 << 10
 """Bytes that are parsed at a time."""
-
-
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
@@ -76,7 +74,7 @@ class Connection(HttpToolsProtocol):
         self._progress = False
         """Whether what was parsed last completed a header block or a request, or brought a part of a body."""
         self._quiet = 0
-        """Bytes since the last progress."""
+        """Bytes since the last progress; all connections together are bounded too."""
         self._held = b""
         """What came while a request waited for its turn."""
         self._unanswered = 0
@@ -105,6 +103,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.remove(self)
+        self._count_quiet(0)
         self._held = b""
         self.pipeline.clear()
         if self._answering is not None:
@@ -160,14 +159,16 @@ class Connection(HttpToolsProtocol):
             reason = error.__context__
             self._refuse(reason if isinstance(reason, RefusedError) else malformed(piece, error))
             return taken
-        self._quiet = 0 if self._progress else self._quiet + taken
+        self._count_quiet(0 if self._progress else self._quiet + taken)
         if self._quiet > MOST_QUIET:
-            self._refuse(
-                RefusedError(400, f"over {MOST_QUIET} bytes of chunk extensions or trailers")
-                if self._parsing is _Parsing.BODY
-                else head_too_large()
-            )
+            self._refuse(unframed() if self._parsing is _Parsing.BODY else head_too_large())
+        elif self._quiet and self._all.quiet_bytes > MOST_QUIET_OF_ALL:
+            self._refuse(RefusedError(503, "too many requests are unfinished", "too_many_connections"))
         return taken
+
+    def _count_quiet(self, number: int) -> None:
+        self._all.quiet_bytes += number - self._quiet
+        self._quiet = number
 
     def _ignore_upgrade(self) -> None:
         """Go on as if the client had not asked for another protocol, as its answer will tell it.
@@ -254,7 +255,7 @@ class Connection(HttpToolsProtocol):
         if self._refusal is not None and not self._unanswered:
             self._tell_refusal(self._refusal)
         elif self._parsing is _Parsing.BODY and not self._unanswered and self.expect_100_continue:
-            self.close()  # nobody knows whether the body that was not asked for will come
+            self._part()  # nobody knows whether the body that was not asked for will come
         self._wait()
 
     def _wait(self) -> None:
@@ -274,7 +275,7 @@ class Connection(HttpToolsProtocol):
 
     def head_timed_out(self, seconds: float) -> None:
         if self._parsing is _Parsing.BETWEEN:
-            self._all.log.warning("silent", f"closed a connection without a request in {seconds:.0f} s")
+            self._all.log.warning("silent", f"closed a connection{self._whose()} without a request in {seconds:.0f} s")
             self.close()
         else:
             self._refuse(RefusedError(408, f"the request's headers did not come within {seconds:.0f} s", "timeout"))
@@ -292,7 +293,8 @@ class Connection(HttpToolsProtocol):
         """Take nothing more; say why once earlier requests are answered."""
         self._refusal, self._deaf = refusal, True
         self._held, self.flow.held = b"", False
-        self._all.log.warning(str(refusal.status), f"refused a connection with {refusal.status}: {refusal.message}")
+        what = f"refused a connection{self._whose()} with {refusal.status}: {refusal.message}"
+        self._all.log.warning(str(refusal.status), what)
         if self._parsing is _Parsing.BODY and not self.cycle.response_complete:
             # the fault is in a request that may have its task, or its place in the queue
             self._unanswered -= 1
@@ -305,6 +307,9 @@ class Connection(HttpToolsProtocol):
         self._all.move(self, None)
         if not self._unanswered:
             self._tell_refusal(refusal)
+
+    def _whose(self) -> str:
+        return f" from {self.client[0]}" if self.client else ""
 
     def _tell_refusal(self, refusal: RefusedError) -> None:
         if not self.transport.is_closing():

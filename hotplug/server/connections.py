@@ -33,6 +33,8 @@ MIN_RATE = 1024.0
 """Bytes a second that a request's body must come at, averaged from its first byte on."""
 MOST_CONNECTIONS = 16_384
 """Of one process, however many descriptors it may have."""
+MOST_QUIET_OF_ALL = 64 << 20
+"""Bytes of headers that are incomplete, of all connections of a process."""
 RESERVE = 64
 """Descriptors for everything but connections that is opened after the start."""
 QUIET_SECONDS = 60.0
@@ -72,6 +74,8 @@ class Connections:
         """`read_timeout`: seconds, see `ServerConfig.read_timeout`. `limit`: how many there may be."""
         self.limit = limit
         self.log = SparseLog()
+        self.quiet_bytes = 0
+        """Of requests whose headers are incomplete; the connections count them."""
         self._read_timeout = read_timeout
         self._open: set[Connection] = set()
         self.heads: Waiting = {}

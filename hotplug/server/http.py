@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
         await self._finished()
         if cut := self._in_flight.end():
             _logger.warning("%s cut off by the end of the server", _counted(cut, "request was", "requests were"))
-            await self._told()
+            await self._farewell()
         await self.lifespan.shutdown()
 
     async def _finished(self) -> None:
@@ -111,7 +111,7 @@ class Server(uvicorn.Server):
             if ticks % _TICKS == 0:
                 self._connections.sweep(loop.time())
 
-    async def _told(self) -> None:
+    async def _farewell(self) -> None:
         """Let requests that were ended say so to their clients, as far as those read."""
         for patience in (_FAREWELL, None):
             if self.server_state.tasks:

@@ -40,6 +40,10 @@ def head_too_large() -> RefusedError:
     return RefusedError(431, f"the request's line and headers are over {MOST_QUIET} bytes", "headers_too_large")
 
 
+def unframed() -> RefusedError:
+    return RefusedError(400, f"over {MOST_QUIET} bytes of chunk extensions or trailers")
+
+
 def malformed(piece: bytes, error: httptools.HttpParserError) -> RefusedError:
     if piece.startswith(_TLS_HELLO):
         return RefusedError(400, "this port speaks plain HTTP: write http:// and not https://")
