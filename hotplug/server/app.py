@@ -14,7 +14,7 @@ from hotplug.core.errors import EngineDeadError
 from hotplug.server import chat, completions, errors, routes
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
-from hotplug.server.gate import Gate, json_body, valid_unicode
+from hotplug.server.gate import Gate, valid_unicode
 from hotplug.server.inflight import InFlight, InFlightRequests
 from hotplug.server.metrics import EngineMetrics
 from hotplug.server.parsing import find_parsers
@@ -66,7 +66,7 @@ def create_app(
         title="hotplug",
         version=hotplug.__version__,
         lifespan=lifespan,
-        dependencies=[Depends(json_body), Depends(valid_unicode)],
+        dependencies=[Depends(valid_unicode)],
         redirect_slashes=False,  # `Gate` takes them off
     )
     app.state.service = Service(llm, find_parsers(config.tool_parser, config.reasoning_parser))

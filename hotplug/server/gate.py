@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import json
+from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi import Request
@@ -47,7 +48,7 @@ class _Headers(NamedTuple):
     transfer_encoding: bytes = b""
 
 
-_READ = {name.replace("_", "-").encode(): name for name in _Headers._fields}
+_READ = tuple(name.replace("_", "-").encode() for name in _Headers._fields)
 
 
 class Gate:
@@ -80,7 +81,8 @@ class Gate:
             await self._with_body(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Exception | None:
-        headers = _Headers(**{_READ[name]: value for name, value in scope["headers"] if name in _READ})
+        found = {name: value for name, value in scope["headers"] if name in _READ}
+        headers = _Headers(*map(found.get, _READ, repeat(b"")))
         if self._keys:
             scheme, _, key = headers.authorization.partition(b" ")
             known = [hmac.compare_digest(key.strip(), ours) for ours in self._keys]
@@ -160,21 +162,23 @@ def _shown(value: bytes) -> str:
     return value[:80].decode("latin-1")
 
 
-async def json_body(request: Request) -> None:
-    """Raises RequestError for a body that is declared to be something else than JSON, which is not parsed then."""
+def _check_type(request: Request) -> None:
+    """Raises RequestError for a body that is declared to be something else than JSON: it has not been parsed."""
     declared = request.headers.get("content-type")
-    if request.method == "POST" and declared:
-        kind = declared.partition(";")[0].strip().lower()
-        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-            raise RequestError(f"Content-Type {declared[:80]} is not taken: the body must be JSON",
-                               hint="Send Content-Type: application/json.")  # fmt: skip
+    if declared is None or declared == "application/json" or request.method != "POST":
+        return
+    kind = declared.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise RequestError(f"Content-Type {declared[:80]} is not taken: the body must be JSON",
+                           hint="Send Content-Type: application/json.")  # fmt: skip
 
 
 async def valid_unicode(request: Request) -> None:
-    """Raises RequestError for a JSON body with half a surrogate pair.
+    """Raises RequestError for a body that is not JSON by its own account, and for one with half a surrogate pair.
 
-    Python takes the escape of one into a string that no tokenizer and no encoder takes from it.
+    Python takes the escape of such a half into a string that no tokenizer and no encoder takes from it.
     """
+    _check_type(request)
     body = await request.body()
     if b"\\ud" in body or b"\\uD" in body:
         try:
