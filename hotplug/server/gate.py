@@ -28,8 +28,6 @@ DIRECT_SEND = "hotplug.send"
 of a response only."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 """Answered to anyone and at any time: probes and scrapers have no key, and ask a server that starts."""
-
-
 ANY_PATH = "/*"
 """Stands for the server as a whole, which a client asks for by `OPTIONS *`."""
 _DIGITS = 18
@@ -39,13 +37,13 @@ _BODIES_AT_ONCE = 32
 
 
 class _Headers(NamedTuple):
-    """What the gate reads of a request's headers."""
+    """What the gate reads of a request's headers; empty: absent."""
 
-    authorization: bytes = b""
-    content_encoding: bytes = b""
-    content_length: bytes = b""
-    expect: bytes = b""
-    transfer_encoding: bytes = b""
+    authorization: bytes
+    content_encoding: bytes
+    content_length: bytes
+    expect: bytes
+    transfer_encoding: bytes
 
 
 _READ = tuple(name.replace("_", "-").encode() for name in _Headers._fields)
