@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -155,9 +156,11 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
 
 
 @contextmanager
-def live_server(model: Path, *, engine: dict[str, Any] | None = None, **server: Any) -> Iterator[Server]:
-    """A server that answers. Whatever is left of it afterwards is killed."""
-    process = start(model, engine=engine, **server)
+def live_server(
+    model: Path, *, engine: dict[str, Any] | None = None, descriptors: int | None = None, **server: Any
+) -> Iterator[Server]:
+    """A server that answers; `descriptors`: the most that each process may have open. It is killed afterwards."""
+    process = start(model, engine=engine, descriptors=descriptors, **server)
     try:
         url = process.stdout.readline().strip()
         assert url, process.communicate()[1]
@@ -166,14 +169,21 @@ def live_server(model: Path, *, engine: dict[str, Any] | None = None, **server: 
         end(process)
 
 
-def start(model: Path, *, engine: dict[str, Any] | None = None, **server: Any) -> subprocess.Popen[str]:
+def start(
+    model: Path, *, engine: dict[str, Any] | None = None, descriptors: int | None = None, **server: Any
+) -> subprocess.Popen[str]:
     """The process of a server, which prints its URL when it answers. It leads a process group."""
     options = {"model": str(model), "served_model_name": MODEL, "load_format": "dummy", "kv_cache_memory": "16MiB"}
     arguments = json.dumps([{**options, **(engine or {})}, {"port": 0, **server}])
     return subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=None if descriptors is None else limit_descriptors(descriptors),
     )  # fmt: skip
+
+
+def limit_descriptors(number: int) -> Callable[[], None]:
+    """What a child process calls before it starts."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
 
 
 def left(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 
 import httpx
 import pytest
@@ -387,7 +388,108 @@ def test_unknown_route_is_not_found(client):
 def test_wrong_method_is_refused(client):
     response = client.get("/v1/completions")
     refusal(response, 405)
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "POST, OPTIONS"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics", "/v1/models", "/v1/models/fake",
+                                  "/debug/plan", "/openapi.json"])  # fmt: skip
+def test_head_is_get_without_the_body(client, path):
+    got, asked = client.get(path), client.request("HEAD", path)
+    assert asked.status_code == got.status_code == 200
+    assert asked.content == b""
+    assert asked.headers["content-type"] == got.headers["content-type"]
+    assert "content-length" in asked.headers
+
+
+def test_head_where_get_is_refused_is_refused_too(llm):
+    assert Client(llm).request("HEAD", "/v1/completions").status_code == 405
+    assert Client(llm).request("HEAD", "/nowhere").status_code == 404
+    assert Client(llm, api_key=("k",)).request("HEAD", "/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/v1/chat/completions", "POST, OPTIONS"), ("/v1/models", "GET, HEAD, OPTIONS"), ("/health", "GET, HEAD, OPTIONS"),
+     ("/v1/models/", "GET, HEAD, OPTIONS"), ("/*", "GET, HEAD, OPTIONS, POST")],
+)  # fmt: skip
+def test_options_says_what_is_allowed_and_asks_for_no_key(llm, path, allowed):
+    llm.ready = False
+    response = Client(llm, api_key=("k",)).request("OPTIONS", path)
+    assert (response.status_code, response.headers["allow"], response.content) == (204, allowed, b"")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/v1/models/fake"])
+def test_a_slash_at_the_end_changes_nothing(client, path):
+    assert client.get(path + "/").json() == client.get(path).json()
+    assert client.post("/v1/completions/", TEXT).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["DELETE", "PUT", "PATCH", "TRACE"])
+def test_refused_method_comes_with_what_is_allowed(client, method):
+    response = client.request(method, "/v1/models")
+    refusal(response, 405)
+    assert response.headers["allow"] == "GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [
+        ("content-encoding", "gzip", 415),
+        ("content-encoding", "br", 415),
+        ("content-encoding", "identity, gzip", 415),
+        ("content-type", "text/plain", 400),
+        ("content-type", "application/x-www-form-urlencoded", 400),
+        ("content-type", "multipart/form-data; boundary=x", 400),
+        ("transfer-encoding", "gzip, chunked", 501),
+        ("expect", "a-pony", 417),
+    ],
+)
+def test_a_body_that_is_not_read_is_refused_by_the_header_that_says_so(client, header, value, status):
+    sent = {"content-type": "application/json", header: value}
+    response = client.request("POST", "/v1/completions", content=b"\x1f\x8b", headers=sent)
+    error = refusal(response, status)
+    assert header in error["message"].lower()
+    assert value.partition(";")[0] in error["message"]
+
+
+def test_what_is_taken_of_encodings_is_said(client):
+    response = client.request("POST", "/v1/completions", content=b"", headers={"content-encoding": "zstd"})
+    assert response.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("headers", [
+    {"content-encoding": "identity"}, {"content-encoding": ""}, {"content-type": "application/json; charset=UTF-8"},
+    {"content-type": "APPLICATION/JSON"}, {"content-type": "application/vnd.api+json"}, {"expect": "100-Continue"},
+])  # fmt: skip
+def test_headers_that_change_nothing_are_taken(client, headers):
+    sent = {"content-type": "application/json", **headers}
+    response = client.request("POST", "/v1/completions", content=json.dumps(TEXT).encode(), headers=sent)
+    assert response.status_code == 200, response.text
+
+
+def test_bodies_of_all_requests_together_are_bounded(llm):
+    client = Client(llm, max_body_size="1KiB")
+    llm.hang_after = 0
+    body = json.dumps(TEXT).encode().ljust(1024)
+
+    async def fill() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(client.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            send = partial(http.post, "/v1/completions", content=body, headers={"content-type": "application/json"})
+            waiting = [asyncio.ensure_future(send()) for _ in range(32)]
+            while len(llm.seen) < 32:
+                await asyncio.sleep(0)
+            refused = [await send() for _ in range(3)]
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            llm.hang_after = None
+            return [*refused, await send()]
+
+    *refused, taken = asyncio.run(asyncio.wait_for(fill(), 20))
+    assert [r.status_code for r in refused] == [503] * 3
+    assert refused[-1].headers["retry-after"] == "5"
+    assert taken.status_code == 200
 
 
 @pytest.mark.parametrize("sent", [None, "Bearer no", "Basic k1", "k1", "Bearer"])

@@ -1,12 +1,8 @@
-"""The life of a server: configuration, taking the port, readiness, signals, an engine that fails."""
+"""The life of a server: configuration, taking the port, readiness, an engine that fails."""
 
 from __future__ import annotations
 
-import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from fake_llm import FakeLLM
@@ -15,35 +11,6 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError, EngineDeadError, ModelError
 from hotplug.server.config import ServerConfig
 from hotplug.server.serve import listen, run, serve
-
-SERVER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import hotplug.core.engine
-from types import ModuleType
-from fake_llm import FakeLLM
-
-class Engine(FakeLLM):
-    def __init__(self, config):
-        super().__init__()
-
-    async def _misbehave(self, step):
-        import asyncio
-        await asyncio.sleep(0.01)
-
-    async def close(self):
-        print("closed", flush=True)
-
-module = ModuleType("hotplug.core.engine.async_llm")
-module.AsyncLLM = Engine
-sys.modules[module.__name__] = module
-from hotplug.core.config import EngineConfig
-from hotplug.server.config import ServerConfig
-from hotplug.server.serve import run
-
-run(EngineConfig(), ServerConfig(port=0), on_ready=lambda url: print(url, flush=True))
-print("over", flush=True)
-"""
 
 
 def test_unknown_option_comes_with_the_nearest_name():
@@ -121,31 +88,3 @@ def test_engine_that_dies_ends_the_server_with_its_failure():
 
 def sock_port(url: str) -> int:
     return int(url.rsplit(":", 1)[1])
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_running_requests_finish_and_closes_the_engine(sent):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(Path(__file__).parent)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        port = sock_port(process.stdout.readline())
-        body = b'{"model": "fake", "prompt": "x", "max_tokens": 40, "stream": true}'
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-            )
-            got = connection.recv(4096)
-            process.send_signal(sent)
-            while data := connection.recv(4096):
-                got += data
-        out, err = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert b"[DONE]" in got
-    assert got.count(b'"text"') == 40
-    assert out.splitlines()[-1] == "over"
-    assert "closed" in out
-    assert process.returncode == 0, err

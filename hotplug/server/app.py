@@ -15,6 +15,7 @@ from hotplug.server import chat, completions, errors, routes
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
 from hotplug.server.gate import Gate, valid_unicode
+from hotplug.server.inflight import InFlight, InFlightRequests
 from hotplug.server.metrics import EngineMetrics
 from hotplug.server.parsing import find_parsers
 from hotplug.server.service import Service
@@ -62,13 +63,19 @@ def create_app(
                 await asyncio.to_thread(spans.close)
 
     app = FastAPI(
-        title="hotplug", version=hotplug.__version__, lifespan=lifespan, dependencies=[Depends(valid_unicode)]
+        title="hotplug",
+        version=hotplug.__version__,
+        lifespan=lifespan,
+        dependencies=[Depends(valid_unicode)],
+        redirect_slashes=False,  # `Gate` takes them off
     )
     app.state.service = Service(llm, find_parsers(config.tool_parser, config.reasoning_parser))
     app.state.metrics = llm.observer = EngineMetrics(figures)
     for module in (chat, completions, routes):
         app.include_router(module.router)
     errors.install(app)
+    app.state.in_flight = InFlight()
+    app.add_middleware(InFlightRequests, in_flight=app.state.in_flight)
     app.add_middleware(Gate, llm=llm, config=config)
     if spans is not None:
         app.add_middleware(TracedRequests, spans=spans)

@@ -25,6 +25,8 @@ class ServerConfig:
     frontends: int = option(
         1, "Processes for HTTP, templates and text; 1 is this one, it supervises more", low=1, high=64)  # fmt: skip
     max_body_size: str | int = option("32MiB", "Largest request body that is read")
+    read_timeout: int = option(
+        30, "Seconds that a client gets to send a request's headers, and that its body may pause", low=1)  # fmt: skip
     shutdown_grace: int = option(
         30, "Seconds that running requests get to finish after SIGINT or SIGTERM", low=0)  # fmt: skip
     tool_parser: str | None = option(None, "Take tool calls out of answers: hermes, or a plugin's parser")

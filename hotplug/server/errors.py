@@ -64,6 +64,9 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
     The reasons of a server-side failure (tracebacks, paths) go to the log and not to the client.
     """
+    if isinstance(error, HTTPException):
+        type_ = _HTTP_TYPES.get(error.status_code, "invalid_request_error")
+        return error.status_code, error_body(error.detail, type_, None, None), dict(error.headers or {})
     kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
     if kind is None:
         return 500, error_body("internal error", "server_error", None, "internal_error"), {}
@@ -112,17 +115,23 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = {404: f"no route {request.url.path}", 405: f"{request.method} is not allowed here"}.get(
-            error.status_code, error.detail
-        )
-        type_ = _HTTP_TYPES.get(error.status_code, "invalid_request_error")
-        code = "unknown_route" if error.status_code == 404 else None
-        return json_response(error_body(message, type_, None, code), error.status_code, dict(error.headers or {}))
+        status, body, headers = describe(error)
+        if status == 404:
+            body["error"].update(message=f"no route {request.url.path}", code="unknown_route")
+        elif status == 405:
+            body["error"].update(message=f"{request.method} is not allowed here")
+            headers = {name: _allowed(value) if name.lower() == "allow" else value for name, value in headers.items()}
+        return json_response(body, status, headers)
 
     app.add_exception_handler(HotplugError, deliberate)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _allowed(methods: str) -> str:
+    """What a path allows, with the methods that are answered for every route (`hotplug.server.gate`)."""
+    return ", ".join([methods, *(["HEAD"] if methods == "GET" else []), "OPTIONS"])
 
 
 def _first_problem(problems: Sequence[Any]) -> tuple[str | None, str]:

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-import uvicorn
+from typing import TYPE_CHECKING
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.async_llm import AsyncLLM
@@ -26,12 +25,16 @@ from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
-from hotplug.server.http import give_up, uvicorn_config
+from hotplug.server.http import Server
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 DRAIN, QUIT = "drain", "quit"
 """To a front end: let running requests finish; do not."""
-READY, FAILED = "ready", "failed"
-"""From it, each with a text: it serves requests; the engine is dead, or the front end cannot work with it, and why."""
+READY, FAILED, FINISHING = "ready", "failed", "finishing"
+"""From it, each with a text: it serves requests; the engine is dead, or the front end cannot work with it, and why; it
+takes no more requests, and how many it finishes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def main(place: Place, sock: socket.socket, pipe: Connection) -> None:
 
     def fail(error: Exception) -> None:
         _tell(pipe, FAILED, str(error))
-        give_up(server)
+        server.give_up()
 
     def ready() -> None:
         freeze_started_objects()
@@ -80,7 +83,7 @@ def main(place: Place, sock: socket.socket, pipe: Connection) -> None:
         on_ready=ready,
         on_failure=fail,
     )
-    server = _Server(uvicorn_config(app, place.server), pipe)
+    server = _Server(app, place.server, pipe)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         try:
             runner.run(server.serve(sockets=[sock]))
@@ -88,11 +91,11 @@ def main(place: Place, sock: socket.socket, pipe: Connection) -> None:
             runner.run(llm.close())
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """Ends when the pipe says so, or closes: then the supervisor is dead."""
 
-    def __init__(self, config: uvicorn.Config, pipe: Connection) -> None:
-        super().__init__(config)
+    def __init__(self, app: FastAPI, config: ServerConfig, pipe: Connection) -> None:
+        super().__init__(app, config, lambda requests: _tell(pipe, FINISHING, str(requests)))
         self._pipe = pipe
         self.told = asyncio.Event()
 

@@ -37,7 +37,7 @@ from hotplug.core.weights.source import resolve
 from hotplug.server import frontend
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
-from hotplug.server.http import FAILED_GRACE
+from hotplug.server.http import FAILED_GRACE, say_finishing
 
 _logger = logging.getLogger("hotplug.server")
 
@@ -124,6 +124,8 @@ class _Supervisor:
         self._stillborn = dict.fromkeys(range(config.frontends), 0)
         self._killing: float | None = None
         """When front ends that are left are killed (`time.monotonic`); None while serving."""
+        self._finishing: dict[int, int] | None = {}
+        """Requests that each front end finishes, as far as they have told; None once all of them have."""
 
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Start everything, and return when all front ends have ended."""
@@ -188,8 +190,19 @@ class _Supervisor:
         if kind == frontend.READY:
             front_end.ready = True
             self._stillborn[front_end.client] = 0
+        elif kind == frontend.FINISHING:
+            self._on_finishing(front_end.client, int(text))
         elif self._killing is None:  # a front end that ends has no use for the engine, either
             self._fail(text)
+
+    def _on_finishing(self, client: int, requests: int) -> None:
+        """A front end takes no more requests; once all of them have said so, say how many are left."""
+        if self._finishing is None:
+            return
+        self._finishing[client] = requests
+        if self._finishing.keys() >= self._front_ends.keys():
+            say_finishing(sum(self._finishing.values()))
+            self._finishing = None
 
     def _on_exit(self, front_end: _FrontEnd) -> None:
         client = front_end.client
@@ -235,6 +248,7 @@ class _Supervisor:
         if self.failure is not None:
             return
         self.failure = reason
+        self._finishing = None
         for client in self._front_ends:  # they keep what they heard first
             self._push(self._link.outbox(client)).send(messages.encode(messages.Failed(reason, "", True)))
         self._stop(frontend.DRAIN, FAILED_GRACE + 0.5)

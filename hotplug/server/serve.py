@@ -11,14 +11,13 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import uvicorn
-
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError
 from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
-from hotplug.server.http import BACKLOG, give_up, uvicorn_config
+from hotplug.server.connections import raise_descriptor_limit
+from hotplug.server.http import BACKLOG, Server, say_finishing
 
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
@@ -33,10 +32,12 @@ def run(
     """Serve until SIGINT or SIGTERM.
 
     `on_ready` gets the server's URL once the engine answers. A signal stops new connections; running
-    requests get `shutdown_grace` seconds to finish, then the engine is closed. Raises ConfigError when the
-    port is taken, before anything is loaded, and the engine's own error when it cannot start or dies.
+    requests get `shutdown_grace` seconds to finish, or until a second signal, and end with an error after that; then
+    the engine is closed. Raises ConfigError when the port is taken, before anything is loaded, and the engine's own
+    error when it cannot start or dies.
     """
     check(server_config)
+    raise_descriptor_limit()
     with contextlib.ExitStack() as opened, _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
         sockets = listen_all(server_config)
         for sock in sockets:
@@ -68,7 +69,7 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
 
     def fail(error: Exception) -> None:
         failures.append(error)
-        give_up(server)
+        server.give_up()
 
     def ready() -> None:
         from hotplug.core.engine.process import freeze_started_objects  # heavy, and loaded with the engine's front end
@@ -78,7 +79,7 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
 
     spans = tracing.connect(config.otlp_endpoint) if config.otlp_endpoint is not None else None
     app = create_app(llm, config, spans=spans, on_ready=ready, on_failure=fail)
-    server = uvicorn.Server(uvicorn_config(app, config))
+    server = Server(app, config, say_finishing)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         try:
             runner.run(server.serve(sockets=[sock]))
@@ -86,7 +87,7 @@ def serve(llm: AsyncLLM, config: ServerConfig, sock: socket.socket, on_ready: Ca
             if not failures:
                 raise
         finally:
-            runner.run(llm.close())  # after a second signal uvicorn skips the lifespan's end
+            runner.run(llm.close())  # whose lifespan has not begun has no end
     if failures:
         raise failures[0]
 
