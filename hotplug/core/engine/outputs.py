@@ -25,6 +25,8 @@ class CompletionChunk:
     num_cached_tokens: int = 0
     queued: float = 0.0
     """Seconds between arrival and first being scheduled (with the first token)."""
+    error: str = ""
+    """Why, when `finish_reason` is "error"."""
 
     def extend(self, later: CompletionChunk) -> None:
         """Become what this chunk and the `later` one of the same completion are together."""
@@ -37,11 +39,12 @@ class CompletionChunk:
         self.num_cached_tokens = max(self.num_cached_tokens, later.num_cached_tokens)
         self.queued = max(self.queued, later.queued)
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.error = later.error
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """A whole completion."""
+    """A whole completion; with the `finish_reason` "error" what there was before it failed, and `error` says why."""
 
     index: int
     text: str = ""
@@ -49,6 +52,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -74,6 +78,7 @@ class RequestOutput:
         self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         output.finish_reason = chunk.finish_reason
         output.stop_reason = chunk.stop_reason
+        output.error = chunk.error
 
 
 class Completion:
@@ -146,7 +151,7 @@ class Completion:
         self.finished = reason is not None
         return CompletionChunk(
             self.index, text, token_ids, logprobs, reason, stop_reason,
-            delta.prompt_logprobs, delta.num_cached_tokens, delta.queued,
+            delta.prompt_logprobs, delta.num_cached_tokens, delta.queued, delta.error if reason == "error" else "",
         )  # fmt: skip
 
     def _stop_reason(self, delta: TokenDelta) -> int | None:

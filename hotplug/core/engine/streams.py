@@ -111,8 +111,8 @@ class Streams:
     def _push(self, stream: _Stream, delta: TokenDelta, now: float, observer: EngineObserver | None) -> bool:
         """Hand out what is more than one token. Whether a stop string ended the request."""
         if delta.finish_reason == "error":
-            self.refuse(delta.tag, EngineDeadError(delta.error))
-            return False
+            self.refuse(delta.tag, HotplugError(delta.error))
+            return True
         chunk = stream.completion.push(delta)
         if observer is not None:
             if stream.last_token:
