@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hotplug.core.errors import HotplugError, PlatformError
-    from hotplug.core.ops.attention import AttentionInputs, gather_kv
+    from hotplug.core.ops.attention import AttentionInputs, finite_values, gather_kv
     from hotplug.core.ops.registry import Bucket, Impl, Op, OpRegistry, SiteSpec, Verdict
     from hotplug.core.platform.base import (
         API_VERSION,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "hotplug.core.errors": ("HotplugError", "PlatformError"),
-    "hotplug.core.ops.attention": ("AttentionInputs", "gather_kv"),
+    "hotplug.core.ops.attention": ("AttentionInputs", "finite_values", "gather_kv"),
     "hotplug.core.ops.registry": ("Bucket", "Impl", "Op", "OpRegistry", "SiteSpec", "Verdict"),
     "hotplug.core.platform.base": (
         "API_VERSION", "CompileLimits", "DeviceInfo", "ExecMode", "Feature", "KVLayout", "Limits", "MemoryInfo",
@@ -94,6 +94,7 @@ __all__ = [
     "TuningSummary",
     "Verdict",
     "cache_folder",
+    "finite_values",
     "gather_kv",
 ]
 

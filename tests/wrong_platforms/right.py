@@ -89,10 +89,13 @@ class Right:
                 visible = key <= query + self.ahead
                 if window is not None:
                     visible &= key > query - window
+                if window is not None:
+                    v = v.masked_fill(~visible.any(0)[:, None, None], 0.0)  # null entries
                 own = q[begin : begin + queries].transpose(0, 1)
                 factor = self.scale_of(scale, q.shape[1] // k.shape[1])
                 scores = own @ k[:, owners].permute(1, 2, 0) * factor
-                weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num()
+                weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+                weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # of queries that see nothing
                 out[begin : begin + queries] = (weights @ v[:, owners].transpose(0, 1)).transpose(0, 1)
             begin += queries
         return out
@@ -100,8 +103,14 @@ class Right:
     def slot_of(self, slots: Any) -> Any:
         return slots
 
+    def storable(self, k: Any, v: Any) -> Any:
+        from hotplug.vendor import finite_values
+
+        return finite_values(k, v)
+
     def kv_write(self, k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, layout: str) -> Any:
         slots = self.slot_of(slots)
+        k, v = self.storable(k, v)
         size = k_cache.shape[1] if layout == "NHD" else k_cache.shape[2]
         for values, cache in ((k, k_cache), (v, v_cache)):
             rows = cache if layout == "NHD" else cache.transpose(1, 2)

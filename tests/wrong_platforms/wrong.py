@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hotplug.vendor import DeviceInfo, ExecMode, Limits, NotHandled, SiteSpec, Verdict, gather_kv
+from hotplug.vendor import DeviceInfo, ExecMode, Impl, Limits, NotHandled, OpRegistry, SiteSpec, Verdict, gather_kv
 from wrong_platforms.right import Right
 
 
@@ -26,6 +26,29 @@ class ReadsPastTheEnd(Right):
     def kv_of(self, k_cache: Any, v_cache: Any, table: Any, seq_len: int, layout: str) -> Any:
         size = k_cache.shape[1] if layout == "NHD" else k_cache.shape[2]
         return gather_kv(k_cache, v_cache, table, -(-seq_len // size) * size, layout)
+
+
+class MultipliesByZero(Right):
+    """Right as long as cells past a sequence's end hold numbers."""
+
+    def kv_of(self, k_cache: Any, v_cache: Any, table: Any, seq_len: int, layout: str) -> Any:
+        size = k_cache.shape[1] if layout == "NHD" else k_cache.shape[2]
+        return gather_kv(k_cache, v_cache, table, -(-seq_len // size) * size, layout)
+
+
+class StoresWhatItIsGiven(Right):
+    """NaN among the values too."""
+
+    def storable(self, k: Any, v: Any) -> Any:
+        return k, v
+
+
+class TakesNoNumberForAToken(Right):
+    """The best of scores of which some are NaN."""
+
+    def register(self, ops: OpRegistry) -> None:
+        super().register(ops)
+        ops.add(Impl("argmax", self.name, lambda logits: logits.argmax(-1)))
 
 
 class LiesInCheck(Right):

@@ -150,6 +150,12 @@ class KVManager:
         self._registered[row] = max(first, num_blocks)
         return new
 
+    def forget(self, digests: Sequence[bytes]) -> None:
+        """Take the blocks of these hashes out of the prefix cache, here and on the host."""
+        self.pool.forget(digests)
+        if self.host is not None:
+            self.host.blocks.forget(digests)
+
     def free(self, row: int) -> None:
         """Release all blocks of a row. Cached ones stay findable until they are allocated anew."""
         first, end = int(self._first[row]), int(self.num_blocks[row])

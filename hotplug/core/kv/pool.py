@@ -7,7 +7,7 @@ somebody else's business (`tables`, `prefix`). Every operation is O(1) a block.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hotplug.core.errors import ConfigError, OutOfMemoryError
 
@@ -92,6 +92,15 @@ class BlockPool:
             raise ValueError(f"KV block {block_id} is free or already cached under another hash")
         self._block_of[digest] = block_id
         self._hash_of[block_id] = digest
+
+    def forget(self, digests: Iterable[bytes]) -> None:
+        """Nobody finds the blocks of these hashes any more. Who holds one keeps it; free ones are allocated first."""
+        for digest in digests:
+            block = self._block_of.pop(digest, None)
+            if block is not None:
+                del self._hash_of[block]
+                if self._references[block] == 0:
+                    self._free.move_to_end(block, last=False)
 
     def lookup(self, digest: bytes) -> int | None:
         """The block that holds the tokens of this hash, in use or free."""

@@ -4,6 +4,11 @@ Keys and values live in `k_cache` and `v_cache`, each [num_blocks, block_size, k
 NHD or [num_blocks, kv_heads, block_size, head_dim] in layout HND. Block 0 is the null block: padding and
 entries behind a sliding window point there. All keys and values of a step are written before any query of
 the same step reads (`kv_write` precedes `attention` in every layer).
+
+No request's values reach another through a cache, also where some are NaN or infinite. Two rules see to it. What is
+stored as a value is finite: `kv_write` marks one that is not by NaN in its key, which whoever sees it finds in its
+scores. And what a query does not see is left out, not multiplied by zero or added to minus infinity, since 0 * NaN is
+NaN: cells past a sequence's end, of other blocks and of the null block may hold anything.
 """
 
 from __future__ import annotations
@@ -53,11 +58,11 @@ def kv_write(
     """Store `k`, `v` [num_tokens, kv_heads, head_dim] at `slots` [num_tokens] (block * block_size + offset).
 
     In place on the caches, which are in `layout` and may have another dtype; what a narrower one cannot hold
-    becomes its largest value, since one infinity or NaN in a block would reach every request that reuses it.
-    Returns the caches that hold them, which are the ones given. Only in programs that are compiled as a whole
-    are they others (`functional_kv_write`).
+    becomes its largest value. Where an element of `v` is NaN or infinite, 0 is stored and NaN for the element of `k`
+    in the same place (`finite_values`). Returns the caches that hold them, which are the ones given. Only in programs
+    that are compiled as a whole are they others (`functional_kv_write`).
     """
-    for x, cache in ((k, k_cache), (v, v_cache)):
+    for x, cache in zip(finite_values(k, v), (k_cache, v_cache), strict=True):
         cache[_cells(cache, slots, layout)] = _narrow(x, cache.dtype)
     return k_cache, v_cache
 
@@ -66,8 +71,18 @@ def functional_kv_write(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
     """`kv_write` that leaves the caches alone and returns new ones."""
+    k, v = finite_values(k, v)
     k_cache = k_cache.index_put(_cells(k_cache, slots, layout), _narrow(k, k_cache.dtype))
     return k_cache, v_cache.index_put(_cells(v_cache, slots, layout), _narrow(v, v_cache.dtype))
+
+
+def finite_values(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`k` and `v` of one shape as they are stored: elements of `v` that are not finite are 0, and NaN in `k`.
+
+    Queries that see such a key get NaN, and no other query does: a weight of zero times a finite value is zero.
+    """
+    lost = ~v.isfinite()
+    return k.masked_fill(lost, float("nan")), v.masked_fill(lost, 0.0)
 
 
 def _cells(cache: Tensor, slots: Tensor, layout: str) -> tuple[Tensor, ...]:
@@ -101,9 +116,10 @@ def attention(
     """Causal attention of `q` [num_tokens, heads, head_dim] over each request's blocks; same shape and dtype.
 
     `window` w lets a query at position p see p-w+1 .. p. Softmax in float32. Heads share key/value heads in
-    consecutive groups (grouped-query attention, Ainslie et al., 2023). `sinks` [heads], of any floating dtype,
-    are logits that take part in each softmax's sum and have no value (gpt-oss, OpenAI, 2025). `soft_cap` c makes
-    a score s, scaled, c * tanh(s / c) (Gemma 2, 2024).
+    consecutive groups (grouped-query attention, Ainslie et al., 2023). What a query does not see has no effect on it,
+    whatever the cells hold; a query that sees a key with NaN has a result of NaN. `sinks` [heads], of any floating
+    dtype, are logits that take part in each softmax's sum and have no value (gpt-oss, OpenAI, 2025). `soft_cap` c
+    makes a score s, scaled, c * tanh(s / c) (Gemma 2, 2024).
     """
     if step.query_lens_host is None or step.seq_lens_host is None:
         return _attend_static(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
@@ -142,6 +158,7 @@ def _attend(
     visible = key <= query
     if window is not None:
         visible &= key > query - window
+        v = v.to(torch.float32).masked_fill(~visible.any(0)[:, None, None], 0.0)  # behind the window are null entries
     sinks = None if sinks is None else sinks.view(kv_heads, -1, 1)
     weights = _softmax(scores.masked_fill(~visible, float("-inf")), sinks)
     mixed = torch.einsum("hgqk,khd->qhgd", weights, v.to(torch.float32))
@@ -179,6 +196,7 @@ def _attend_static(
         visible = _visible((step.seq_lens - 1).clamp(min=0), key, window)
         scores = _capped(torch.einsum("rhgd,rshd->rhgs", grouped, k) * scale, soft_cap)
         weights = _softmax(scores.masked_fill(~visible[:, None, None, :], float("-inf")), sinks)
+        v = v.masked_fill(~visible[:, :, None, None], 0.0)
         mixed = torch.einsum("rhgs,rshd->rhgd", weights, v)
         return mixed.reshape(tokens, heads, head_dim).to(q.dtype)
     index = torch.arange(tokens, device=q.device, dtype=step.query_start.dtype)
@@ -192,6 +210,8 @@ def _attend_static(
     scores = _capped(torch.einsum("thgd,rshd->thgrs", grouped, k) * scale, soft_cap)
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     weights = _softmax(scores.flatten(-2), sinks).view_as(scores)
+    seen = (visible & (index < step.query_start[-1])[:, None, None]).any(0)  # by no padding
+    v = v.masked_fill(~seen[:, :, None, None], 0.0)
     return torch.einsum("thgrs,rshd->thgd", weights, v).reshape(tokens, heads, head_dim).to(q.dtype)
 
 

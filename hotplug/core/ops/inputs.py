@@ -40,7 +40,8 @@ def prepare_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Complete a step's inputs from the persistent batch.
 
-    token_ids: [T] from the host; -1 takes the row's last sampled token, which only the device knows.
+    token_ids: [T] from the host; -1 takes the row's last sampled token, which only the device knows. Where there was
+    none (`sampling.NO_TOKEN`), any token of the vocabulary will do, here 0: the request has ended by then.
     rows: [R] batch rows; query_start: [R + 1]; start: [R] first position of each.
     last_tokens: [max_rows]; block_tables: [max_rows, max_blocks].
     Returns token_ids [T], positions [T], slots [T] and seq_lens [R], in the index dtype of `start`.
@@ -51,7 +52,7 @@ def prepare_inputs(
     positions = start[request] + index - query_start[request]
     block = block_tables[row, positions // block_size]
     slots = block * block_size + positions % block_size
-    tokens = torch.where(token_ids < 0, last_tokens[row], token_ids)
+    tokens = torch.where(token_ids < 0, last_tokens[row].clamp(min=0), token_ids)
     return tokens, positions, slots, start + query_start.diff()
 
 

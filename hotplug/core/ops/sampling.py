@@ -1,7 +1,8 @@
 """From logits to tokens on the device: penalties, filters, draws and log-probabilities.
 
 A draw depends on nothing but the request's seed and the index of its output token, so a request gives the
-same tokens whatever else is in the batch.
+same tokens whatever else is in the batch. A row whose best score is no finite number, because some score is NaN or
+infinite or all are minus infinity, gives `NO_TOKEN`: it comes to the host with the tokens, at no cost of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from hotplug.core.ops.registry import Op
+
+NO_TOKEN = -2
+"""For a row that no token can be chosen for. -1 stands for tokens that are not given or not proposed."""
 
 
 def penalties(
@@ -33,8 +37,12 @@ def penalties(
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The best token of each row of float32 `logits` [rows, vocab], the first where several are; int64 [rows]."""
-    return logits.argmax(-1)
+    """The best token of each row of float32 `logits` [rows, vocab], the first where several are; int64 [rows].
+
+    `NO_TOKEN` where the best score is not finite, as it is when any score of the row is NaN.
+    """
+    best, tokens = logits.max(-1)  # NaN counts as the largest
+    return torch.where(best.isfinite(), tokens, NO_TOKEN)
 
 
 def sample(
@@ -51,10 +59,11 @@ def sample(
     Parameters are [rows]: temperature above 0; top_k 0, top_p 1 and min_p 0 keep all tokens, and None does so
     for every row without the cost; seeds and counters int64. Filters apply after temperature in the order
     top-k, top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024). Tokens tied with the last one kept are
-    kept too.
+    kept too. `NO_TOKEN` where the best score is not finite.
     """
+    best = logits.amax(-1, keepdim=True)
     # from the best downward, so that a temperature near 0 cannot divide to infinity
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.unsqueeze(1)
+    scaled = (logits - best) / temperature.unsqueeze(1)
     if top_k is not None or top_p is not None:
         scaled = scaled.masked_fill(scaled < _threshold(scaled, top_k, top_p), float("-inf"))
     probs = scaled.softmax(-1)
@@ -64,7 +73,7 @@ def sample(
     cumulative = probs.to(torch.float64).cumsum(-1)
     target = uniform(seeds, counters).unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return drawn.clamp(max=logits.shape[1] - 1)
+    return torch.where(best.squeeze(1).isfinite(), drawn.clamp(max=logits.shape[1] - 1), NO_TOKEN)
 
 
 def _threshold(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
@@ -112,14 +121,14 @@ def sample_rows(
 
     logits: float32 [S, vocab]; rows: [S] in the index dtype, each entry's batch row, never negative.
     temperature, top_p, min_p: float32 [max_rows]; top_k, seeds: int64 [max_rows]; counters: int64 [S].
-    A row of temperature 0 takes its best token, the first among equals, whatever its other parameters; any other row
-    draws what `sample` draws. Nothing is read on the host, so that a captured step may end with it.
+    A row of temperature 0 takes what `argmax` takes, whatever its other parameters; any other row draws what `sample`
+    draws. Nothing is read on the host, so that a captured step may end with it.
     """
     warm = temperature[rows]
     greedy = warm == 0
     # a greedy row's draw is thrown away, but its temperature must not divide by zero
     drawn = sample(logits, warm.masked_fill(greedy, 1.0), top_k[rows], top_p[rows], min_p[rows], seeds[rows], counters)
-    return torch.where(greedy, logits.argmax(-1), drawn)
+    return torch.where(greedy, argmax(logits), drawn)
 
 
 def reject_sample(tokens: Tensor, proposed: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +138,7 @@ def reject_sample(tokens: Tensor, proposed: Tensor, first: Tensor) -> tuple[Tens
     [S], what was proposed to follow it, -1 after a request's last; first: [R + 1], where each request begins.
     A choice depends on the request's seed and its own place alone (`sample`), not on what was proposed. So a proposal
     holds if it is the choice and all before it hold, and outputs are those of one token a step, greedy or drawn: the
-    rejection sampling of Leviathan et al. (2023) would keep their distribution only.
+    rejection sampling of Leviathan et al. (2023) would keep their distribution only. `NO_TOKEN` is nobody's proposal.
     Returns the numbers, in the dtype of `first`, and the tokens, int64, each [R].
     """
     place = torch.arange(len(tokens), dtype=first.dtype, device=first.device)

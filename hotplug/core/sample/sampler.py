@@ -69,7 +69,7 @@ class Sampled:
     """A step's tokens, still on the device."""
 
     tokens: Tensor
-    """int64 [S]"""
+    """int64 [S], `NO_TOKEN` where there is none (`core.ops.sampling`)"""
     logprobs: Logprobs | None
     logprob_rows: list[int]
     logprob_counts: list[int]
@@ -228,21 +228,21 @@ class Sampler:
         self._send()
         raw = logits
         logits = self._adjust(logits, rows, counters)
-        tokens = self._argmax(logits)
+        tokens: Tensor = self._argmax(logits)
         random = np.flatnonzero(self._host["temperature"][rows] > 0)
         if len(random):
             tokens[self._index(random)] = self._draw(logits, rows, counters, random)
         if self._history.active:
-            self._history.append(rows, tokens)
+            self._history.append(rows, tokens.clamp(min=0))  # here and below NO_TOKEN would be an index
         for i in np.flatnonzero(self._has_processor[rows]).tolist():
             for processor in self._processors[int(rows[i])]:
-                processor.accept(tokens[i])
+                processor.accept(tokens[i].clamp(min=0))
         wanted = np.flatnonzero(self._num_logprobs[rows] >= 0)
         counts = self._num_logprobs[rows[wanted]]
         logprobs = None
         if len(wanted):
             index = self._index(wanted)
-            logprobs = self.logprobs(raw[index], tokens[index], int(counts.max()))
+            logprobs = self.logprobs(raw[index], tokens[index].clamp(min=0), int(counts.max()))
         return Sampled(tokens, logprobs, rows[wanted].tolist(), counts.tolist())
 
     def logprobs(self, logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:

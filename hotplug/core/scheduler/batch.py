@@ -11,6 +11,7 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
+from hotplug.core.ops.sampling import NO_TOKEN
 from hotplug.core.scheduler.plan import BoolArray, IntArray
 from hotplug.core.scheduler.sequence import Sequence
 
@@ -42,7 +43,8 @@ class Batch:
         """Whether a verification of the row is in flight, so that nobody knows where it goes on."""
         self.first: BoolArray = np.zeros(n, np.bool_)
         """Whether the row's next token makes the request's first delta."""
-        self.stops: IntArray = np.full((n, STOP_TOKENS), -1, np.int32)
+        self.stops: IntArray = np.full((n, STOP_TOKENS + 1), NO_TOKEN, np.int32)
+        """[max_num_seqs, STOP_TOKENS + 1] the last one always `NO_TOKEN`, which ends every row."""
         self.many_stops: BoolArray = np.zeros(n, np.bool_)
         self._free_rows = list(range(n))
 
@@ -100,13 +102,14 @@ class Batch:
         self.sequences[row], self.ids[row], seq.row = None, "", -1
         self.limit[row] = 0
         self.verifying[row] = False
-        self.stops[row] = -1
+        self.stops[row] = NO_TOKEN
         self.many_stops[row] = False
         self.generation[row] += 1
         heapq.heappush(self._free_rows, row)
 
     def append(self, rows: IntArray, tokens: IntArray) -> tuple[BoolArray, BoolArray]:
-        """Store one token a row. Returns per row whether it is a stop token, and whether the row is at its limit."""
+        """Store one token a row. Returns per row whether it ends there (by a stop token or for want of a token), and
+        whether it is at its limit."""
         position = self.known[rows]
         self.history[rows, position] = tokens
         position += 1
@@ -115,7 +118,7 @@ class Batch:
         many = self.many_stops[rows]
         if many.any():
             for i in np.flatnonzero(many).tolist():
-                stopped[i] = int(tokens[i]) in self.owner(int(rows[i])).stop_tokens
+                stopped[i] |= int(tokens[i]) in self.owner(int(rows[i])).stop_tokens
         return stopped, position >= self.limit[rows]
 
     def confirm(self, row: int, tokens: list[int]) -> None:

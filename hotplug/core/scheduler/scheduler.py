@@ -20,6 +20,7 @@ a block are looped over. `ci/bench/scheduler.py` measures it: schedule and updat
 
 from __future__ import annotations
 
+import math
 import time
 import typing
 from collections import deque
@@ -34,7 +35,8 @@ from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError,
 from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.prefix import BlockHashes
-from hotplug.core.request import EngineStats, Request, TokenDelta
+from hotplug.core.ops.sampling import NO_TOKEN
+from hotplug.core.request import EngineStats, Request, TokenDelta, TokenLogprobs
 from hotplug.core.scheduler.batch import Batch
 from hotplug.core.scheduler.builder import StepBuilder
 from hotplug.core.scheduler.drafter import Speculation
@@ -45,6 +47,11 @@ from hotplug.core.scheduler.speculator import Speculator
 from hotplug.core.scheduler.tokens import StepTokens, token_array
 from hotplug.core.scheduler.waiting import WaitingQueue
 
+NO_SCORES = (
+    "the model's scores for the next token are not finite numbers: its numbers overflowed on this request's tokens, or "
+    "something that changes scores made them so"
+)
+"""Why a request ends whose token is `NO_TOKEN`."""
 MOST_SCORED = 64
 """Tokens with scores that a step may have however few requests may run: bounds the memory that proposals take."""
 
@@ -533,6 +540,8 @@ class Scheduler:
     def _sampled(self, row: int, token: int, result: StepResult, ended: bool, stopped: bool) -> TokenDelta:
         """One token of a row, with what goes with it: a beginning, an end, log-probabilities."""
         seq = self._batch.owner(row)
+        if token == NO_TOKEN or not (_scored(result.logprobs.get(row)) and _scored(seq.prompt_logprobs)):
+            return self._fail(seq, [])
         delta = TokenDelta(seq.request.id, [token], logprobs=result.logprobs.get(row), tag=seq.request.tag)
         if not seq.started:
             self._start(seq, delta)
@@ -545,6 +554,8 @@ class Scheduler:
         batch, row = self._batch, int(plan.rows[i])
         seq = batch.owner(row)
         delta, stopped = self._confirmed(seq, plan, i, result)
+        if NO_TOKEN in delta.token_ids or not _scored(delta.logprobs):
+            return self._fail(seq, delta.token_ids)
         batch.confirm(row, delta.token_ids)
         self._register(row, int(batch.computed[row]))
         if stopped or batch.known[row] >= batch.limit[row]:
@@ -578,6 +589,8 @@ class Scheduler:
             token = int(result.token_ids[i])
             delta, stopped = TokenDelta(seq.request.id, [token], tag=seq.request.tag), token in seq.stop_tokens
             delta.logprobs = result.logprobs.get(int(plan.rows[i]))
+        if NO_TOKEN in delta.token_ids or not (_scored(delta.logprobs) and _scored(seq.prompt_logprobs)):
+            return [self._fail(seq, delta.token_ids)]
         seq.append(delta.token_ids)
         if not seq.started:
             self._start(seq, delta)
@@ -599,7 +612,29 @@ class Scheduler:
         delta.stop_token = delta.token_ids[-1] if stopped else None
         self._end(seq)
 
+    def _fail(self, seq: Sequence, tokens: list[int]) -> TokenDelta:
+        """End a request that has no scores to choose from, after those of `tokens` that are some.
+
+        Nobody finds its blocks any more. What is in them follows from their tokens, so whoever sends the same fails as
+        it did; but if a fault of the device made them, they are not kept.
+        """
+        digests = seq.hashes.digests
+        self.kv.forget(digests)
+        self._saves = [save for save in self._saves if save[1] not in digests]
+        delta = TokenDelta(seq.request.id, [token for token in tokens if token != NO_TOKEN], "error",
+                           error=NO_SCORES, tag=seq.request.tag)  # fmt: skip
+        if not seq.started:
+            seq.prompt_logprobs = None
+            self._start(seq, delta)
+        self._end(seq)
+        return delta
+
     def _keep_prompt_logprobs(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> None:
         entries = result.prompt_logprobs.get(int(plan.rows[i]))
         if entries is not None:
             seq.add_prompt_logprobs(int(plan.start[i]), entries)
+
+
+def _scored(entries: typing.Sequence[TokenLogprobs | None] | None) -> bool:
+    """Whether log-probabilities, if there are any, are of scores that are numbers."""
+    return not entries or not any(entry is not None and math.isnan(entry.logprobs[0]) for entry in entries)

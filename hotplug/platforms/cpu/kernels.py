@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class _DecodeState:
     """[requests * blocks] ids, padded to the longest request."""
     visible: Tensor | None
     """[requests, 1, 1, context] which positions each query sees; None where one request sees all of them."""
+    hidden: Tensor | None
+    """[requests, context, 1, 1] the others."""
 
 
 @opaque
@@ -79,6 +82,9 @@ def _decode(
         cache.index_select(0, state.blocks).view(requests, -1, kv_heads, head_dim).to(q.dtype)
         for cache in (k_cache, v_cache)
     )
+    if state.hidden is not None:  # PyTorch adds -inf to what is masked and multiplies it by zero: NaN would stay
+        k.masked_fill_(state.hidden, 0.0)
+        v.masked_fill_(state.hidden, 0.0)
     if state.visible is None:
         k, v = k[:, : step.seq_lens_host[0]], v[:, : step.seq_lens_host[0]]
     # Grouped heads become extra queries of their key/value head, so keys are read once a group.
@@ -94,36 +100,55 @@ def _decode_state(step: AttentionInputs, requests: int, block_size: int, window:
     num_blocks = -(-longest // block_size)
     blocks = step.block_table[:requests, :num_blocks].flatten()
     if requests == 1 and (window is None or window >= longest):
-        return _DecodeState(blocks, None)
+        return _DecodeState(blocks, None, None)
     context = torch.arange(num_blocks * block_size)
     lens = step.seq_lens[:requests].unsqueeze(1)
     visible = context < lens
     if window is not None:
         visible &= context >= lens - window
-    return _DecodeState(blocks, visible[:, None, None, :])
+    return _DecodeState(blocks, visible[:, None, None, :], ~visible[:, :, None, None])
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """The last len(q) positions of one sequence over all of it."""
     query_len, seq_len = q.shape[0], k.shape[0]
-    heads = q.transpose(0, 1).unsqueeze(0)
-    keys, values = (x.to(q.dtype).transpose(0, 1).unsqueeze(0) for x in (k, v))
-    if query_len == seq_len and (window is None or window >= seq_len):
+    behind = 0 if window is None else max(seq_len - query_len + 1 - window, 0)
+    k, v = k[behind:], v[behind:]  # before it may be null entries
+    causal = query_len == seq_len and (window is None or window >= seq_len)
+    heads, keys, values = (x.to(q.dtype).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    finite = math.isfinite(float(k.sum(dtype=torch.float32)))
+    if causal and finite:
         mixed = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=scale, enable_gqa=True)
     else:
-        key = torch.arange(seq_len)
+        key = torch.arange(behind, seq_len)
         query = torch.arange(seq_len - query_len, seq_len).unsqueeze(1)
         visible = key <= query
         if window is not None:
             visible &= key > query - window
-        mixed = F.scaled_dot_product_attention(heads, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
+        attend = _attend_masked if finite else _attend_selected
+        mixed = attend(heads, keys, values, visible, scale)
     return mixed.squeeze(0).transpose(0, 1)
+
+
+def _attend_masked(heads: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """PyTorch's attention, which adds -inf to the scores that are not `visible`: NaN among them would stay NaN."""
+    return F.scaled_dot_product_attention(heads, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
+
+
+def _attend_selected(heads: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """The same where keys hold NaN or infinities, which queries that do not see them are to be free of."""
+    group = heads.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+    scores = (heads.to(torch.float32) @ keys.to(torch.float32).transpose(-1, -2)) * scale
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return (weights @ values.to(torch.float32)).to(heads.dtype)
 
 
 def kv_write(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
     """One copy for the keys and one for the values: a token's heads lie together in this layout."""
+    k, v = k + (v - v), v.nan_to_num(0.0, 0.0, 0.0)  # `finite_values` in few passes: inf - inf is NaN, else 0
     k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
     return k_cache, v_cache

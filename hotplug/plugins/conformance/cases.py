@@ -1,10 +1,13 @@
 """Generated calls of ops: arguments on the host, from an op's facts and the lengths of a step.
 
-KV blocks beyond a sequence's end, and those of nobody, hold large values: what reads them is far off.
+KV cells beyond a sequence's end, and blocks of nobody, hold large values: what reads them is far off. In calls with
+`lost` numbers they hold NaN and infinities, some keys of a sequence are NaN too, and table entries behind a window are
+the null block: what multiplies these by zero, or adds them to minus infinity, gives NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from hotplug.core.ops.attention import AttentionInputs, kv_write
 from hotplug.core.ops.registry import Fact
+from hotplug.core.ops.sampling import NO_TOKEN
 from hotplug.core.quant.stored import StoredScheme
 
 TORCH_DTYPES = {
@@ -25,6 +29,13 @@ POISON = 96.0
 
 Lens = Sequence[tuple[int, int]]
 """(query tokens, sequence tokens) of each request, decodes first."""
+
+
+LOST_OPS = frozenset({
+    "attention", "kv_write", "rope_kv_write", "qk_norm_rope_kv_write", "argmax", "sample", "sample_rows",
+    "prepare_inputs", "prepare_step",
+})  # fmt: skip
+"""Ops that say what becomes of numbers that are not finite."""
 
 
 @dataclass
@@ -44,13 +55,21 @@ class Builder:
         self.index = TORCH_DTYPES[index_dtype]
         self.random = torch.Generator().manual_seed(seed)
 
-    def call(self, op: str, facts: Mapping[str, Fact], lens: Lens, *, view: bool = False) -> Call | None:
+    def call(
+        self, op: str, facts: Mapping[str, Fact], lens: Lens, *, view: bool = False, lost: bool = False
+    ) -> Call | None:
         """A call of `op` for a step of `lens`; None for an op that this kit does not know.
 
-        With `view`, tensors are slices of larger ones, as a model's fused projections make them.
+        With `view`, tensors are slices of larger ones, as a model's fused projections make them. With `lost`, which
+        `LOST_OPS` have, there are numbers among them that are not finite.
         """
         build = getattr(self, f"_{op}", None)
-        return None if build is None else build(facts, lens, view)
+        if build is None:
+            return None
+        call: Call = build(facts, lens, view)
+        if lost:
+            getattr(self, f"_lose_{op}")(call, facts, lens)
+        return call
 
     # --- dense -----------------------------------------------------------------------------------
 
@@ -207,6 +226,47 @@ class Builder:
         padded = AttentionInputs.from_node(table, starts.to(self.index), seq_lens, 1 if decodes else tokens)
         return torch.cat((q, self._normal(tokens - rows, *q.shape[1:]))), padded, rows
 
+    def _lose_attention(self, call: Call, facts: Any, lens: Lens) -> None:
+        """Cells of nobody, null entries behind the window, and one key of a sequence, whose value is 0 as stored."""
+        _, k_cache, v_cache, step, *_ = call.args
+        block, window = facts["block_size"], facts["window"]
+        k, v = (x.transpose(1, 2) if facts["layout"] == "HND" else x for x in (k_cache, v_cache))
+        free = torch.ones(k.shape[:2], dtype=torch.bool)
+        for i, (query, seq) in enumerate(lens):
+            position = torch.arange(seq)
+            cells = step.block_table[i].long()[position // block], position % block
+            free[cells] = False
+            if window is not None:
+                behind = max(seq - query + 1 - window, 0) // block
+                free[step.block_table[i, :behind].long()] = True
+                step.block_table[i, :behind] = 0
+        for x, shift in ((k, 0), (v, 1)):
+            strange = torch.tensor([math.nan, POISON, math.inf, -math.inf]).roll(shift)
+            where = free.nonzero()
+            x[free] = strange[torch.arange(len(where)) % 4].to(x.dtype)[:, None, None].expand(-1, *x.shape[2:])
+        marked = next((i for i, (query, _) in enumerate(lens) if query > 1), 0)
+        if len(lens) > 1 and lens[marked][1] > 1:
+            at = lens[marked][1] - max(lens[marked][0] // 2, 1)
+            cell = int(step.block_table[marked, at // block]), at % block
+            k[cell][..., 0] = math.nan
+            v[cell][..., 0] = 0.0
+
+    def _lose_kv_write(self, call: Call, facts: Any, lens: Lens) -> None:
+        self._lose_values(call.args[1])
+
+    def _lose_rope_kv_write(self, call: Call, facts: Any, lens: Lens) -> None:
+        self._lose_values(call.args[2])
+
+    def _lose_qk_norm_rope_kv_write(self, call: Call, facts: Any, lens: Lens) -> None:
+        self._lose_values(call.args[2])
+
+    def _lose_values(self, v: Tensor) -> None:
+        """An element of the first token's values, all of another's."""
+        if len(v):
+            v[0, -1, 1] = math.nan
+            v[len(v) // 2, 0] = math.inf
+            v[len(v) // 2, 0, 0] = -math.inf
+
     # --- sampling --------------------------------------------------------------------------------
 
     def _argmax(self, facts: Any, lens: Lens, view: bool) -> Call:
@@ -234,6 +294,26 @@ class Builder:
         seeds = torch.randint(-(2**40), 2**40, (batch,), generator=self.random)
         counters = torch.randint(0, 1000, (len(logits),), generator=self.random)
         return Call((logits, rows, temperature, top_k, top_p, min_p, seeds, counters))
+
+    def _lose_argmax(self, call: Call, facts: Any, lens: Lens) -> None:
+        """Every second row, in turn: one score NaN, all minus infinity, one infinite, all NaN."""
+        logits = call.args[0]
+        for i in range(0, len(logits), 2):
+            match i // 2 % 4:
+                case 0:
+                    logits[i, -1] = math.nan
+                case 1:
+                    logits[i] = -math.inf
+                case 2:
+                    logits[i, facts["vocab"] // 2] = math.inf
+                case _:
+                    logits[i] = math.nan
+
+    def _lose_sample(self, call: Call, facts: Any, lens: Lens) -> None:
+        self._lose_argmax(call, facts, lens)
+
+    def _lose_sample_rows(self, call: Call, facts: Any, lens: Lens) -> None:
+        self._lose_argmax(call, facts, lens)
 
     def _reject_sample(self, facts: Any, lens: Lens, view: bool) -> Call:
         """Proposals that hold for a part of each request, all of it in some."""
@@ -266,6 +346,13 @@ class Builder:
         tables = torch.randint(1, 99, (rows, widest), generator=self.random).to(self.index)
         last = self._ints(rows, 100)
         return Call((ids, order.to(self.index), query_start, starts, last, tables, facts["block_size"]))
+
+    def _lose_prepare_inputs(self, call: Call, facts: Any, lens: Lens) -> None:
+        """Rows without a last token."""
+        call.args[4][::2] = NO_TOKEN
+
+    def _lose_prepare_step(self, call: Call, facts: Any, lens: Lens) -> None:
+        self._lose_prepare_inputs(call, facts, lens)
 
     def _prepare_step(self, facts: Any, lens: Lens, view: bool) -> Call:
         args = self._prepare_inputs(facts, lens, view).args

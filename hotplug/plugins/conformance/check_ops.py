@@ -13,7 +13,7 @@ from torch import Tensor
 from hotplug.core.ops.collective import OPS as COLLECTIVES
 from hotplug.core.ops.compare import Comparison, compare, dtypes_through, leaves
 from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Impl, Op, SiteSpec
-from hotplug.plugins.conformance.cases import Builder, Call, Lens
+from hotplug.plugins.conformance.cases import LOST_OPS, Builder, Call, Lens
 from hotplug.plugins.conformance.faults import name_fault, name_stray_writes
 from hotplug.plugins.conformance.grid import Fuzz, call_sites, steps
 from hotplug.plugins.conformance.report import Report
@@ -24,6 +24,7 @@ FUZZED = 1000
 """Call sites by chance; fewer in a quick run."""
 TRIES = 4
 """Draws for one of them, until the check says yes: a kernel that refuses most sites is run as often as others."""
+LOST = "; with NaN and infinities where they must have no effect"
 INTEGER_OPS = ("prepare_inputs", "prepare_step", "reject_sample")
 FLOAT_OPS = ("argmax", "sample", "sample_rows", "logprobs", "penalties")
 """Ops whose call sites have a dtype of their own, not the model's."""
@@ -38,8 +39,9 @@ def ops(target: Target, report: Report) -> None:
         for spec, step_name, lens, view in _calls(target, op):
             if impl.provider != REFERENCE and not impl.check(spec)[0]:
                 continue
-            ran = _try(target, report, op, impl, spec, lens, view=view, step_name=step_name)
-            covered[label] = covered.get(label, 0) + ran
+            for lost in (False, True) if op.name in LOST_OPS and lens else (False,):
+                ran = _try(target, report, op, impl, spec, lens, view=view, lost=lost, step_name=step_name)
+                covered[label] = covered.get(label, 0) + ran
         if not covered.get(label):
             report.note(f"{label}: no generated call site is claimed, so it was not run")
     report.cases = sum(covered.values())
@@ -76,15 +78,15 @@ def _dtypes(op: str, dtypes: tuple[str, ...]) -> tuple[str, ...]:
 
 def _try(
     target: Target, report: Report, op: Op, impl: Impl, spec: SiteSpec, lens: Lens, *, view: bool, step_name: str,
-    promise: str = "",
+    lost: bool = False, promise: str = "",
 ) -> bool:  # fmt: skip
     """Run one call on the device and on the host. False where the kernel does not take the step's shape."""
     seed = hash((op.name, str(sorted(spec.facts.items(), key=str)), str(lens), view)) % 2**31
     dtype = spec.dtype if spec.dtype.startswith(("float", "bfloat")) else "float32"
-    call = Builder(dtype, target.limits.index_dtype, seed).call(op.name, spec.facts, lens, view=view)
+    call = Builder(dtype, target.limits.index_dtype, seed).call(op.name, spec.facts, lens, view=view, lost=lost)
     if call is None or not _accepts(op, impl, call):
         return False
-    where = f"{_words(spec)}; {step_name}: {_lens_words(lens)}{', strided' if view else ''}"
+    where = f"{_words(spec)}; {step_name}: {_lens_words(lens)}{', strided' if view else ''}{LOST if lost else ''}"
     given, kept = [to(a, target.torch_device) for a in call.args], [to(a, HOST) for a in call.args]
     try:
         result = impl.fn(*given)
@@ -182,7 +184,8 @@ def honesty(target: Target, report: Report) -> None:
             if _verdict(report, impl, spec):
                 said_yes += 1
                 _try(target, report, op, impl, spec, fuzz.lens(static=bool(facts.get("static"))), view=bool(i % 2),
-                     step_name="by chance", promise="its check says yes and ")  # fmt: skip
+                     step_name="by chance", lost=op.name in LOST_OPS and i % 3 == 0,
+                     promise="its check says yes and ")  # fmt: skip
                 break
     report.data["said_yes"] = said_yes
 

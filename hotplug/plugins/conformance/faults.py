@@ -49,6 +49,7 @@ def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInput
     yield "its window is off by one, too wide", attend(wider=1)
     yield "its window is off by one, too narrow", attend(wider=-1)
     yield "it drops the last partial block", attend(whole_blocks=True)
+    yield "it multiplies by zero what a query does not see, and NaN times 0 is NaN", attend(by_zero=True)
     yield "it reads past the end of the sequence, to the end of the last block", attend(past_end=True)
     yield "it gives query heads the wrong key/value heads (interleaved, where groups are consecutive)", attend(
         interleaved=True)  # fmt: skip
@@ -71,7 +72,7 @@ def wrong_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
     *, sinks: Tensor | None = None, soft_cap: float | None = None, ahead: int = 0, windowed: bool = True,
     wider: int = 0, whole_blocks: bool = False, past_end: bool = False, interleaved: bool = False,
-    first_head: bool = False, factor: float = 1.0, values_are_keys: bool = False,
+    first_head: bool = False, factor: float = 1.0, values_are_keys: bool = False, by_zero: bool = False,
 ) -> Tensor:  # fmt: skip
     """Paged attention with a mistake built in. Lengths are read from the device tensors."""
     out = torch.zeros_like(q)
@@ -82,7 +83,7 @@ def wrong_attention(
         if begin == end:
             continue
         held = seq // block * block if whole_blocks else seq
-        if past_end:
+        if past_end or by_zero:
             held = min(-(-seq // block), step.block_table.shape[1]) * block
         if held == 0:
             continue
@@ -165,7 +166,7 @@ def name_stray_writes(before: Tensor, after: Tensor, expected: Tensor, slots: Te
     was, got, want = (by_slot(c.cpu()) for c in (before, after, expected))
     touched = {i for i in range(len(was)) if not torch.equal(was[i], got[i])}
     asked = set(slots.tolist())
-    wrong = {i for i in asked if not torch.allclose(got[i], want[i], rtol=0.05, atol=0.05)}
+    wrong = {i for i in asked if not torch.allclose(got[i], want[i], rtol=0.05, atol=0.05, equal_nan=True)}
     if touched - asked:
         shift = {s for s in (-1, 1) if touched - asked <= {a + s for a in asked}}
         if shift:
@@ -173,4 +174,6 @@ def name_stray_writes(before: Tensor, after: Tensor, expected: Tensor, slots: Te
         return f"it writes to slots that it was not given, such as {min(touched - asked)}"
     if asked - touched:
         return f"it leaves out slots that it was given, such as {min(asked - touched)}"
+    if any((want[i].isnan() != got[i].isnan()).any() for i in wrong):
+        return "it does not store values that are not finite as 0, with NaN in their keys"
     return f"it writes wrong values to slots such as {min(wrong)}" if wrong else ""

@@ -37,6 +37,10 @@ def kv_write(
 ) -> tuple[Written, Written]:
     if layout != "HND":
         raise PlatformError(f"OpenVINO's attention has no layout {layout}", where=site)
+    # `finite_values` of the op: the extension multiplies values by weights of zero
+    finite = op.is_finite(v).output(0)
+    k = op.select(finite, k, graph.scalar(float("nan"), ov.Type.f32)).output(0)
+    v = op.select(finite, v, graph.scalar(0.0, ov.Type.f32)).output(0)
     return Written(k_cache, k), Written(v_cache, v)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hotplug.platforms.cuda.kernels.decode_attention import decode
 from hotplug.platforms.cuda.kernels.prefill_attention import prefill
+from hotplug.platforms.cuda.kernels.softmax import finite_cells
 from hotplug.vendor import AttentionInputs
 
 Made = TypeVar("Made")
@@ -19,14 +20,17 @@ Made = TypeVar("Made")
 
 @triton.jit
 def _kv_write(k, v, k_cache, v_cache, slots, k_token, k_head, v_token, v_head, dim, width, BLOCK: tl.constexpr):
-    """A program a token: its keys and values, [kv_heads, dim] each, go to consecutive cells."""
+    """A program a token: its keys and values, [kv_heads, dim] each, go to consecutive cells (`finite_cells`)."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     cells = tl.arange(0, BLOCK)
     mask = cells < width
     head, col = cells // dim, cells % dim
-    tl.store(k_cache + slot * width + cells, tl.load(k + token * k_token + head * k_head + col, mask=mask), mask=mask)
-    tl.store(v_cache + slot * width + cells, tl.load(v + token * v_token + head * v_head + col, mask=mask), mask=mask)
+    key = tl.load(k + token * k_token + head * k_head + col, mask=mask)
+    value = tl.load(v + token * v_token + head * v_head + col, mask=mask)
+    key, value = finite_cells(key, value)
+    tl.store(k_cache + slot * width + cells, key, mask=mask)
+    tl.store(v_cache + slot * width + cells, value, mask=mask)
 
 
 def kv_write(

@@ -101,6 +101,7 @@ def _decode(q, k_cache, v_cache, k_rows, v_rows, block_table, seq_lens, sinks, o
             scores = logits(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
             scores = tl.where((start + keys >= length - window)[None, :], scores, float("-inf"))
             value = v_rows.load([row, head * DIM])
+            value = tl.where((start + keys >= length - window)[:, None], value, 0.0)  # null entries may be behind it
             best, total, mixed = accumulate(scores, value, best, total, mixed, False)
     for tile in range(masked, end):
         position = tile * KEYS + keys

@@ -49,12 +49,19 @@ class Pages:
     """[chunks] keys in the last block of each."""
 
 
-def pages_of(queries: list[int], seqs: list[int], table: Tensor, block_size: int) -> Pages:
-    """Chunks of `queries` tokens that end sequences of `seqs` tokens, in the blocks of `table` [chunks, any]."""
+def pages_of(queries: list[int], seqs: list[int], table: Tensor, block_size: int, window: int | None = None) -> Pages:
+    """Chunks of `queries` tokens that end sequences of `seqs` tokens, in the blocks of `table` [chunks, any].
+
+    The first block that a query sees takes the place of those behind its window: these may be the null block, whose
+    cells may hold anything, and the library multiplies values by weights of zero.
+    """
     blocks = [-(-seq // block_size) for seq in seqs]
     lists = ([0, *accumulate(queries)], [0, *accumulate(blocks)], [(seq - 1) % block_size + 1 for seq in seqs])
     query_start, page_start, last = (torch.tensor(x, dtype=torch.int32, pin_memory=table.is_cuda) for x in lists)
-    pages = torch.cat([row[:count] for row, count in zip(table, blocks, strict=True)]).to(torch.int32)
+    unseen = [0 if window is None else max(s - q + 1 - window, 0) // block_size
+              for q, s in zip(queries, seqs, strict=True)]  # fmt: skip
+    kept = [(row[n : n + 1].expand(n), row[n:count]) for row, n, count in zip(table, unseen, blocks, strict=True)]
+    pages = torch.cat([part for parts in kept for part in parts]).to(torch.int32)
     return Pages(query_start, page_start, pages, last)
 
 
@@ -140,7 +147,8 @@ def attention(
         build(kind, target(q.device))
         return out
     table = step.block_table[decodes:]
-    pages = prepared(step, "flashinfer", partial(pages_of, queries[decodes:], seqs[decodes:], table, block_size))
+    make = partial(pages_of, queries[decodes:], seqs[decodes:], table, block_size, window)
+    pages = prepared(step, f"flashinfer {window}", make)
     planner = _planner(kind, q.device)
     with _alone:
         planner.plan(pages)

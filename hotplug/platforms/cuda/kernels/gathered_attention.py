@@ -44,8 +44,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, Chunks, float, int | None, float | No
 """(q [queries, heads, dim], k, v [keys, kv_heads, dim], chunks, scale, window, soft_cap) -> like q."""
 
 
-def chunks_of(step: AttentionInputs, block_size: int) -> Chunks | None:
-    """The chunks to gather; None where the Triton kernel should read the cache itself."""
+def chunks_of(step: AttentionInputs, block_size: int, window: int | None) -> Chunks | None:
+    """The chunks to gather; None where the Triton kernel should read the cache itself.
+
+    Instead of keys that no query of a chunk sees, behind its window, the first that one does is gathered: where they
+    were are null entries, whose cells may hold anything, and libraries multiply values by weights of zero.
+    """
     if step.query_lens_host is None or step.seq_lens_host is None:
         return None
     queries, seqs = step.query_lens_host[step.num_decodes :], step.seq_lens_host[step.num_decodes :]
@@ -58,6 +62,9 @@ def chunks_of(step: AttentionInputs, block_size: int) -> Chunks | None:
     # int64 from here on: a cache may have more cells than int32 counts
     request = torch.repeat_interleave(torch.arange(len(seqs), device=lens.device), lens, output_size=keys)
     position = torch.arange(keys, device=lens.device) - key_start[request]
+    if window is not None:
+        before = lens - step.query_start[step.num_decodes :].diff()
+        position = torch.maximum(position, (before + 1 - window)[request])
     block = step.block_table[step.num_decodes :][request, position // block_size].to(torch.int64)
     start = step.query_start[step.num_decodes :]
     return Chunks(
@@ -74,7 +81,7 @@ def attention(
     decodes = step.num_decodes
     chunks = None
     if decodes < len(step.seq_lens):
-        chunks = prepared(step, "gathered", partial(chunks_of, step, k_cache.shape[1]))
+        chunks = prepared(step, f"gathered {window}", partial(chunks_of, step, k_cache.shape[1], window))
     if chunks is None:
         return paged_attention(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
     k, v = gather(k_cache, v_cache, chunks)

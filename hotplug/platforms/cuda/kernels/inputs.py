@@ -38,7 +38,7 @@ def _prepare(token_ids, rows, query_start, start, last_tokens, block_tables, tok
         column = position // BLOCK_SIZE
         block = tl.load(block_tables + row * table_stride + column, mask=own & (column < max_blocks), other=0)
         given = tl.load(token_ids + token, mask=own, other=0)
-        tl.store(tokens + token, tl.where(given < 0, tl.load(last_tokens + row), given), mask=own)
+        tl.store(tokens + token, tl.where(given < 0, tl.maximum(tl.load(last_tokens + row), 0), given), mask=own)
         tl.store(positions + token, position, mask=own)
         tl.store(slots + token, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=own)
     else:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels.softmax import finite_cells
 
 _HEADS = 16
 """Heads of one token that a program takes."""
@@ -41,7 +42,7 @@ def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positio
                    k_token, v_token, q_head, k_head, v_head, heads: tl.constexpr, kv_heads: tl.constexpr,
                    HALF: tl.constexpr, HEADS: tl.constexpr, COLS: tl.constexpr, NORM: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
-    """A program a token and HEADS of its heads: first those of queries, then of keys, then of values."""
+    """A program a token and HEADS of its heads: those of queries, then of keys, then of values (`finite_cells`)."""
     pdl.release(PDL)
     pdl.wait(PDL)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -63,15 +64,20 @@ def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positio
         head = (part % kv_parts) * HEADS + tl.arange(0, HEADS)
         mask = (head < kv_heads)[:, None] & (cols < HALF)[None, :]
         place = slot * (kv_heads * dim) + head[:, None] * dim + cols[None, :]
+        values = v + token * v_token + head[:, None] * v_head + cols[None, :]
+        value, value2 = tl.load(values, mask=mask, other=0.0), tl.load(values + HALF, mask=mask, other=0.0)
         if part < kv_parts:
             source = k + token * k_token + head[:, None] * k_head + cols[None, :]
             first, second = _rotated(source, k_weight, positions + token, cos_sin, mask, cols, eps, HALF, NORM)
+            first, _ = finite_cells(first, value)
+            second, _ = finite_cells(second, value2)
             tl.store(k_cache + place, first, mask=mask)
             tl.store(k_cache + place + HALF, second, mask=mask)
         else:
-            source = v + token * v_token + head[:, None] * v_head + cols[None, :]
-            tl.store(v_cache + place, tl.load(source, mask=mask, other=0.0), mask=mask)
-            tl.store(v_cache + place + HALF, tl.load(source + HALF, mask=mask, other=0.0), mask=mask)
+            _, value = finite_cells(value, value)
+            _, value2 = finite_cells(value2, value2)
+            tl.store(v_cache + place, value, mask=mask)
+            tl.store(v_cache + place + HALF, value2, mask=mask)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float] | None, positions: Tensor,

@@ -28,6 +28,8 @@ GROUPS = 16
 """Parts of a chunk whose maxima are kept: they bound a limit from above before the first pass that looks for it."""
 TOP_K, TOP_P, MIN_P = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 """Which filters a call has, as bits."""
+NO_TOKEN = tl.constexpr(-2)
+"""For a row whose best score is not finite (`hotplug.core.ops.sampling`)."""
 
 
 @triton.jit(do_not_specialize=["rows", "temperature"])
@@ -40,9 +42,10 @@ def _scan(logits, stride, vocab, rows, temperature, best, where, mass, groups, C
     pdl.release(PDL)
     pdl.wait(PDL)
     x = tl.load(logits + entry * stride + token, mask=token < vocab, other=float("-inf"))
+    x = tl.where(x == x, x, float("inf"))  # NaN may or may not pass a maximum; both end a row
     top, at = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best + part, top)
-    tl.store(where + part, tl.minimum(chunk * CHUNK + at, vocab - 1))  # in range even if every logit is NaN
+    tl.store(where + part, tl.minimum(chunk * CHUNK + at, vocab - 1))
     row = entry if rows is None else tl.load(rows + entry)
     warm = tl.load(temperature + row)
     if warm > 0:
@@ -188,7 +191,8 @@ def _finish(logits, stride, vocab, rows, temperature, top_k, top_p, min_p, filte
     top, at = tl.max(peaks, 0, return_indices=True, return_indices_tie_break_left=True)
     row = entry if rows is None else tl.load(rows + entry)
     warm = tl.load(temperature + row)
-    if warm > 0:
+    finite = tl.abs(top) < float("inf")
+    if finite & (warm > 0):
         scale = LOG2E / tl.maximum(warm, COLDEST)
         source = logits + entry * stride
         masses = tl.load(mass + entry * chunks + part, mask=part < chunks, other=0.0)
@@ -241,7 +245,8 @@ def _finish(logits, stride, vocab, rows, temperature, top_k, top_p, min_p, filte
             token = tl.load(tokens + token)
         tl.store(out + entry, token.to(tl.int64))
     else:
-        tl.store(out + entry, tl.load(where + entry * chunks + tl.minimum(at, chunks - 1)).to(tl.int64))
+        token = tl.load(where + entry * chunks + tl.minimum(at, chunks - 1)).to(tl.int64)
+        tl.store(out + entry, tl.where(finite, token, NO_TOKEN))
 
 
 @cache

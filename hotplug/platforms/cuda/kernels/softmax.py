@@ -1,4 +1,5 @@
-"""What the attention kernels share: scores in units of log2, soft caps, and one tile's step of the online softmax.
+"""What the attention kernels share: cells as caches hold them, scores in units of log2, soft caps, and one tile's step
+of the online softmax.
 
 Products ask for "ieee": those of float32 are computed in float32; on narrower types it has no effect.
 """
@@ -16,6 +17,14 @@ def factors(scale: float, soft_cap: float | None) -> tuple[float, float]:
     if soft_cap is None:
         return scale * LOG2E, 0.0
     return 2 * LOG2E * scale / soft_cap, soft_cap * LOG2E
+
+
+@triton.jit
+def finite_cells(key, value):
+    """Keys and values as caches hold them (`finite_values` of the op `kv_write`): a value that is not finite is 0, and
+    NaN in its key. Products by a weight of zero are zero then, in every kernel."""
+    lost = ~(tl.abs(value) < float("inf"))  # NaN is below nothing
+    return tl.where(lost, float("nan"), key), tl.where(lost, 0.0, value)
 
 
 @triton.jit

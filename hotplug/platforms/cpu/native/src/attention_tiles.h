@@ -200,8 +200,13 @@ inline float soften(float* scores, int64_t count, int64_t first, int64_t last, f
     const float here = largest_of(most), before = top;
     if (here > top || here != here) top = here;  // a NaN must not pass for a row that sees nothing
     if (top == -__builtin_inff()) {
-        for (int64_t j = 0; j < width; j += kLanes) store(scores + j, set(0.0f));
-        return 1.0f;
+        unsigned strange = 0;  // a NaN that was not the last of its lane is not in `most`
+        for (int64_t j = 0; j < width; j += kLanes) strange |= not_a_number(load(scores + j));
+        if (strange == 0) {
+            for (int64_t j = 0; j < width; j += kLanes) store(scores + j, set(0.0f));
+            return 1.0f;
+        }
+        top = __builtin_nanf("");
     }
     Vec total = set(0.0f);
     const Vec shift = set(top);

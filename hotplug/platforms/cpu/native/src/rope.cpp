@@ -2,6 +2,7 @@
 #include "rope.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace hotplug {
@@ -30,6 +31,18 @@ void write(const RowKernels& kernels, int64_t kind, const float* from, int64_t d
     }
 }
 
+// Whether all of them are: none has the exponent of infinities and NaN.
+bool finite(const float* from, int64_t dim) {
+    int32_t most = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+        int32_t bits;
+        std::memcpy(&bits, from + d, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    return most < 0x7f800000;
+}
+
 void token(const hp_rope_kv_write_call& c, const RowKernels& kernels, int64_t t) {
     const int64_t half = c.rotary_dim / 2, block = c.slots[t] / c.block_size, inside = c.slots[t] % c.block_size;
     const float* cos = c.cos_sin + c.positions[t] * c.rotary_dim;
@@ -48,9 +61,16 @@ void token(const hp_rope_kv_write_call& c, const RowKernels& kernels, int64_t t)
     for (int64_t h = 0; h < c.kv_heads; ++h) {
         const float* k = normal(c.k + t * c.k_token_stride + h * c.k_head_stride, c.k_weight);
         rotate(k, cos, cos + half, half, c.dim, turned);
+        const float* v = c.v + t * c.v_token_stride + h * c.v_head_stride;
+        if (!finite(v, c.dim)) {  // stored as 0, which whoever does not see it may multiply, and as NaN in the key
+            for (int64_t d = 0; d < c.dim; ++d) {
+                even[d] = std::isfinite(v[d]) ? v[d] : 0.0f;
+                if (!std::isfinite(v[d])) turned[d] = NAN;
+            }
+            v = even;
+        }
         write(kernels, c.cache_kind, turned, c.dim, c.k_cache, key + h * c.k_cache_head_stride);
-        write(kernels, c.cache_kind, c.v + t * c.v_token_stride + h * c.v_head_stride, c.dim, c.v_cache,
-              value + h * c.v_cache_head_stride);
+        write(kernels, c.cache_kind, v, c.dim, c.v_cache, value + h * c.v_cache_head_stride);
     }
 }
 

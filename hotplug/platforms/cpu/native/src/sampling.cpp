@@ -10,6 +10,8 @@
 namespace hotplug {
 namespace {
 
+constexpr int64_t kNoToken = -2;  // NO_TOKEN in hotplug/core/ops/sampling.py
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // In [0, 1): SplitMix64's finalizer, as `uniform` in hotplug/core/ops/sampling.py.
@@ -123,13 +125,18 @@ int64_t draw(const Scratch& s, int64_t vocab, double target) {
     return vocab - 1;
 }
 
+// The best token, if its score is finite: no score of the row is NaN then either.
+int64_t best_of(const RowKernels& kernels, const float* logits, int64_t vocab) {
+    const int64_t best = kernels.argmax(logits, vocab);
+    return std::isfinite(logits[best]) ? best : kNoToken;
+}
+
 int64_t sample_one(const RowKernels& kernels, const Scratch& s, const float* logits, int64_t vocab, float temperature,
                    int64_t top_k, float top_p, float min_p, double where) {
-    const int64_t best = kernels.argmax(logits, vocab);
-    if (temperature == 0.0f) return best;
+    const int64_t best = best_of(kernels, logits, vocab);
+    if (temperature == 0.0f || best == kNoToken) return best;
     const float most = logits[best];
-    // Every share is NaN then, and no sum of them above any target.
-    if (!std::isfinite(most) || std::isnan(temperature)) return vocab - 1;
+    if (std::isnan(temperature)) return vocab - 1;  // every share is NaN then, and no sum of them above any target
     kernels.scale(logits, vocab, most, temperature, s.scaled, s.tops);
     const float least = threshold(kernels, s, vocab, top_k, top_p);
     const float total = static_cast<float>(kernels.exponentials(s.scaled, vocab, least, s.weights));
@@ -142,7 +149,7 @@ int64_t sample_one(const RowKernels& kernels, const Scratch& s, const float* log
 int argmax(const hp_argmax_call& c, const RowKernels& kernels, Pool& pool) {
     if (c.rows < 0 || c.vocab <= 0) return HP_BAD_ARGUMENT;
     pool.run_rows(c.rows, c.vocab, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) c.out[i] = kernels.argmax(c.logits + i * c.stride, c.vocab);
+        for (int64_t i = begin; i < end; ++i) c.out[i] = best_of(kernels, c.logits + i * c.stride, c.vocab);
     });
     return HP_OK;
 }

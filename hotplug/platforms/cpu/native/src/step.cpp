@@ -1,6 +1,7 @@
 // See step.h. Few operations a float, or none: the compiler's baseline will do where RowKernels bring nothing.
 #include "step.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "half.h"
@@ -96,7 +97,7 @@ int prepare_step(const hp_prepare_step_call& c) {
         const int64_t* blocks = c.block_tables + row * c.table_stride;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t position = begin + i, token = c.token_ids[first + i];
-            c.out_tokens[first + i] = token < 0 ? c.last_tokens[row] : token;
+            c.out_tokens[first + i] = token < 0 ? std::max<int64_t>(c.last_tokens[row], 0) : token;
             c.out_positions[first + i] = position;
             c.out_slots[first + i] = blocks[position / c.block_size] * c.block_size + position % c.block_size;
         }
