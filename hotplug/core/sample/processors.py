@@ -1,16 +1,23 @@
 """Logits processors: a request's own changes to its scores, by name, from plugins.
 
-Only rows whose request names one cost anything. Order: after penalties and biases, before temperature.
+Only rows whose request names one cost anything. Order: after penalties and biases, before temperature. A processor
+that raises in the middle of a step ends its request, and no other.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from hotplug.core.errors import HotplugError, RequestError, nearest
+
+_logger = logging.getLogger(__name__)
 
 
 class LogitsProcessor(Protocol):
@@ -49,3 +56,43 @@ def make_processors(
         except (TypeError, ValueError) as e:
             raise RequestError(f"logits processor {name}: {e}", param="logits_processors") from e
     return made
+
+
+class RowProcessors:
+    """The processors of one row, in the order of its request.
+
+    Once one of them has raised, the row's scores are NaN, so that no token can be chosen and the request ends with an
+    error (`hotplug.core.ops.sampling`).
+    """
+
+    def __init__(self, factories: Mapping[str, Factory], asked: Mapping[str, Mapping[str, Any]], vocab: int) -> None:
+        self._made: list[LogitsProcessor] = []
+        self._failed = False
+        self._guarded(lambda: self._made.extend(make_processors(factories, asked, vocab)))
+
+    def start(self, token_ids: npt.NDArray[np.int32], num_prompt_tokens: int, device: torch.device) -> None:
+        """The row's tokens so far."""
+        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(device)
+        for processor in self._made:
+            self._guarded(lambda processor=processor: processor.start(tokens, num_prompt_tokens))
+
+    def apply(self, logits: Tensor) -> None:
+        """Change the scores of the row's next token in place."""
+        for processor in self._made:
+            self._guarded(lambda processor=processor: processor.apply(logits))
+        if self._failed:
+            logits.fill_(float("nan"))
+
+    def accept(self, token: Tensor) -> None:
+        """The token that was drawn."""
+        for processor in self._made:
+            self._guarded(lambda processor=processor: processor.accept(token))
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception:  # a plugin's code
+            _logger.exception("a logits processor failed; its request ends")
+            self._failed = True

@@ -11,7 +11,6 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from torch import Tensor
 from hotplug.core.ops.plan import Plan
 from hotplug.core.request import SamplingParams, TokenLogprobs
 from hotplug.core.sample.history import TokenHistory
-from hotplug.core.sample.processors import Factory, LogitsProcessor, make_processors
+from hotplug.core.sample.processors import Factory, RowProcessors, make_processors
 
 Rows = npt.NDArray[np.int32]
 Counters = npt.NDArray[np.int64]
@@ -123,7 +122,7 @@ class Sampler:
         self._bias: dict[int, tuple[Ids, npt.NDArray[np.float32]]] = {}
         self._held_back: dict[int, Ids] = {}
         self._has_processor = np.zeros(max_rows, bool)
-        self._processors: dict[int, list[LogitsProcessor]] = {}
+        self._processors: dict[int, RowProcessors] = {}
 
     def admit(
         self,
@@ -152,7 +151,8 @@ class Sampler:
             self._held_back[row] = np.array(sorted(held), np.int64)
         self._has_processor[row] = bool(params.logits_processors)
         if params.logits_processors:
-            self._start_processors(row, params.logits_processors, token_ids, num_prompt_tokens)
+            self._processors[row] = RowProcessors(self._factories, params.logits_processors, self.vocab)
+            self._processors[row].start(token_ids, num_prompt_tokens, self._device)
         if _penalized(params):
             self._history.admit(row, token_ids, num_prompt_tokens)
         self._special[row] = (
@@ -162,14 +162,6 @@ class Sampler:
     def check_processors(self, params: SamplingParams) -> None:
         """Raises RequestError for a processor that does not exist or does not take its arguments."""
         make_processors(self._factories, params.logits_processors or {}, self.vocab)
-
-    def _start_processors(
-        self, row: int, asked: Mapping[str, Mapping[str, Any]], token_ids: npt.NDArray[np.int32], num_prompt: int
-    ) -> None:
-        tokens = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
-        self._processors[row] = make_processors(self._factories, asked, self.vocab)
-        for processor in self._processors[row]:
-            processor.start(tokens, num_prompt)
 
     def release(self, rows: Rows) -> None:
         """Forget what rows hold beyond their fixed-size parameters."""
@@ -235,8 +227,7 @@ class Sampler:
         if self._history.active:
             self._history.append(rows, tokens.clamp(min=0))  # here and below NO_TOKEN would be an index
         for i in np.flatnonzero(self._has_processor[rows]).tolist():
-            for processor in self._processors[int(rows[i])]:
-                processor.accept(tokens[i].clamp(min=0))
+            self._processors[int(rows[i])].accept(tokens[i].clamp(min=0))
         wanted = np.flatnonzero(self._num_logprobs[rows] >= 0)
         counts = self._num_logprobs[rows[wanted]]
         logprobs = None
@@ -262,8 +253,7 @@ class Sampler:
             added = torch.from_numpy(np.concatenate(values)).to(self._device, non_blocking=True)
             adjusted.index_put_(self._cells(biased, ids), added, accumulate=True)
         for i in processed.tolist():
-            for processor in self._processors[int(rows[i])]:
-                processor.apply(adjusted[i])
+            self._processors[int(rows[i])].apply(adjusted[i])
         if len(short):
             never = adjusted.new_full((), float("-inf"))
             adjusted.index_put_(self._cells(short, [self._held_back[row] for row in rows[short].tolist()]), never)
