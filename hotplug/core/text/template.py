@@ -19,6 +19,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from hotplug.core.errors import RequestError
+from hotplug.core.text.json_scan import escape_lone_surrogates
 
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
              RecursionError, MemoryError)  # fmt: skip
@@ -70,7 +71,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return text if text.isascii() else escape_lone_surrogates(text)
 
 
 def _raise_exception(message: str) -> NoReturn:
