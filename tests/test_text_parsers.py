@@ -223,6 +223,8 @@ def test_text_after_the_answer_began_is_not_kept_back() -> None:
         ('{"a": 1e400}', {"a": "1e400"}),
         ('{"a": -1e400, "b": NaN}', {"a": "-1e400", "b": "NaN"}),
         ("not json", "not json"),
+        ("null", {}),
+        (" ", {}),
         ("[" * 100_000, "[" * 100_000),
         ("9" * 5000, "9" * 5000),
     ],

@@ -301,8 +301,11 @@ def parse_call(text: str) -> ToolCall | None:
 def read_arguments(text: str) -> Any:
     """The value in the arguments of a call that comes back as history, for a template to write; `text` itself if none.
 
-    A number that a float cannot hold (1e400) and NaN come as text, so that what is written is JSON again.
+    No arguments are an empty object. A number that a float cannot hold (1e400) and NaN come as text, so that what is
+    written is JSON again.
     """
+    if text.strip() in ("", "null"):
+        return {}
     try:
         return json.loads(text, parse_float=_finite, parse_constant=str)
     except (ValueError, RecursionError):

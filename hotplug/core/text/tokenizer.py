@@ -6,8 +6,9 @@ files of its slow tokenizers.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from hotplug.core.errors import ConfigError, ModelError, RequestError, WeightsEr
 from hotplug.core.text import template as chat_templates
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
+_SENTENCEPIECE = ["Replace", "ByteFallback", "Fuse"]
+_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+"""The last step of SentencePiece's decoder where its normalizer prepends a space."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -58,7 +62,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. An id outside the vocabulary adds nothing, invalid UTF-8 becomes U+FFFD."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        skip = self.special_ids if skip_special_tokens else frozenset[int]()
+        if self._own_text:  # the library reads them in GPT-2's alphabet
+            return b"".join(self.token_bytes(i) for i in ids if i not in skip).decode(errors="replace")
+        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if self.byte_fallback and "\ufffd" in text:  # the library gives up a whole run of byte tokens for one of them
+            tokens = [token for i in ids if i not in skip and (token := self.tokens[i]) is not None]
+            return str(self.backend.decoder.decode(_with_valid_bytes(tokens)))
+        return text
 
     def token_text(self, token_id: int) -> str:
         """Text of one token by itself; half a character shows as U+FFFD. "" outside the vocabulary."""
@@ -70,21 +81,23 @@ class Tokenizer:
         if token is None:
             return b""
         if self.byte_level:
-            return byte_level_bytes(token)
-        byte = self.fallback_byte(token_id)
-        return token.replace("▁", " ").encode() if byte is None else bytes([byte])
+            own = self._own_text.get(token_id)
+            return byte_level_bytes(token) if own is None else own
+        byte = self.fallback_bytes.get(token_id)
+        return token.replace("▁", " ").encode() if byte is None else byte
 
-    def fallback_byte(self, token_id: int) -> int | None:
-        """The byte that a SentencePiece byte token such as <0x0A> stands for; None for any other token."""
+    @cached_property
+    def fallback_bytes(self) -> dict[int, bytes]:
+        """By id: the bytes that SentencePiece's byte tokens such as <0x0A> stand for."""
         if not self.byte_fallback:
-            return None
-        token = self.backend.id_to_token(token_id) or ""
-        if len(token) != 6 or not token.startswith("<0x") or token[5] != ">":
-            return None
-        try:
-            return int(token[3:5], 16)
-        except ValueError:
-            return None
+            return {}
+        found = ((self.backend.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
+        return {token_id: byte for token_id, byte in found if token_id is not None}
+
+    @cached_property
+    def tokens(self) -> dict[int, str | None]:
+        """By id, for every id: the token as the vocabulary spells it, None outside. Filled as tokens are looked up."""
+        return _LookedUp(self.backend.id_to_token)
 
     @cached_property
     def whole_texts(self) -> dict[int, str | None]:
@@ -92,7 +105,13 @@ class Tokenizer:
 
         Filled as tokens are looked up.
         """
-        return _WholeTexts(self)
+        return _LookedUp(self._whole_text)
+
+    def _whole_text(self, token_id: int) -> str | None:
+        try:
+            return self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return None
 
     @property
     def vocab_size(self) -> int:
@@ -107,20 +126,49 @@ class Tokenizer:
 
     @cached_property
     def byte_level(self) -> bool:
-        """Whether tokens are bytes in GPT-2's alphabet, so that decoding is joining bytes."""
-        return self._decoder_steps == ["ByteLevel"]
+        """Whether tokens are bytes in GPT-2's alphabet."""
+        return self._decoder_types in (["ByteLevel"], ["ByteLevel", "Fuse"])
+
+    @cached_property
+    def _own_text(self) -> dict[int, bytes]:
+        """By id: added tokens of a byte-level tokenizer whose text could be taken for GPT-2's alphabet, as "für"."""
+        added = self.backend.get_added_tokens_decoder() if self.byte_level else {}
+        return {i: token.content.encode() for i, token in added.items() if not token.content.isascii()}
 
     @cached_property
     def byte_fallback(self) -> bool:
         """Whether characters outside the vocabulary are spelled in byte tokens."""
-        return "ByteFallback" in self._decoder_steps
+        return "ByteFallback" in self._decoder_types
 
     @cached_property
-    def _decoder_steps(self) -> list[str]:
+    def joins_bytes(self) -> bool:
+        """Whether decoding is joining `token_bytes`, but for `strips_first_space`."""
+        return self.byte_level or (
+            self._decoder_types in (_SENTENCEPIECE, [*_SENTENCEPIECE, "Strip"])
+            and self._decoder_steps[0].items() >= {"pattern": {"String": "▁"}, "content": " "}.items()
+            and (len(self._decoder_steps) == 3 or self._strips)
+        )
+
+    @cached_property
+    def strips_first_space(self) -> bool:
+        """Whether decoding drops a space at the beginning of the text."""
+        return self.joins_bytes and self._strips
+
+    @property
+    def _strips(self) -> bool:
+        return bool(self._decoder_steps) and self._decoder_steps[-1] == _STRIP
+
+    @property
+    def _decoder_types(self) -> list[str]:
+        return [step["type"] for step in self._decoder_steps]
+
+    @cached_property
+    def _decoder_steps(self) -> list[dict[str, Any]]:
         if self.backend.decoder is None:
             return []
         settings = json.loads(self.backend.decoder.__getstate__())
-        return [step["type"] for step in settings.get("decoders", [settings])]
+        steps: list[dict[str, Any]] = settings.get("decoders", [settings])
+        return steps
 
     @property
     def bos_token(self) -> str | None:
@@ -169,17 +217,15 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
 
-class _WholeTexts(dict[int, "str | None"]):
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+class _LookedUp(dict[int, "str | None"]):
+    """Answers of a function, kept."""
+
+    def __init__(self, look_up: Callable[[int], str | None]) -> None:
+        self._look_up = look_up
 
     def __missing__(self, token_id: int) -> str | None:
-        try:
-            text = self._tokenizer.token_bytes(token_id).decode()
-        except UnicodeDecodeError:
-            text = None
-        self[token_id] = text
-        return text
+        found = self[token_id] = self._look_up(token_id)
+        return found
 
 
 def load_tokenizer(path: Path, chat_template_file: Path | None = None) -> Tokenizer:
@@ -211,6 +257,17 @@ def byte_level_bytes(token: str) -> bytes:
         return token.encode()
 
 
+def _with_valid_bytes(tokens: list[str]) -> list[str]:
+    """Tokens with U+FFFD in the place of the byte tokens that spell no character."""
+    kept: list[str] = []
+    for is_byte, run in itertools.groupby(tokens, _BYTE_TOKENS.__contains__):
+        if is_byte:
+            text = b"".join(_BYTE_TOKENS[token] for token in run).decode(errors="replace")
+            run = (one for c in text for one in ((c,) if c == "\ufffd" else (f"<0x{b:02X}>" for b in c.encode())))
+        kept += run
+    return kept
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -219,6 +276,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
 def _from_gguf(file: Path) -> Tokenizer:
