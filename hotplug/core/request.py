@@ -58,6 +58,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    keep_special_tokens: tuple[int, ...] = ()
+    """Special tokens that stay in the text although `skip_special_tokens`: tags that a parser of answers looks for."""
     logits_processors: dict[str, dict[str, Any]] | None = None
     """Processors of installed plugins by name, each with its arguments."""
     speculative: bool | None = None
@@ -90,6 +92,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             _check(value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"between 0 and {MAX_LOGPROBS}")
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
+        _check(all(0 <= token < 2**31 for token in self.keep_special_tokens), "keep_special_tokens",
+               list(self.keep_special_tokens), "token ids")  # fmt: skip
         _check(all(self.stop), "stop", list(self.stop), "non-empty strings")
         for token, bias in (self.logit_bias or {}).items():
             _check(token >= 0, "logit_bias", token, "keyed by non-negative token ids")

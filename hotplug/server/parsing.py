@@ -71,6 +71,11 @@ class Parsers:
     tool: Callable[[], ToolParser] | None = None
     reasoning: Callable[[str], ReasoningParser] | None = None
 
+    def tags(self, *, tools: bool) -> tuple[str, ...]:
+        """Texts that the parsers look for, which have to reach them even where they are special tokens."""
+        used = [self.tool if tools else None, self.reasoning]
+        return tuple(tag for parser in used for tag in getattr(parser, "tags", ()))
+
     def choice(self, prompt_end: str, *, tools: bool) -> ChoiceParser | None:
         """A parser for one completion after a prompt that ends so; None where there is nothing to tell apart."""
         tool = self.tool() if tools and self.tool is not None else None

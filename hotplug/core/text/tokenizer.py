@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import tokenizers
 
 from hotplug.core.errors import ConfigError, ModelError, RequestError, WeightsError
 from hotplug.core.text import template as chat_templates
+from hotplug.core.text.user_text import UserText
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
+_LONG_TEXT = 10_000
+"""Characters from which a text is encoded without Python's lock, at some microseconds more."""
+_MAX_TEMPLATES = 32
 _SENTENCEPIECE = ["Replace", "ByteFallback", "Fuse"]
 _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 """The last step of SentencePiece's decoder where its normalizer prepends a space."""
@@ -30,6 +35,7 @@ class Tokenizer:
 
     `special_tokens` maps roles (bos_token, eos_token, ...) to token texts, as templates see them.
     `templates` maps names to Jinja sources; "default" serves unless tools are given and "tool_use" exists.
+    `chat_special_tokens`: special tokens that are spelled in messages are tokens, not text.
     """
 
     def __init__(
@@ -39,12 +45,15 @@ class Tokenizer:
         special_tokens: dict[str, str],
         eos_token_ids: tuple[int, ...] = (),
         templates: dict[str, str] | None = None,
+        chat_special_tokens: bool = False,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.special_tokens = special_tokens
         self.templates = templates or {}
+        self.chat_special_tokens = chat_special_tokens
+        self._user_texts: dict[str, UserText] = {}
         eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
         own = () if eos is None else (eos,)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(own + eos_token_ids))
@@ -53,10 +62,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text are recognised."""
-        return self.backend.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+        if len(text) < _LONG_TEXT:
+            return self.backend.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+        return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of several texts, in parallel."""
+        """Token ids of several texts, in parallel and without Python's lock."""
         batch = self.backend.encode_batch([_valid(t) for t in texts], add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in batch]
 
@@ -124,6 +135,11 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)
 
+    def special_among(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Ids of those of these texts that are special tokens."""
+        ids = (self.backend.token_to_id(text) for text in texts)
+        return tuple(i for i in ids if i is not None and i in self.special_ids)
+
     @cached_property
     def byte_level(self) -> bool:
         """Whether tokens are bytes in GPT-2's alphabet."""
@@ -188,6 +204,7 @@ class Tokenizer:
     def render_chat(
         self,
         messages: Sequence[dict[str, Any]],
+        /,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -199,22 +216,59 @@ class Tokenizer:
         `template_variables` reach the template as they are (enable_thinking, documents, ...). Raises
         RequestError: no template, a part that is not text, or messages the template cannot render.
         """
-        source = template or (self.templates.get("tool_use") if tools else None) or self.chat_template
+        source = self._template(tools, template)
+        variables = {"add_generation_prompt": add_generation_prompt, **template_variables}
+        variables = {**self._variables, "tools": list(tools) if tools else None, **variables}
+        return chat_templates.render(source, [_text_only(m) for m in messages], variables)
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], /, **options: Any) -> list[int]:
+        """Token ids of `render_chat(messages, **options)`, in which only the template writes control tokens.
+
+        What strings of messages, tools and variables spell like one is encoded as text, unless `chat_special_tokens`.
+        """
+        if not self.chat_special_tokens:
+            template = options.pop("template", None)
+            user_text = self.user_text(self._template(options.get("tools"), template))
+            marked = user_text.mark(([_text_only(m) for m in messages], options))
+            if marked is not None:
+                ([*messages], options), letters = marked
+                return user_text.encode(self.render_chat(messages, template=template, **options), letters)
+            options["template"] = template
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def user_text(self, template: str) -> UserText:
+        """What keeps text of users from being tokens of this template. Raises RequestError if it is none."""
+        found = self._user_texts.get(template)
+        if found is None:
+            seams = chat_templates.looked_for(template)
+            turns = chat_templates.plain_turns(template, self._variables)
+            control = [
+                token.content for token in self.backend.get_added_tokens_decoder().values()
+                if token.special or (_is_mark(token.content) and token.content in turns
+                                     and not any(token.content in text for text in seams))
+            ]  # fmt: skip
+            if len(self._user_texts) >= _MAX_TEMPLATES:
+                self._user_texts.clear()
+            found = self._user_texts[template] = UserText(self.backend, control, seams)
+        return found
+
+    def prepare_chat(self) -> None:
+        """Do now what the first conversation would wait for."""
+        for source in self.templates.values():
+            with suppress(RequestError):  # no template; told to whoever asks for it
+                self.user_text(source)
+
+    def _template(self, tools: Any, given: str | None) -> str:
+        source = given or (self.templates.get("tool_use") if tools else None) or self.chat_template
         if source is None:
             raise RequestError("the model has no chat template", param="messages",
                                hint="Use the completions API, or start with --chat-template FILE.")  # fmt: skip
-        variables = {
-            **self.special_tokens,
-            "tools": list(tools) if tools else None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **template_variables,
-        }
-        return chat_templates.render(source, [_text_only(m) for m in messages], variables)
+        return source
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids of `render_chat(messages, **options)`; the template writes the special tokens itself."""
-        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+    @property
+    def _variables(self) -> dict[str, Any]:
+        """What every template sees besides its messages."""
+        return {**self.special_tokens, "tools": None, "documents": None, "add_generation_prompt": False}
 
 
 class _LookedUp(dict[int, "str | None"]):
@@ -228,7 +282,9 @@ class _LookedUp(dict[int, "str | None"]):
         return found
 
 
-def load_tokenizer(path: Path, chat_template_file: Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: Path, chat_template_file: Path | None = None, *, chat_special_tokens: bool = False
+) -> Tokenizer:
     """The tokenizer of a checkpoint: a folder, or a GGUF file. `chat_template_file` replaces its template.
 
     Raises ModelError (no tokenizer, malformed files) and ConfigError (the template file).
@@ -246,6 +302,9 @@ def load_tokenizer(path: Path, chat_template_file: Path | None = None) -> Tokeni
         raise ModelError("no tokenizer is there", where=str(path), why="neither tokenizer.json nor a GGUF file")
     if override is not None:
         tokenizer.templates = {"default": override}
+    tokenizer.chat_special_tokens = chat_special_tokens
+    if not chat_special_tokens:
+        tokenizer.prepare_chat()
     return tokenizer
 
 
@@ -367,6 +426,11 @@ def read_template(file: Path) -> str:
     except RequestError as e:
         raise ConfigError(e.what, where=str(file)) from e
     return source
+
+
+def _is_mark(token: str) -> bool:
+    """Whether a token looks like a mark, and not like a word or blanks that a text may well hold."""
+    return len(token) > 2 and not token[0].isalnum() and not token[0].isspace()
 
 
 def _text_only(message: dict[str, Any]) -> dict[str, Any]:
