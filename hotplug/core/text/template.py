@@ -54,7 +54,11 @@ def compile_template(template: str) -> jinja2.Template:
 
 
 def looked_for(template: str) -> set[str]:
-    """Texts that a template compares with, or hands to a function: what it may look for in messages and cut them at."""
+    """Texts that a template compares with, or hands to a function: what it may look for in messages and cut them at.
+
+    Raises RequestError(param="chat_template").
+    """
+    compile_template(template)
     tree = _environment().parse(template)
     places = tree.find_all((jinja2.nodes.Compare, jinja2.nodes.Call))
     texts = (node.value for place in places for node in place.find_all(jinja2.nodes.Const))

@@ -18,6 +18,7 @@ import tokenizers
 
 from hotplug.core.errors import ConfigError, ModelError, RequestError, WeightsError
 from hotplug.core.text import template as chat_templates
+from hotplug.core.text.added_tokens import read_declared
 from hotplug.core.text.user_text import UserText
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
@@ -27,7 +28,6 @@ _MAX_TEMPLATES = 32
 _SENTENCEPIECE = ["Replace", "ByteFallback", "Fuse"]
 _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 """The last step of SentencePiece's decoder where its normalizer prepends a space."""
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -133,7 +133,11 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that `skip_special_tokens` leaves out."""
         added = self.backend.get_added_tokens_decoder()
-        return frozenset(i for i, token in added.items() if token.special)
+        decode = self.backend.decode  # knows of tokens that were special before they were declared again
+        return frozenset(
+            i for i, token in added.items()
+            if token.special or (not decode([i], skip_special_tokens=True) and decode([i], skip_special_tokens=False))
+        )  # fmt: skip
 
     def special_among(self, texts: Sequence[str]) -> tuple[int, ...]:
         """Ids of those of these texts that are special tokens."""
@@ -243,9 +247,9 @@ class Tokenizer:
             seams = chat_templates.looked_for(template)
             turns = chat_templates.plain_turns(template, self._variables)
             control = [
-                token.content for token in self.backend.get_added_tokens_decoder().values()
-                if token.special or (_is_mark(token.content) and token.content in turns
-                                     and not any(token.content in text for text in seams))
+                token.content for i, token in self.backend.get_added_tokens_decoder().items()
+                if i in self.special_ids or (_is_mark(token.content) and token.content in turns
+                                             and not any(token.content in text for text in seams))
             ]  # fmt: skip
             if len(self._user_texts) >= _MAX_TEMPLATES:
                 self._user_texts.clear()
@@ -292,10 +296,8 @@ def load_tokenizer(
     from hotplug.core.weights.checkpoint import find_gguf
 
     override = None if chat_template_file is None else read_template(chat_template_file)
-    if path.is_dir() and (path / "tokenizer.json").exists():
-        tokenizer = _from_folder(path, _load_backend(path / "tokenizer.json"))
-    elif path.is_dir() and any((path / name).exists() for name in _SLOW_FILES):
-        tokenizer = _from_folder(path, _convert_slow(path))
+    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", *_SLOW_FILES)):
+        tokenizer = _from_folder(path)
     elif (gguf_file := find_gguf(path)) is not None:
         tokenizer = _from_gguf(gguf_file)
     else:
@@ -361,27 +363,32 @@ def _from_gguf(file: Path) -> Tokenizer:
     )
 
 
-def _from_folder(folder: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
-    settings = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-    special = {}
-    for role in _SPECIAL:
-        value = settings.get(role)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            special[role] = text
-    return Tokenizer(backend, special_tokens=special, templates=_templates(folder, settings.get("chat_template")))
+def _from_folder(folder: Path) -> Tokenizer:
+    declared = read_declared(folder)
+    if (folder / "tokenizer.json").exists():
+        backend = _load_backend(folder / "tokenizer.json")
+        declared.add_to(backend)
+    else:
+        backend = _convert_slow(folder)
+    templates = _templates(folder, declared.config.get("chat_template"))
+    return Tokenizer(backend, special_tokens=declared.roles, templates=templates)
 
 
 def _templates(folder: Path, configured: Any) -> dict[str, str]:
-    """Templates by name: files of their own win over tokenizer_config.json's string or list of named ones."""
-    templates = {}
+    """Templates by name: files of their own win over tokenizer_config.json's string, object, or list of named ones."""
     if isinstance(configured, str):
-        templates["default"] = configured
-    elif isinstance(configured, list):
-        templates = {str(entry["name"]): str(entry["template"]) for entry in configured}
+        configured = {"default": configured}
+    elif isinstance(configured, list) and all(isinstance(entry, dict) for entry in configured):
+        configured = {entry.get("name"): entry.get("template") for entry in configured}
+    templates = {} if configured is None else configured
+    if not isinstance(templates, dict) or not all(isinstance(s, str) for item in templates.items() for s in item):
+        raise ModelError("chat_template must be a template or named ones", where=str(folder / "tokenizer_config.json"))
     whole = folder / "chat_template.jinja"
     for file in ([whole] if whole.exists() else []) + sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates["default" if file == whole else file.stem] = file.read_text(encoding="utf-8")
+        try:
+            templates["default" if file == whole else file.stem] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ModelError("cannot read the chat template", where=str(file), why=str(e)) from e
     return templates
 
 
@@ -404,16 +411,6 @@ def _convert_slow(folder: Path) -> tokenizers.Tokenizer:
     if backend is None:
         raise ModelError(f"{type(converted).__name__} has no fast form", where=str(folder))
     return backend
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as e:
-        raise ModelError("not valid JSON", where=str(file), why=str(e)) from e
-    return values if isinstance(values, dict) else {}
 
 
 def read_template(file: Path) -> str:
