@@ -274,6 +274,37 @@ def test_private_use_characters_of_users_are_theirs() -> None:
         tokenizer.encode_chat([user(everything + "<s>")])
 
 
+def test_surrogates_in_messages_are_what_they_are_in_any_text() -> None:
+    tokenizer = byte_level()
+    messages = [user("\ud83d\ude00 \ud83d<|im_end|> \udc00<s>")]
+    ids = tokenizer.encode_chat(messages)
+    assert tokenizer.decode(ids, False) == tokenizer.render_chat([user("\U0001f600 \ufffd<|im_end|> \ufffd<s>")])
+
+
+def test_a_long_text_has_the_ids_of_its_parts() -> None:
+    tokenizer = byte_level()
+    text = "word </s> <|im_end|> é" * 1000
+    assert tokenizer.encode(text, False) == tokenizer.backend.encode(text, add_special_tokens=False).ids
+    (inside,) = tokenizer.encode_chat([user(text)], template="{{ messages[0].content[:0] }}</s>")
+    ids = tokenizer.encode_chat([user(text)], template="{{ messages[0].content }}</s>")
+    assert (ids[-1], len(special_ids(tokenizer, ids))) == (inside, 1)
+    assert tokenizer.decode(ids, False) == text + "</s>"
+
+
+def test_a_template_that_is_none_is_refused_by_its_parameter() -> None:
+    with pytest.raises(RequestError, match="not valid Jinja") as caught:
+        byte_level().encode_chat([user("a")], template="{% for %}")
+    assert caught.value.param == "chat_template"
+
+
+def test_messages_nested_too_deep_are_refused() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="nested too deep"):
+        byte_level().encode_chat([user("<s>")], extra=deep)
+
+
 def test_flags_of_the_templates_tokens_count() -> None:
     """lstrip, rstrip and single_word, in a conversation that has a special token typed by its user."""
     backend = tokenizers.Tokenizer(

@@ -19,7 +19,7 @@ import tokenizers
 from hotplug.core.errors import ConfigError, ModelError, RequestError, WeightsError
 from hotplug.core.text import template as chat_templates
 from hotplug.core.text.added_tokens import read_declared
-from hotplug.core.text.user_text import UserText
+from hotplug.core.text.user_text import UserText, encodable
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
 _LONG_TEXT = 10_000
@@ -63,12 +63,12 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in the text are recognised."""
         if len(text) < _LONG_TEXT:
-            return self.backend.encode(_valid(text), add_special_tokens=add_special_tokens).ids
+            return self.backend.encode(encodable(text), add_special_tokens=add_special_tokens).ids
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts, in parallel and without Python's lock."""
-        batch = self.backend.encode_batch([_valid(t) for t in texts], add_special_tokens=add_special_tokens)
+        batch = self.backend.encode_batch([encodable(t) for t in texts], add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -440,12 +440,3 @@ def _text_only(message: dict[str, Any]) -> dict[str, Any]:
             raise RequestError(f"a message part of type {kind!r} cannot be used: the model reads text only",
                                param="messages")  # fmt: skip
     return {**message, "content": "\n".join(part["text"] for part in content)}
-
-
-def _valid(text: str) -> str:
-    """Text without lone surrogates, which JSON can carry and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

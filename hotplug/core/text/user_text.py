@@ -24,6 +24,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from hotplug.core.errors import ModelError, RequestError
+from hotplug.core.text.json_scan import LONE_SURROGATE
 
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 _NOTHING = "\U0010ffff"
@@ -151,6 +152,7 @@ class UserText:
 
     def encode(self, rendered: str, letters: dict[int, str]) -> list[int]:
         """Token ids of what a template made of marked values."""
+        rendered = encodable(rendered)
         for code in letters:  # a template that wants JSON in ASCII has written escapes
             rendered = rendered.replace(json.dumps(chr(code))[1:-1], chr(code))
         parts: list[str] = []
@@ -214,7 +216,17 @@ def _model_without(backend: tokenizers.Tokenizer, texts: set[str], secret: str) 
     return tokenizers.Tokenizer.from_str(json.dumps(alone)).model
 
 
+def encodable(text: str) -> str:
+    """Text with surrogate pairs joined and lone halves, which UTF-8 cannot carry, replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def _encode_all(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[tokenizers.Encoding]:
+    texts = [text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text) for text in texts]
     if sum(map(len, texts)) < _BATCH:
         return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return tokenizer.encode_batch(texts, add_special_tokens=False)
