@@ -112,6 +112,8 @@ class ThinkParser:
         self._held = ""
         self._blank = True
         """Whether only blanks came since the last tag: blanks beside a tag belong to it."""
+        self._blanks: list[str] = []
+        """Blanks at the start, which belong to an answer without tags."""
         self._tagged = self._inside
 
     def push(self, text: str) -> Reasoned:
@@ -127,14 +129,15 @@ class ThinkParser:
         held, self._held = self._held, ""
         if self._inside:
             return Reasoned(reasoning=held)
-        return Reasoned(content="" if self._tagged and not held.strip() else held)
+        return Reasoned(content="".join([*self._blanks, held]))
 
     def _step(self, found: Reasoned) -> bool:
         """Take what is decided off the held text; False when more text is needed."""
         if self._blank:
             start = self._held.lstrip()
-            if self._inside or self._tagged:
-                self._held = start
+            if not self._tagged:
+                self._blanks.append(self._held[: len(self._held) - len(start)])
+            self._held = start
             if not start:
                 return False
             if not self._inside:
@@ -147,12 +150,12 @@ class ThinkParser:
         tag = self.tags[0]
         if start.startswith(tag):
             self._inside = self._tagged = True
-            self._held = start[len(tag) :]
+            self._held, self._blanks = start[len(tag) :], []
         elif tag.startswith(start):
             return False
         else:
             self._answering = True
-            found.content, self._held = self._held, ""
+            found.content, self._held, self._blanks = "".join([*self._blanks, start]), "", []
         return True
 
     def _think(self, found: Reasoned) -> bool:
@@ -180,7 +183,7 @@ class HermesParser:
     def __init__(self) -> None:
         self._held = ""
         """What may be the beginning of a tag."""
-        self._blanks = ""
+        self._blanks: list[str] = []
         """Blanks at the start or after a call: no content if a call follows."""
         self._at_edge = True
         self._called = False
@@ -204,8 +207,8 @@ class HermesParser:
                     rest = self._look(rest, found) if self._open is None else self._read(self._open, rest, found)
         self._say(self._held, found)
         if not self._called:
-            found.content += self._blanks
-        self._held = self._blanks = ""
+            found.content += "".join(self._blanks)
+        self._held, self._blanks = "", []
         return found
 
     def _look(self, text: str, found: ToolText) -> str | None:
@@ -231,7 +234,7 @@ class HermesParser:
         return rest
 
     def _take(self, call: ToolCall, found: ToolText) -> None:
-        self._open, self._blanks = None, ""
+        self._open, self._blanks = None, []
         self._at_edge = self._called = True
         found.calls.append(call)
 
@@ -243,11 +246,10 @@ class HermesParser:
 
     def _say(self, text: str, found: ToolText) -> None:
         if self._at_edge:
-            text = self._blanks + text
-            self._at_edge = not text.strip()
-            self._blanks = text if self._at_edge else ""
-            if self._at_edge:
+            self._blanks.append(text)
+            if not text.strip():
                 return
+            text, self._blanks, self._at_edge = "".join(self._blanks), [], False
         found.content += text
 
 

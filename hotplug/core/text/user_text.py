@@ -50,6 +50,7 @@ class UserText:
         self._normalized = backend.normalizer is not None and any(token.normalized for token in found)
         edged = [text for text in self._control if not text[0].isalnum()]
         self._beginnings = {text[:size] for text in edged for size in range(1, len(text))}
+        self._longest = max(map(len, self._control), default=1)
         self._reach = max(map(len, edged), default=1) - 1
         self._seams = tuple(text for text in seams if text.strip() and not text[0].isalnum())
         # Finds spellings in a string of a user: wherever they are, whatever stands beside them.
@@ -123,19 +124,26 @@ class UserText:
     def _spelled(self, texts: Iterable[str]) -> dict[str, set[int]]:
         """By string: places of letters without which no control token is spelled, not even overlapping ones."""
         marks: dict[str, set[int]] = {}
-        left = {text: text for text in texts}
-        while left:
-            found = _encode_all(self._spellings, list(left.values()))
-            changed = {}
-            for (text, current), encoding in zip(left.items(), found, strict=True):
-                places = {
-                    _letter_of(current, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i
-                }
-                if places - marks.setdefault(text, set()):
-                    marks[text] |= places
-                    changed[text] = "".join(_NOTHING if i in marks[text] else c for i, c in enumerate(text))
-            left = changed
+        for text in texts:
+            letters, found = text, self._places(text)
+            while new := found - marks.setdefault(text, set()):
+                marks[text] |= new
+                changed = list(letters)
+                for place in new:
+                    changed[place] = _NOTHING
+                letters = "".join(changed)
+                found = self._places(letters)
         return {text: places for text, places in marks.items() if places}
+
+    def _places(self, text: str) -> set[int]:
+        """A place in each spelling. Long texts are read in parts, so that no single call takes long."""
+        places: set[int] = set()
+        for begin in range(0, len(text), _BATCH):
+            part = text[begin : begin + _BATCH + self._longest]
+            encoding = self._spellings.encode(_one_by_one(part), add_special_tokens=False)
+            spans = (span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i)
+            places.update(begin + _letter_of(part, *span) for span in spans)
+        return places
 
     def _begun(self, text: str) -> set[int]:
         """Places of the last letters of what may become a control token with what the template puts after it."""
@@ -157,7 +165,7 @@ class UserText:
             rendered = rendered.replace(json.dumps(chr(code))[1:-1], chr(code))
         parts: list[str] = []
         at = 0
-        (encoding,) = _encode_all(self._tokens, [rendered])
+        encoding = _encode(self._tokens, _one_by_one(rendered))
         for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
             text = self._control_ids.get(token_id)
             if text is not None:  # found with the blanks that it takes in, or in the normalizer's form
@@ -166,7 +174,7 @@ class UserText:
                 parts += [rendered[at:begin], self._secret, text]
                 at = end
         text = "".join([*parts, rendered[at:]]).translate(letters)
-        (encoding,) = _encode_all(self._encoder, [text])
+        encoding = _encode(self._encoder, text)
         return [self._ids.get(i, i) for i in encoding.ids]
 
 
@@ -225,11 +233,15 @@ def encodable(text: str) -> str:
     return text
 
 
-def _encode_all(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[tokenizers.Encoding]:
-    texts = [text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text) for text in texts]
-    if sum(map(len, texts)) < _BATCH:
-        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    return tokenizer.encode_batch(texts, add_special_tokens=False)
+def _one_by_one(text: str) -> str:
+    """An encodable text with as many letters, for spans to be the same."""
+    return text if text.isascii() else LONE_SURROGATE.sub("\ufffd", text)
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    if len(text) < _BATCH:
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
 
 def _before_blanks(text: str, end: int) -> int:
