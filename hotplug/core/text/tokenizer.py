@@ -6,7 +6,6 @@ files of its slow tokenizers.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import tokenizers
 from hotplug.core.errors import ConfigError, ModelError, RequestError, WeightsError
 from hotplug.core.text import template as chat_templates
 from hotplug.core.text.added_tokens import read_declared
+from hotplug.core.text.token_bytes import BYTE_TOKENS, byte_level_bytes, with_valid_bytes
 from hotplug.core.text.user_text import UserText, encodable
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
@@ -79,7 +79,7 @@ class Tokenizer:
         text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         if self.byte_fallback and "\ufffd" in text:  # the library gives up a whole run of byte tokens for one of them
             tokens = [token for i in ids if i not in skip and (token := self.tokens[i]) is not None]
-            return str(self.backend.decoder.decode(_with_valid_bytes(tokens)))
+            return str(self.backend.decoder.decode(with_valid_bytes(tokens)))
         return text
 
     def token_text(self, token_id: int) -> str:
@@ -102,7 +102,7 @@ class Tokenizer:
         """By id: the bytes that SentencePiece's byte tokens such as <0x0A> stand for."""
         if not self.byte_fallback:
             return {}
-        found = ((self.backend.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
+        found = ((self.backend.token_to_id(token), byte) for token, byte in BYTE_TOKENS.items())
         return {token_id: byte for token_id, byte in found if token_id is not None}
 
     @cached_property
@@ -308,36 +308,6 @@ def load_tokenizer(
     if not chat_special_tokens:
         tokenizer.prepare_chat()
     return tokenizer
-
-
-def byte_level_bytes(token: str) -> bytes:
-    """Bytes of a token in GPT-2's alphabet; a token with any other character stands for itself."""
-    try:
-        return bytes(_BYTES[c] for c in token)
-    except KeyError:
-        return token.encode()
-
-
-def _with_valid_bytes(tokens: list[str]) -> list[str]:
-    """Tokens with U+FFFD in the place of the byte tokens that spell no character."""
-    kept: list[str] = []
-    for is_byte, run in itertools.groupby(tokens, _BYTE_TOKENS.__contains__):
-        if is_byte:
-            text = b"".join(_BYTE_TOKENS[token] for token in run).decode(errors="replace")
-            run = (one for c in text for one in ((c,) if c == "\ufffd" else (f"<0x{b:02X}>" for b in c.encode())))
-        kept += run
-    return kept
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(rest)}
-
-
-_BYTES = _byte_alphabet()
-_BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
 def _from_gguf(file: Path) -> Tokenizer:
