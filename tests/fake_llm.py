@@ -36,6 +36,9 @@ class ByteTokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def special_among(self, texts: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(i for i in (BOS, EOS) if self.token_text(i) in texts)
+
     def token_text(self, token: int) -> str:
         return {BOS: "<s>", EOS: "</s>"}.get(token) or self.token_bytes(token).decode(errors="replace")
 

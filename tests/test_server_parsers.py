@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM
+from fake_llm import BOS, EOS, FakeLLM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin_examples import activate
@@ -16,6 +16,7 @@ from hotplug.core.errors import ConfigError
 from hotplug.core.text.parsers import HermesParser, TagSplitter, ThinkParser, ToolCall, parse_call
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
+from hotplug.server.parsing import render_call
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -60,7 +61,7 @@ def test_text_without_a_tag_is_not_kept_back():
         ("<think>a b</think>\n\nc", "c", "a b"),
         ("no tags", "no tags", ""),
         ("<think>never closed", "", "never closed"),
-        ("a<think>b</think>c<think>d</think>", "ac", "bd"),
+        ("<think>b</think>c<think>d</think>", "c<think>d</think>", "b"),
     ],
 )
 def test_reasoning_is_set_apart(text, content, reasoning):
@@ -143,6 +144,42 @@ def test_reasoning_has_a_field_of_its_own_whole_and_streamed(llm):
     assert "".join(e["delta"].get("reasoning_content") or "" for e in events) == "because"
     assert "".join(e["delta"].get("content") or "" for e in events) == "Yes."
     assert events[-1]["finish_reason"] == "stop"
+
+
+def test_tags_that_are_special_tokens_are_kept_for_the_parsers_that_look_for_them(llm, monkeypatch):
+    monkeypatch.setattr(HermesParser, "tags", ("<s>", "</s>"))
+    client = Client(llm, tool_parser="hermes")
+    for request in (body(max_tokens=1), {**CHAT, "max_tokens": 1}):
+        assert client.post("/v1/chat/completions", request).status_code == 200
+    assert [params.keep_special_tokens for _, params, *_ in llm.seen] == [(BOS, EOS), ()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"x": "\\ud83d"}', '{"x": NaN}', '{"x": 1e400}', "[" * 10_000 + "]" * 10_000, '"\\ud83d"', "null", '""'],
+)
+def test_whatever_a_model_writes_in_a_call_is_answered_and_taken_back(llm, arguments):
+    llm.says = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    client = Client(llm, tool_parser="hermes")
+    message = client.post("/v1/chat/completions", body()).json()["choices"][0]["message"]
+    (call,) = message["tool_calls"]
+    json.loads(call["function"]["arguments"].replace("[" * 10_000 + "]" * 10_000, "[]"), parse_constant=pytest.fail)
+    events = streamed(client.post("/v1/chat/completions", body(stream=True)))
+    (again,) = [c for e in events for c in e["delta"].get("tool_calls", ())]
+    assert again["function"] == call["function"]
+    if len(arguments) < 1000:  # a body of that depth is refused
+        llm.says = None
+        history = [
+            {"role": "user", "content": "?"},
+            message,
+            {"role": "tool", "tool_call_id": call["id"], "content": "!"},
+        ]
+        assert client.post("/v1/chat/completions", body(messages=history, max_tokens=1)).status_code == 200
+
+
+def test_what_a_plugins_parser_gives_can_always_be_sent():
+    function = render_call(ToolCall("f\ud83d", '{"x": "\ud83d"}'))["function"]
+    assert function == {"name": "f\ufffd", "arguments": '{"x": "\\ud83d"}'}
 
 
 def test_without_tools_the_text_of_a_call_is_content(llm):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from hotplug.core.text.detokenizer import Detokenizer, LateStops
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +32,26 @@ def sentencepiece_like() -> Tokenizer:
     return Tokenizer(backend, special_tokens={"eos_token": "</s>"})
 
 
+def metaspace_like() -> Tokenizer:
+    """A Unigram model's decoder, which is not joined bytes, over the same words."""
+    tokenizer = sentencepiece_like()
+    backend = tokenizer.backend
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", "always")])
+    return Tokenizer(backend, special_tokens={"eos_token": "</s>"})
+
+
+def byte_level_like() -> Tokenizer:
+    """Every byte, a few words, a special token, and an added one spelled with letters of GPT-2's alphabet."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "ab", "ÃŃ", "ðŁİ"]
+    backend = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    backend.add_tokens(["für"])
+    return Tokenizer(backend, special_tokens={"eos_token": "</s>"})
+
+
 SENTENCEPIECE = sentencepiece_like()
+KINDS = {"sentencepiece": SENTENCEPIECE, "metaspace": metaspace_like(), "byte-level": byte_level_like()}
 CHUNKS = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 
 
@@ -110,6 +130,121 @@ def test_sentencepiece_keeps_the_space_after_a_prompt() -> None:
     a, b = (SENTENCEPIECE.backend.token_to_id(t) for t in ("▁a", "b"))
     assert Detokenizer(SENTENCEPIECE).push([a]) == "a"
     assert Detokenizer(SENTENCEPIECE, prompt_ids=[b, b]).push([a]) == " a"
+
+
+# --- after a prompt -------------------------------------------------------------------------------
+
+
+def characters(kind: str, text: str) -> list[int]:
+    """Token ids of a text, each byte of it a token."""
+    backend = KINDS[kind].backend
+    if kind == "byte-level":
+        names = [*map(chr, [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])]
+        rest = [b for b in range(256) if chr(b) not in names]
+        alphabet = {ord(c): c for c in names} | {b: chr(0x100 + i) for i, b in enumerate(rest)}
+        return [backend.token_to_id(alphabet[b]) for b in text.encode()]
+    return [backend.token_to_id(f"<0x{b:02X}>") for b in text.encode()]
+
+
+def dangling(data: bytes) -> bytes:
+    """What a text of bytes ends with that may still become a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return decoder.getstate()[0]
+
+
+def is_begun(data: bytes) -> bool:
+    """Whether these bytes are a character or may become one."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as e:
+        return e.reason == "unexpected end of data"
+    return True
+
+
+WORDS = ["🎉", "é", "\u200b", "e\u0301", "\ufffd", "x", " "]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), sizes=CHUNKS, skip=st.booleans())
+def test_output_is_what_it_adds_to_the_prompt(kind: str, data: st.DataObject, sizes: list[int], skip: bool) -> None:
+    tokenizer = KINDS[kind]
+    one = st.integers(0, tokenizer.vocab_size + 3).map(lambda token: [token])
+    word = st.sampled_from(WORDS).map(lambda text: characters(kind, text))
+    ids = [token for part in data.draw(st.lists(st.one_of(one, word), max_size=16)) for token in part]
+    at = data.draw(st.integers(0, len(ids)))
+    got = stream(Detokenizer(tokenizer, prompt_ids=ids[:at], skip_special_tokens=skip), ids[at:], sizes)
+
+    def data_of(ids: list[int]) -> bytes:
+        return b"".join(tokenizer.token_bytes(i) for i in ids if not (skip and i in tokenizer.special_ids))
+
+    begun, rest = dangling(data_of(ids[:at])), data_of(ids[at:])
+    before = len(tokenizer.decode(ids[:at], skip))
+    if begun and rest and is_begun(begun + rest[:1]):
+        before -= 1  # the U+FFFD that stands for what the output goes on with
+    assert got == tokenizer.decode(ids, skip)[before:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_the_prompt_begins_is_ended_and_nothing_after_it_is_lost(kind: str, cut: int) -> None:
+    ids = characters(kind, "🎉xyz hello")
+    for detokenizer in (
+        Detokenizer(KINDS[kind], prompt_ids=ids[:cut]),
+        Detokenizer(KINDS[kind], prompt_ids=[0, *ids[:cut]]),
+    ):
+        pieces = [detokenizer.push_token(token) for token in ids[cut:]]
+        assert "".join(pieces) == "🎉xyz hello"
+        assert pieces[3 - cut] == "🎉"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_that_the_prompt_begins_and_the_output_does_not_end_is_the_prompts(kind: str) -> None:
+    begun, word = characters(kind, "🎉")[:3], characters(kind, "x")
+    assert stream(Detokenizer(KINDS[kind], prompt_ids=begun), word, []) == "x"
+    assert stream(Detokenizer(KINDS[kind], prompt_ids=begun), [], []) == ""
+    assert stream(Detokenizer(KINDS[kind], prompt_ids=begun[:2]), begun[2:] + word, []) == "\ufffdx"
+    assert stream(Detokenizer(KINDS[kind], prompt_ids=begun[:2]), begun[2:], []) == "\ufffd"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_characters_come_as_they_end_and_outlive_one_that_does_not(kind: str) -> None:
+    detokenizer = Detokenizer(KINDS[kind], prompt_ids=characters(kind, "x"))
+    first, second = characters(kind, "🎉"), characters(kind, "🎉")[:2]
+    assert [detokenizer.push_token(token) for token in first] == ["", "", "", "🎉"]
+    assert detokenizer.push(second) + detokenizer.finish() == "\ufffd"
+    assert KINDS[kind].decode(first + second) == "🎉\ufffd"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_without_text_change_nothing(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    eos, beyond = tokenizer.eos_token_ids[0], tokenizer.vocab_size + 7
+    first, *rest = characters(kind, "é")
+    detokenizer = Detokenizer(tokenizer, prompt_ids=[eos] * 5000)
+    assert [detokenizer.push_token(token) for token in (eos, first, beyond, eos, *rest, eos)] == [""] * 4 + ["é", ""]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_space_is_kept_however_far_back_the_prompts_text_is(kind: str) -> None:
+    tokenizer = KINDS[kind]
+    word = tokenizer.backend.token_to_id("Ġa" if kind == "byte-level" else "▁a")
+    special = list(tokenizer.eos_token_ids) * 100
+    assert Detokenizer(tokenizer, prompt_ids=[*characters(kind, "x"), *special]).push([word]) == " a"
+    assert Detokenizer(tokenizer, prompt_ids=special).push([word]) == tokenizer.decode([word])
+
+
+def test_a_special_token_that_is_kept_is_text() -> None:
+    eos = SENTENCEPIECE.eos_token_ids[0]
+    assert Detokenizer(SENTENCEPIECE, keep=[eos]).push([1, eos]) == "</s>"
+
+
+def test_an_added_token_is_its_own_text_whatever_its_letters() -> None:
+    tokenizer = KINDS["byte-level"]
+    (token,) = tokenizer.encode("für")
+    assert (tokenizer.decode([token]), tokenizer.token_text(token)) == ("für", "für")
+    assert Detokenizer(tokenizer).push([token]) == "für"
 
 
 # --- stop strings ---------------------------------------------------------------------------------

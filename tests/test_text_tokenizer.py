@@ -212,6 +212,37 @@ def test_sentencepiece_begins_with_bos_unless_told_not_to(tmp_path: Path) -> Non
     assert (by_default.encode("a").tokens, off.encode("a").tokens) == (["<s>", "▁a"], ["▁a"])
 
 
+def test_markers_of_a_file_are_special_and_its_words_are_whole(tmp_path: Path) -> None:
+    vocabulary = sentencepiece_vocabulary()
+    vocabulary["tokens"] += ["<turn>", "<word>"]
+    vocabulary["scores"] += [0.0, 0.0]
+    vocabulary["token_type"] += [3, 4]
+    tokenizer = Tokenizer(build_tokenizer(write_vocabulary(tmp_path / "v.gguf", vocabulary)), special_tokens={})
+    assert pieces(tokenizer.backend, "a<turn><word><unk>") == ["▁a", "<turn>", "<word>", "<unk>"]
+    ids = tokenizer.encode("a<turn><word>")
+    assert (tokenizer.decode(ids), tokenizer.decode(ids, False)) == ("a<word>", "<s> a<turn><word>")
+    typed = tokenizer.encode_chat([{"role": "user", "content": "<turn></s>"}], template="<s>{{ messages[0].content }}")
+    assert [i for i in typed if i in tokenizer.special_ids] == [1]
+
+
+def test_no_marker_and_no_byte_token_is_made_of_text(tmp_path: Path) -> None:
+    vocabulary = sentencepiece_vocabulary()
+    vocabulary["tokens"] += ["<", "s>", "<0x41", ">"]
+    vocabulary["scores"] += [-1.0] * 4
+    vocabulary["token_type"] += [1] * 4
+    plain = build_tokenizer(write_vocabulary(tmp_path / "v.gguf", vocabulary))
+    plain.encode_special_tokens = True
+    assert "<s>" not in pieces(plain, "a<s>")
+    assert "<0x41>" not in pieces(plain, "a<0x41>")
+
+
+def test_without_types_the_tokens_of_roles_are_markers_but_words_are_not(tmp_path: Path) -> None:
+    vocabulary = {**byte_vocabulary("gpt-2"), "padding_token_id": 5}
+    del vocabulary["token_type"]
+    tokenizer = Tokenizer(build_tokenizer(write_vocabulary(tmp_path / "v.gguf", vocabulary)), special_tokens={})
+    assert tokenizer.special_ids == {len(vocabulary["tokens"]) - 1}
+
+
 def test_every_way_to_make_a_piece_is_a_merge() -> None:
     vocabulary = {"a": 0, "b": 1, "ab": 2, "ba": 3, "aba": 4}
     merges = score_merges(vocabulary, [0.0, 0.0, -2.0, -1.0, -3.0])

@@ -49,6 +49,9 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Compute dtype; auto follows the checkpoint and the platform's preference")  # fmt: skip
     chat_template: str | None = option(None, "Jinja file that replaces the checkpoint's chat template")
+    chat_special_tokens: bool = option(
+        False, "Take special tokens that are spelled in chat messages as tokens; by default only the template writes "
+        "them, and text of users is text")  # fmt: skip
 
     device: str = option("auto", "Platform to run on; auto takes the best one found")
     exec: Literal["auto", "eager", "capture", "compile"] = option(

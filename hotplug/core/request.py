@@ -100,6 +100,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    keep_special_tokens: tuple[int, ...] = ()
+    """Special tokens that stay in the text although `skip_special_tokens`: tags that a parser of answers looks for."""
     logits_processors: dict[str, dict[str, Any]] | None = None
     """Processors of installed plugins by name, each with its arguments: what JSON can say."""
     speculative: bool | None = None
@@ -160,6 +162,7 @@ _SAMPLING_RULES = _rules(SamplingParams, {
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
     "skip_special_tokens": checks.flag,
+    "keep_special_tokens": checks.integers(MAX_STOP_TOKEN_IDS, 0, checks.INT32),
     "logits_processors": checks.optional(_processors),
     "speculative": checks.optional(checks.flag),
 })  # fmt: skip

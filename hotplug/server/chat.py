@@ -36,7 +36,7 @@ async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         tools=body.offered_tools,
     )
     service.check_length(prompt, "messages")
-    params = _sampling(service, body, prompt)
+    params = service.for_parsers(_sampling(service, body, prompt), tools=bool(body.offered_tools))
     span = span_of(request)
     chunks = service.stream(prompt, params, body, span)
     usage = Usage(len(prompt), body.count)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hotplug.core.text.json_scan import LONE_SURROGATE, escape_lone_surrogates
 from hotplug.core.text.parsers import ReasoningParser, ToolCall, ToolParser
 from hotplug.plugins.builtin import parsers as builtin_parsers
 from hotplug.plugins.installed import gather
@@ -70,6 +71,11 @@ class Parsers:
     tool: Callable[[], ToolParser] | None = None
     reasoning: Callable[[str], ReasoningParser] | None = None
 
+    def tags(self, *, tools: bool) -> tuple[str, ...]:
+        """Texts that the parsers look for, which have to reach them even where they are special tokens."""
+        used = [self.tool if tools else None, self.reasoning]
+        return tuple(tag for parser in used for tag in getattr(parser, "tags", ()))
+
     def choice(self, prompt_end: str, *, tools: bool) -> ChoiceParser | None:
         """A parser for one completion after a prompt that ends so; None where there is nothing to tell apart."""
         tool = self.tool() if tools and self.tool is not None else None
@@ -95,6 +101,7 @@ def find_parsers(tool: str | None, reasoning: str | None) -> Parsers:
 
 
 def render_call(call: ToolCall) -> dict[str, Any]:
-    """A call in the form of the chat API, with an id of its own."""
-    function = {"name": call.name, "arguments": call.arguments}
+    """A call in the form of the chat API, with an id of its own. What a plugin's parser gives is made encodable."""
+    name = LONE_SURROGATE.sub("\ufffd", call.name)
+    function = {"name": name, "arguments": escape_lone_surrogates(call.arguments)}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -7,13 +7,13 @@ answer are taken and left alone. Responses are built as plain dictionaries where
 
 from __future__ import annotations
 
-import json
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hotplug.core.errors import RequestError, nearest
 from hotplug.core.request import MAX_LOGPROBS, SamplingParams
+from hotplug.core.text.parsers import read_arguments
 
 MAX_STOP = 16
 MAX_PROMPTS = 2048
@@ -227,10 +227,7 @@ class CallOfMessage(Body):
 
     def for_template(self) -> dict[str, Any]:
         """Templates write the arguments as JSON themselves, so they get the object."""
-        try:
-            arguments = json.loads(self.function.arguments)
-        except ValueError:
-            arguments = self.function.arguments
+        arguments = read_arguments(self.function.arguments)
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 

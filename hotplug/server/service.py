@@ -10,6 +10,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from fastapi import Request
 
 from hotplug.core.errors import PromptTooLongError, RequestError, UnknownModelError
@@ -90,6 +91,12 @@ class Service:
         prompt_end = "".join(self.tokenizer.token_text(token) for token in prompt[-8:])
         made = [self.parsers.choice(prompt_end, tools=tools) for _ in range(count)]
         return [parser for parser in made if parser is not None] or None
+
+    def for_parsers(self, params: SamplingParams, *, tools: bool) -> SamplingParams:
+        """The parameters under which the text of an answer holds what the parsers look for."""
+        tags = self.parsers.tags(tools=tools)
+        kept = self.tokenizer.special_among(tags) if tags else ()
+        return msgspec.structs.replace(params, keep_special_tokens=kept) if kept else params
 
     def check_length(self, prompt: list[int], param: str) -> None:
         """Raises RequestError for an empty prompt and PromptTooLongError for one that leaves no room."""

@@ -167,7 +167,8 @@ class AsyncLLM:
             self._process = process.start(config, self._link)
             asyncio.get_running_loop().add_reader(self._process.sentinel, self._on_exit)
         template = Path(self.config.chat_template) if self.config.chat_template else None
-        self.tokenizer = await asyncio.to_thread(load_tokenizer, path, template)
+        special = self.config.chat_special_tokens
+        self.tokenizer = await asyncio.to_thread(load_tokenizer, path, template, chat_special_tokens=special)
         self._settle()
 
     async def _guard(self, part: Coroutine[Any, Any, None]) -> None:

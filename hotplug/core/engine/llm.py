@@ -63,7 +63,8 @@ class LLM:
             read_template(template)  # what is wrong with it is known before weights are read
         path = resolve(config.model)
         with ThreadPoolExecutor(1, "hotplug-tokenizer") as beside:
-            tokenizer = beside.submit(load_tokenizer, path, template)
+            special = config.chat_special_tokens
+            tokenizer = beside.submit(load_tokenizer, path, template, chat_special_tokens=special)
             # The caller waits for all of its prompts, so none is refused for want of a place in the queue.
             self.core = EngineCore(dataclasses.replace(config, max_queue=sys.maxsize))
         self.tokenizer = tokenizer.result()

@@ -105,6 +105,7 @@ class Completion:
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             prompt_ids=prompt_token_ids,
+            keep=params.keep_special_tokens,
         )
         self.finished = False
         self.num_tokens = 0

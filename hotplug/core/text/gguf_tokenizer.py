@@ -6,7 +6,7 @@ own tokenizer.json files. An unknown name is refused: a wrong split gives wrong 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -14,8 +14,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.weights.gguf_file import GgufFile, Strings
 
-_CONTROL, _USER_DEFINED = 3, 4
-"""`tokenizer.ggml.token_type`: markers such as <|im_end|>, and words that must not be split."""
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+"""`tokenizer.ggml.token_type`: <unk>, markers such as <|im_end|>, words that must not be split, and <0x0A>."""
+_ROLES = ("bos", "eos", "eot", "eom", "unknown", "padding")
+"""Whose tokens are markers in a file without types."""
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -94,8 +96,8 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
     model = models.BPE(
-        vocab=vocabulary, merges=score_merges(vocabulary, scores), unk_token=tokens[unknown], fuse_unk=True,
-        byte_fallback=True,
+        vocab=vocabulary, merges=score_merges(vocabulary, scores, _unspelled(file, tokens)),
+        unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True,
     )  # fmt: skip
     tokenizer = Tokenizer(model)
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
@@ -108,10 +110,20 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def score_merges(vocabulary: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+def _unspelled(file: GgufFile, tokens: list[str]) -> set[int]:
+    """Ids of the pieces that are not made of smaller ones: markers and bytes."""
+    types = file.metadata.get("tokenizer.ggml.token_type", ())
+    return _marks(file, tokens) | {i for i, t in enumerate(types[: len(tokens)]) if t == _BYTE}
+
+
+def score_merges(
+    vocabulary: dict[str, int], scores: Sequence[float], unspelled: Collection[int] = ()
+) -> list[tuple[str, str]]:
     """Every way to make a piece of two pieces, best score first (equal scores: the lower ids first)."""
     ranked = []
     for piece, token in vocabulary.items():
+        if token in unspelled:
+            continue
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in vocabulary and right in vocabulary:
@@ -121,11 +133,21 @@ def score_merges(vocabulary: dict[str, int], scores: Sequence[float]) -> list[tu
 
 
 def _add_special(tokenizer: Tokenizer, file: GgufFile, tokens: list[str]) -> None:
+    marks = _marks(file, tokens)
     types = file.metadata.get("tokenizer.ggml.token_type", ())
-    special = [tokens[i] for i, t in enumerate(types) if t == _CONTROL]
-    words = [tokens[i] for i, t in enumerate(types) if t == _USER_DEFINED]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    words = [tokens[i] for i, t in enumerate(types) if t == _USER_DEFINED and i not in marks]
+    tokenizer.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in sorted(marks)])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in words])
+
+
+def _marks(file: GgufFile, tokens: list[str]) -> set[int]:
+    """Ids of the tokens that no text spells: by type, or by role in a file without types."""
+    types = file.metadata.get("tokenizer.ggml.token_type", ())
+    if len(types):
+        return {i for i, t in enumerate(types[: len(tokens)]) if t in (_UNKNOWN, _CONTROL)}
+    by_role = (file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in _ROLES)
+    ids = {i for i in by_role if isinstance(i, int) and 0 <= i < len(tokens)}
+    return {i for i in ids if len(tokens[i]) > 2 and not tokens[i][0].isalnum()}  # a wrong id is a word
 
 
 def _add_post_processor(tokenizer: Tokenizer, file: GgufFile, tokens: list[str]) -> None:

@@ -19,6 +19,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from hotplug.core.errors import RequestError
+from hotplug.core.text.json_scan import escape_lone_surrogates
 
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
              RecursionError, MemoryError)  # fmt: skip
@@ -37,7 +38,7 @@ def render(template: str, messages: list[dict[str, Any]], variables: dict[str, A
     """The prompt of a conversation. Raises RequestError (`messages`, or `chat_template` if it is no template)."""
     compiled = compile_template(template)
     try:
-        return compiled.render(messages=messages, **variables)
+        return compiled.render({**variables, "messages": messages})
     except _FAILURES as e:
         raise RequestError(f"the chat template cannot render these messages: {e}", param="messages") from e
 
@@ -50,6 +51,29 @@ def compile_template(template: str) -> jinja2.Template:
     except (jinja2.TemplateError, RecursionError) as e:
         line = f" in line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
         raise RequestError(f"the chat template is not valid Jinja{line}: {e}", param="chat_template") from e
+
+
+def looked_for(template: str) -> set[str]:
+    """Texts that a template compares with, or hands to a function: what it may look for in messages and cut them at.
+
+    Raises RequestError(param="chat_template").
+    """
+    compile_template(template)
+    tree = _environment().parse(template)
+    places = tree.find_all((jinja2.nodes.Compare, jinja2.nodes.Call))
+    texts = (node.value for place in places for node in place.find_all(jinja2.nodes.Const))
+    return {text for text in texts if isinstance(text, str) and text}
+
+
+def plain_turns(template: str, variables: dict[str, Any]) -> str:
+    """What a template writes for a conversation of plain words; "" if it has none without more."""
+    turns = [{"role": role, "content": "word"} for role in ("system", "user", "assistant", "user")]
+    for messages in (turns, turns[1:]):
+        try:
+            return render(template, messages, variables)
+        except RequestError:
+            continue
+    return ""
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +94,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return text if text.isascii() else escape_lone_surrogates(text)
 
 
 def _raise_exception(message: str) -> NoReturn:
