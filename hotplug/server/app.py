@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 import hotplug
 from hotplug.core.errors import EngineDeadError
-from hotplug.server import chat, completions, errors, routes
+from hotplug.server import chat, completions, errors, intake, routes, schemas
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
-from hotplug.server.gate import Gate, valid_unicode
+from hotplug.server.gate import Gate
 from hotplug.server.metrics import EngineMetrics
 from hotplug.server.parsing import find_parsers
 from hotplug.server.service import Service
@@ -61,13 +61,12 @@ def create_app(
             if spans is not None:
                 await asyncio.to_thread(spans.close)
 
-    app = FastAPI(
-        title="hotplug", version=hotplug.__version__, lifespan=lifespan, dependencies=[Depends(valid_unicode)]
-    )
+    app = FastAPI(title="hotplug", version=hotplug.__version__, lifespan=lifespan)
     app.state.service = Service(llm, find_parsers(config.tool_parser, config.reasoning_parser))
     app.state.metrics = llm.observer = EngineMetrics(figures)
     for module in (chat, completions, routes):
         app.include_router(module.router)
+    intake.install(app, schemas.BODIES)
     errors.install(app)
     app.add_middleware(Gate, llm=llm, config=config)
     if spans is not None:

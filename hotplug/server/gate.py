@@ -1,4 +1,4 @@
-"""What stands before the routes: the API key, readiness, and the size and encoding of a request's body.
+"""What stands before the routes: the API key, readiness, and the size of a request's body.
 
 `Gate` is a plain ASGI middleware: a Starlette `BaseHTTPMiddleware` would cost every streamed event a queue.
 """
@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import hmac
-import json
 from typing import TYPE_CHECKING
 
-from fastapi import Request
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hotplug.core.config import parse_bytes
-from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, RequestError
+from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError
 from hotplug.server.config import ServerConfig
 from hotplug.server.errors import AuthenticationError, error_response
 
@@ -72,16 +70,3 @@ class Gate:
             return message
 
         return bounded
-
-
-async def valid_unicode(request: Request) -> None:
-    """Raises RequestError for a JSON body with half a surrogate pair.
-
-    Python takes the escape of one into a string that no tokenizer and no encoder takes from it.
-    """
-    body = await request.body()
-    if b"\\ud" in body or b"\\uD" in body:
-        try:
-            json.dumps(await request.json(), ensure_ascii=False).encode()
-        except UnicodeEncodeError as e:
-            raise RequestError(f"the body holds half a surrogate pair, \\u{ord(e.object[e.start]):04x}") from e

@@ -20,9 +20,8 @@ import jinja2.sandbox
 
 from hotplug.core.errors import RequestError
 
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-             RecursionError, MemoryError)  # fmt: skip
-"""What a template that meets messages it was not written for ends in."""
+_FAILURES = (Exception,)
+"""What a template that meets messages it was not written for ends in: it is code that we did not write."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -50,6 +49,14 @@ def compile_template(template: str) -> jinja2.Template:
     except (jinja2.TemplateError, RecursionError) as e:
         line = f" in line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
         raise RequestError(f"the chat template is not valid Jinja{line}: {e}", param="chat_template") from e
+
+
+@lru_cache(maxsize=128)
+def mentions(template: str, name: str) -> bool:
+    """Whether a template has a variable, a member or a text of that name. Raises RequestError if it is no template."""
+    compile_template(template)
+    nodes = _environment().parse(template).find_all((jinja2.nodes.Name, jinja2.nodes.Getattr, jinja2.nodes.Const))
+    return any(name in (getattr(node, field, None) for field in ("name", "attr", "value")) for node in nodes)
 
 
 @lru_cache(maxsize=1)
