@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 router = APIRouter()
 
-_Chat = Annotated[ChatBody, Depends(body_of(ChatBody))]
-
 
 @router.post("/v1/chat/completions", response_model=None, openapi_extra=documented(ChatBody))
-async def create_chat_completion(request: Request, body: _Chat) -> Response:
+async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, as one object or as a stream of events."""
+    body = await body_of(ChatBody, request)
     service = service_of(request)
     service.check_model(body.model)
     encode = partial(

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
@@ -37,8 +37,6 @@ _CONTEXT = 64
 
 router = APIRouter()
 
-_Completion = Annotated[CompletionBody, Depends(body_of(CompletionBody))]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prompt:
@@ -50,8 +48,9 @@ class Prompt:
 
 
 @router.post("/v1/completions", response_model=None, openapi_extra=documented(CompletionBody))
-async def create_completion(request: Request, body: _Completion) -> Response:
+async def create_completion(request: Request) -> Response:
     """Continue one prompt or several, as one object or as a stream of events."""
+    body = await body_of(CompletionBody, request)
     service = service_of(request)
     service.check_model(body.model)
     prompts = await beside(body.size, lambda: _prompts(service, body))

@@ -15,6 +15,7 @@ import codecs
 import json
 import math
 import re
+from contextlib import suppress
 from json.decoder import scanstring
 from typing import Any
 
@@ -22,7 +23,7 @@ from hotplug.core.errors import RequestError
 
 MAX_DEPTH = 100
 """Lists and objects within each other."""
-MAX_VALUES = 200_000
+MAX_VALUES = 100_000
 """Values in one body, integers in lists not counted: more than any conversation within a context has."""
 SMALL = 1 << 16
 """Bytes up to which a text is read in C, in about a millisecond."""
@@ -35,6 +36,7 @@ _SLICE = 1 << 20
 """Bytes that are decoded at a time."""
 
 _BETWEEN = ", \t\n\r"
+_FIRST_NAME = re.compile(r"[.\[]")
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 _INTEGERS = re.compile(r"(?:-?(?:0|[1-9][0-9]{0,17})[ \t\n\r]*,[ \t\n\r]*)+")
@@ -54,7 +56,7 @@ def read(data: bytes) -> Any:
     text = _decode(data)
     if len(data) <= SMALL:
         value = _read_small(text)
-        if not _is_fine(value, 0) or _ESCAPED_SURROGATE.search(text):
+        if not _is_fine(value, 0) or ("\\u" in text and _ESCAPED_SURROGATE.search(text)):
             _check(value, "", 0)
         return value
     return _Reader(text).read()
@@ -65,6 +67,9 @@ def read(data: bytes) -> Any:
 
 def _decode(data: bytes) -> str:
     """The text of UTF-8, without holding the interpreter's lock for long."""
+    if data[:1] == b"{" and len(data) <= SMALL and b"\0" not in data[:4]:
+        with suppress(UnicodeDecodeError):  # told below
+            return data.decode()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff", b"\xef\xbb") or b"\0" in data[:4]:
         found = next((what for mark, what in _MARKS if data.startswith(mark)), "UTF-16 or UTF-32")
         raise RequestError(f"the body begins with {found}", hint="Send UTF-8 without a byte order mark.")
@@ -183,7 +188,7 @@ class _Reader:
     def _value(self, at: int, path: str, depth: int) -> tuple[Any, int]:
         self._left -= 1
         if self._left < 0:
-            raise RequestError(f"the body holds over {MAX_VALUES} values", param=path or None,
+            raise RequestError(f"the body holds over {MAX_VALUES} values", param=_FIRST_NAME.split(path)[0] or None,
                                hint="Send less in one request.")  # fmt: skip
         first = self._text[at : at + 1]
         if first == '"':

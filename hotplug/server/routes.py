@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
@@ -17,9 +17,6 @@ from hotplug.server.schemas import DetokenizeBody, TokenizeBody, check_token_ids
 from hotplug.server.service import Service, service_of
 
 router = APIRouter()
-
-_Tokenize = Annotated[TokenizeBody, Depends(body_of(TokenizeBody))]
-_Detokenize = Annotated[DetokenizeBody, Depends(body_of(DetokenizeBody))]
 
 
 def _card(service: Service) -> dict[str, Any]:
@@ -45,8 +42,9 @@ async def get_model(request: Request, model: str) -> Response:
 
 
 @router.post("/tokenize", response_model=None, openapi_extra=documented(TokenizeBody))
-async def tokenize(request: Request, body: _Tokenize) -> Response:
+async def tokenize(request: Request) -> Response:
     """Token ids of a prompt, or of messages as /v1/chat/completions would see them."""
+    body = await body_of(TokenizeBody, request)
     service = service_of(request)
     if body.model is not None:
         service.check_model(body.model)
@@ -69,7 +67,8 @@ async def tokenize(request: Request, body: _Tokenize) -> Response:
 
 
 @router.post("/detokenize", response_model=None, openapi_extra=documented(DetokenizeBody))
-async def detokenize(request: Request, body: _Detokenize) -> Response:
+async def detokenize(request: Request) -> Response:
+    body = await body_of(DetokenizeBody, request)
     service = service_of(request)
     if body.model is not None:
         service.check_model(body.model)

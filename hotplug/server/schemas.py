@@ -94,6 +94,11 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         fields, bounds = cls.model_fields, cls.bounds
+        if data.keys() <= fields.keys() and None not in data.values():
+            for name in data:
+                if name in bounds:
+                    bounds[name].check(cls.prefix + name, data[name])
+            return data
         known: dict[str, Any] = {}
         for name, value in data.items():
             field = fields.get(name)
