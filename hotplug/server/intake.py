@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from hotplug.core.errors import RequestError
 from hotplug.server import json_text
-from hotplug.server.schemas import Body
+from hotplug.server.strict import Body
 
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")

@@ -12,12 +12,13 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
-from hotplug.core.errors import RequestError, nearest
+from hotplug.core.errors import RequestError
 from hotplug.core.request import MAX_LOGPROBS, SamplingParams
 from hotplug.server.bounds import CHARS, Bound
 from hotplug.server.prompts import MAX_COMPLETIONS, Prompts
+from hotplug.server.strict import FIRST_FAULT, Body, Refusals
 
 MAX_STOP = 16
 MAX_ENTRIES = 1024
@@ -26,9 +27,6 @@ MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
 MAX_PLAIN = 1 << 20
 """Characters and values of what reaches a template as it is: tools, template variables, arguments of a call."""
-
-Refusals = dict[str, tuple[tuple[Any, ...], str]]
-"""Field -> the values (besides null) at which it asks for nothing, and why others are refused."""
 
 _IGNORED = {
     "user": "identifies the caller for abuse tracking",
@@ -54,77 +52,6 @@ _REFUSED: Refusals = {
     "moderation": ((), "moderation is not supported"),
     "prompt_cache_options": ((), "it is not supported; see cache_salt"),
 }
-
-
-class _FirstFault(FailFast):
-    """A list is refused for its first entry that does not fit, without a look at the others."""
-
-    __hash__ = object.__hash__  # for a place in a union of types
-
-
-_FIRST_FAULT = _FirstFault()
-
-
-class Body(BaseModel):
-    """A JSON object with strict types and no unknown fields. Raises RequestError naming the field."""
-
-    model_config = ConfigDict(strict=True)
-
-    prefix: ClassVar[str] = ""
-    """What stands before a field's name when an error names it."""
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    refused: ClassVar[Refusals] = {}
-    bounds: ClassVar[dict[str, Bound]] = {}
-    """What a field may hold at most."""
-
-    _size: int = PrivateAttr(0)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the body's JSON; 0 if it comes from none."""
-        return self._size
-
-    @size.setter
-    def size(self, size: int) -> None:
-        self._size = size
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields, bounds = cls.model_fields, cls.bounds
-        if data.keys() <= fields.keys() and None not in data.values():
-            for name in data:
-                if name in bounds:
-                    bounds[name].check(cls.prefix + name, data[name])
-            return data
-        known: dict[str, Any] = {}
-        for name, value in data.items():
-            field = fields.get(name)
-            if field is None:
-                cls._check_other(name, value)
-            elif value is not None:
-                if name in bounds:
-                    bounds[name].check(cls.prefix + name, value)
-                known[name] = value
-            elif field.is_required():
-                known[name] = None
-        return known
-
-    @classmethod
-    def _check_other(cls, name: str, value: Any) -> None:
-        """Raises RequestError for a field that is not ours, unless it changes nothing."""
-        if name in cls.ignored:
-            return
-        if name in cls.refused:
-            neutral, why = cls.refused[name]
-            if value is not None and value not in neutral:
-                raise RequestError(f"{cls.prefix}{name} is refused: {why}", param=cls.prefix + name)
-            return
-        shown = cls.prefix + name[:80]
-        hint = nearest(name, cls.model_fields) if len(name) <= 80 else ""
-        raise RequestError(f"unknown field {shown}", param=shown, hint=hint)
 
 
 class StreamOptions(Body):
@@ -343,10 +270,10 @@ class Message(Body):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], _FIRST_FAULT] | None = None
+    content: str | Annotated[list[TextPart], FIRST_FAULT] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: Annotated[list[CallOfMessage], _FIRST_FAULT] | None = None
+    tool_calls: Annotated[list[CallOfMessage], FIRST_FAULT] | None = None
     reasoning_content: str | None = None
 
     @model_validator(mode="after")
@@ -388,11 +315,11 @@ class ChatBody(GenerationBody):
 
     bounds: ClassVar[dict[str, Bound]] = {**GenerationBody.bounds, **_CONVERSATION}
 
-    messages: Annotated[list[Message], _FIRST_FAULT] = Field(min_length=1)
+    messages: Annotated[list[Message], FIRST_FAULT] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: Annotated[list[Tool], _FIRST_FAULT] | None = None
+    tools: Annotated[list[Tool], FIRST_FAULT] | None = None
     tool_choice: str | dict[str, Any] | None = None
     add_generation_prompt: bool = Field(True, description="Extension: open the assistant's turn")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: template variables")
@@ -424,7 +351,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], _FIRST_FAULT] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message], FIRST_FAULT] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -444,7 +371,7 @@ class DetokenizeBody(Body):
     bounds: ClassVar[dict[str, Bound]] = {"model": CHARS}
 
     model: str | None = None
-    tokens: Annotated[list[int], _FIRST_FAULT]
+    tokens: Annotated[list[int], FIRST_FAULT]
     skip_special_tokens: bool = False
 
 
