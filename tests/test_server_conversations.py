@@ -60,8 +60,9 @@ def test_a_limit_that_no_prompt_leaves_room_for_is_no_matter_of_the_context(clie
 
 def test_reasoning_that_templates_leave_out_does_not_count_before_rendering(client, llm, monkeypatch):
     monkeypatch.setattr(llm.tokenizer, "encode_chat", lambda *_, **__: [1, 2])
-    messages = [{"role": "assistant", "content": "<think>" + "x" * 50_000 + "</think>yes"}, *CHAT["messages"]]
-    assert client.post("/v1/chat/completions", {**CHAT, "messages": messages}).status_code == 200
+    for length, status in ((8_000, 200), (9_000, 400)):  # up to 16 characters a token of the context
+        messages = [{"role": "assistant", "content": "<think>" + "x" * length + "</think>yes"}, *CHAT["messages"]]
+        assert client.post("/v1/chat/completions", {**CHAT, "messages": messages}).status_code == status
 
 
 # --- tools and templates ----------------------------------------------------------------------------

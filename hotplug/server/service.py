@@ -81,6 +81,7 @@ class Service:
         if len(messages) > self.llm.max_model_len:  # whose template writes something for each
             raise self._too_long(len(messages), "messages", at_least=True)
         self._check_size([text for message in messages for text in _kept(message)], "messages")
+        self._check_size([text for message in messages for text in message.texts], "messages", 2 * _CHARS_A_TOKEN)
         plain = [message.for_template() for message in messages]
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **(variables or {})}
         if tools:
@@ -102,14 +103,14 @@ class Service:
             raise RequestError("tool_calls are refused: the model's chat template does not know them", param="messages",
                                hint="Start the server with a --chat-template that does.")  # fmt: skip
 
-    def _check_size(self, texts: Sequence[str], param: str) -> None:
+    def _check_size(self, texts: Sequence[str], param: str, chars_a_token: int = _CHARS_A_TOKEN) -> None:
         """Raises PromptTooLongError for texts far longer than the context, before anything is made of them.
 
         Their pieces are tokenized one after the other until they are a quarter over the context. Cutting adds a few
         tokens to a piece of hundreds or more, so no text that fits is refused.
         """
         context = self.llm.max_model_len
-        if sum(map(len, texts)) <= _CHARS_A_TOKEN * context:
+        if sum(map(len, texts)) <= chars_a_token * context:
             return
         found = 0
         for text in texts:
