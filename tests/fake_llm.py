@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator
+from functools import cached_property
 from typing import Any
 
 from hotplug.core.config import EngineConfig
@@ -23,9 +24,22 @@ class ByteTokenizer:
     """Token i is byte i; two special tokens. Implements what the server uses of the real tokenizer."""
 
     vocab_size = VOCAB
+    special_ids = frozenset({BOS, EOS})
+    byte_level = joins_bytes = True
+    strips_first_space = False
 
     def __init__(self, *, adds_bos: bool = False) -> None:
         self.adds_bos = adds_bos
+        self.mentions = frozenset({"tools", "tool_calls"})
+        """Names in its chat template."""
+
+    def template_mentions(self, name: str, *, tools: bool) -> bool:
+        return name in self.mentions
+
+    @cached_property
+    def whole_texts(self) -> dict[int, str | None]:
+        """By id: ASCII and special tokens are text, other bytes parts of it."""
+        return {i: None if 128 <= i < 256 else self.token_text(i) for i in range(VOCAB)}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * (self.adds_bos and add_special_tokens) + list(text.encode())
@@ -34,13 +48,14 @@ class ByteTokenizer:
         return [self.encode(text, add_special_tokens) for text in texts]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+        kept = [i for i in ids if i < 256 or not skip_special_tokens]
+        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
 
     def special_among(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(i for i in (BOS, EOS) if self.token_text(i) in texts)
 
     def token_text(self, token: int) -> str:
-        return {BOS: "<s>", EOS: "</s>"}.get(token) or self.token_bytes(token).decode(errors="replace")
+        return {BOS: "<s>", EOS: "</s>"}.get(token, "") if token >= BOS else bytes([token]).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else self.token_text(token).encode()

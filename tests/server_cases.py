@@ -228,10 +228,10 @@ def test_unknown_model_is_not_found(client):
     assert error.value.code == "model_not_found"
 
 
-def test_long_prompt_is_too_large(client, model):
+def test_prompt_beyond_the_context_is_a_bad_request_that_clients_know_by_its_code(client, model):
     with pytest.raises(openai.APIStatusError) as error:
         client.completions.create(model=model, prompt=[65] * 20_000, max_tokens=1)
-    assert error.value.status_code == 413
+    assert error.value.status_code == 400
     assert error.value.code == "context_length_exceeded"
 
 

@@ -199,7 +199,9 @@ def test_long_prompts_keep_their_order(llm):
 
 
 def test_prompt_that_fills_the_context_is_too_long(client):
-    assert refusal(client.post("/v1/completions", {**TEXT, "prompt": "x" * 512}), 413)["param"] == "prompt"
+    assert refusal(client.post("/v1/completions", {**TEXT, "prompt": "x" * 512}), 400)["code"] == (
+        "context_length_exceeded"
+    )
 
 
 def test_empty_text_is_a_prompt_where_the_tokenizer_opens_with_a_token():

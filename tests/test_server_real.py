@@ -56,7 +56,7 @@ BAD = {
     "unknown field value": ({"prompt": "a", "stream": "perhaps"}, 400),
     "negative max_tokens": ({"prompt": "a", "max_tokens": -1}, 400),
     "huge max_tokens": ({"prompt": "a", "max_tokens": 10**9}, 400),
-    "prompt over the context": ({"prompt": [5] * 9000}, 413),
+    "prompt over the context": ({"prompt": [5] * 9000}, 400),
     "empty prompt": ({"prompt": ""}, 400),
     "empty token list": ({"prompt": []}, 400),
     "unknown model": ({"prompt": "a", "model": "gpt-9"}, 404),

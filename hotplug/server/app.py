@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 import hotplug
 from hotplug.core.errors import EngineDeadError
-from hotplug.server import chat, completions, errors, routes
+from hotplug.server import chat, completions, errors, intake, routes, schemas
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
-from hotplug.server.gate import Gate, valid_unicode
+from hotplug.server.gate import Gate
 from hotplug.server.inflight import InFlight, InFlightRequests
 from hotplug.server.metrics import EngineMetrics
 from hotplug.server.parsing import find_parsers
@@ -66,13 +66,13 @@ def create_app(
         title="hotplug",
         version=hotplug.__version__,
         lifespan=lifespan,
-        dependencies=[Depends(valid_unicode)],
         redirect_slashes=False,  # `Gate` takes them off
     )
     app.state.service = Service(llm, find_parsers(config.tool_parser, config.reasoning_parser))
     app.state.metrics = llm.observer = EngineMetrics(figures)
     for module in (chat, completions, routes):
         app.include_router(module.router)
+    intake.install(app, schemas.BODIES)
     errors.install(app)
     app.state.in_flight = InFlight()
     app.add_middleware(InFlightRequests, in_flight=app.state.in_flight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +11,7 @@ from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
 from hotplug.server.body import encode
+from hotplug.server.intake import beside, body_of, documented
 from hotplug.server.parsing import ChoiceParser, render_call
 from hotplug.server.schemas import ChatBody
 from hotplug.server.service import Service, service_of
@@ -24,17 +26,20 @@ if TYPE_CHECKING:
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=None)
-async def create_chat_completion(request: Request, body: ChatBody) -> Response:
+@router.post("/v1/chat/completions", response_model=None, openapi_extra=documented(ChatBody))
+async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, as one object or as a stream of events."""
+    body = await body_of(ChatBody, request)
     service = service_of(request)
     service.check_model(body.model)
-    prompt = await service.encode_chat(
+    encode = partial(
+        service.encode_chat,
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs,
         tools=body.offered_tools,
     )
+    prompt = await beside(body.size, encode)
     service.check_length(prompt, "messages")
     params = service.for_parsers(_sampling(service, body, prompt), tools=bool(body.offered_tools))
     span = span_of(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -12,7 +13,10 @@ from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
 from hotplug.server.body import encode
-from hotplug.server.schemas import MAX_PROMPTS, CompletionBody, check_token_ids
+from hotplug.server.intake import beside, body_of, documented
+from hotplug.server.offsets import Offsets, name, offsets_in
+from hotplug.server.offsets import alternatives as named
+from hotplug.server.schemas import CompletionBody, check_token_ids
 from hotplug.server.service import Service, service_of
 from hotplug.server.stream import DONE, EventStream, Output, Usage, answer, collect, event, finite, merge
 from hotplug.server.tracing import span_of
@@ -24,6 +28,13 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 16
 
+MAX_ECHO = 1 << 24
+"""Characters of prompts that one answer repeats."""
+SCORE_SIZE = 64
+"""Bytes of a body that cost as much as the log-probabilities of one token of a prompt."""
+_CONTEXT = 64
+"""Tokens of a prompt that its output's text may depend on, and more."""
+
 router = APIRouter()
 
 
@@ -32,20 +43,25 @@ class Prompt:
     token_ids: list[int]
     text: str
     """What `echo` returns; empty without it."""
+    offsets: Sequence[int] = ()
+    """Where in it each token begins, if that is asked for."""
 
 
-@router.post("/v1/completions", response_model=None)
-async def create_completion(request: Request, body: CompletionBody) -> Response:
+@router.post("/v1/completions", response_model=None, openapi_extra=documented(CompletionBody))
+async def create_completion(request: Request) -> Response:
     """Continue one prompt or several, as one object or as a stream of events."""
+    body = await body_of(CompletionBody, request)
     service = service_of(request)
     service.check_model(body.model)
-    prompts = await _prompts(service, body)
+    prompts = await beside(body.size, lambda: _prompts(service, body))
     params = _sampling(service, body, prompts)
     span = span_of(request)
-    streams = [service.stream(prompt.token_ids, params, body, span) for prompt in prompts]
-    if body.max_tokens == 0:
-        streams = [_score_only(stream) for stream in streams]
-    chunks = streams[0] if len(streams) == 1 else merge(streams, body.count)
+
+    def start(prompt: Prompt) -> AsyncGenerator[CompletionChunk, None]:
+        stream = service.stream(prompt.token_ids, params, body, span)
+        return _score_only(stream) if body.max_tokens == 0 else stream
+
+    chunks = start(prompts[0]) if len(prompts) == 1 else merge([partial(start, one) for one in prompts], body.count)
     usage = Usage(sum(len(prompt.token_ids) for prompt in prompts), body.count)
     labels = await service.labels("cmpl-", "text_completion", span)
     choices = [
@@ -58,30 +74,43 @@ async def create_completion(request: Request, body: CompletionBody) -> Response:
     async def complete() -> dict[str, Any]:
         outputs = await collect(chunks, len(choices), usage)
         prompt_logprobs = [outputs[i - i % body.count].prompt_logprobs for i in range(len(outputs))]
-        rendered = map(Choice.whole, choices, outputs, prompt_logprobs)
-        return {**labels, "choices": list(rendered), "usage": usage.as_dict()}
+        scored = usage.prompt_tokens * body.count * SCORE_SIZE if prompt_logprobs[0] else 0
+        rendered = await beside(scored, lambda: list(map(Choice.whole, choices, outputs, prompt_logprobs)))
+        return {**labels, "choices": rendered, "usage": usage.as_dict()}
 
     return await answer(request.receive, complete())
 
 
-async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
+def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
     """The prompts as token ids, each checked for its length. Raises RequestError."""
-    given: Sequence[Any] = body.prompt
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        given = [given]
-    if not 0 < len(given) <= MAX_PROMPTS:
-        raise RequestError(f"prompt must hold 1 to {MAX_PROMPTS} prompts, got {len(given)}", param="prompt")
-    if isinstance(given[0], str):
-        texts = given
-        token_ids = await service.encode(texts, add_special_tokens=body.add_special_tokens)
-    else:
-        token_ids = [check_token_ids(one, service.llm.vocab_size, "prompt") for one in given]
-        skip = body.skip_special_tokens is not False
-        texts = [service.tokenizer.decode(one, skip) if body.echo else "" for one in token_ids]
+    texts = [one for one in body.prompt if isinstance(one, str)]
+    token_ids = [one for one in body.prompt if not isinstance(one, str)]
+    if texts:
+        token_ids = service.encode(texts, add_special_tokens=body.add_special_tokens)
     for one in token_ids:
         service.check_length(one, "prompt")
         service.check_budget(one, body.max_tokens, "max_tokens")
-    return [Prompt(one, text if body.echo else "") for one, text in zip(token_ids, texts, strict=True)]
+        check_token_ids(one, service.llm.vocab_size, "prompt")
+    if not body.echo:
+        return [Prompt(one, "") for one in token_ids]
+    skip = body.skip_special_tokens is not False
+    echoed = texts or [service.tokenizer.decode(one, skip) for one in token_ids]
+    if (size := sum(map(len, echoed)) * body.count) > MAX_ECHO:
+        raise RequestError(f"echo would repeat {size} characters, more than {MAX_ECHO}", param="echo",
+                           hint="Lower n, or leave echo out.")  # fmt: skip
+    prompts = [Prompt(one, text) for one, text in zip(token_ids, echoed, strict=True)]
+    if body.logprobs is not None:
+        prompts = [dataclasses.replace(one, offsets=_offsets(service.tokenizer, one, bool(texts), skip))
+                   for one in prompts]  # fmt: skip
+    return prompts
+
+
+def _offsets(tokenizer: Tokenizer, prompt: Prompt, is_text: bool, skip_special_tokens: bool) -> list[int]:
+    """Where in the echo each token of a prompt begins."""
+    if is_text:
+        return offsets_in(prompt.text, prompt.token_ids, tokenizer)
+    counted = Offsets(tokenizer, 0, skip_special_tokens=skip_special_tokens)
+    return [min(counted.of(token), len(prompt.text)) for token in prompt.token_ids]
 
 
 def _sampling(service: Service, body: CompletionBody, prompts: list[Prompt]) -> SamplingParams:
@@ -120,66 +149,71 @@ class Choice:
         self._prompt = prompt
         self._k = body.logprobs
         self._tokenizer = tokenizer
-        self._offset = 0
+        self._length = 0
+        """Characters of its text so far."""
+        if body.logprobs is not None:
+            skip = body.skip_special_tokens is not False
+            self._offsets = Offsets(
+                tokenizer, len(prompt.text), skip_special_tokens=skip, prompt_ids=prompt.token_ids[-_CONTEXT:]
+            )
 
     def whole(self, output: Output, prompt_logprobs: list[TokenLogprobs | None] | None) -> dict[str, Any]:
         positions = [*(prompt_logprobs or ()), *output.logprobs]
-        return self._render(self._prompt.text + output.text, positions, output)
+        return self._render(self._prompt.text + output.text, positions, output, len(prompt_logprobs or ()))
 
     def part(self, chunk: CompletionChunk) -> dict[str, Any] | None:
         """One streamed piece; None when there is nothing to show yet. The first one echoes the prompt."""
         text = chunk.text
         positions: list[TokenLogprobs | None] = [*(chunk.logprobs or ())]
+        of_prompt = 0
         if not self.opened:
             self.opened = True
             text = self._prompt.text + text
+            of_prompt = len(chunk.prompt_logprobs or ())
             positions = [*(chunk.prompt_logprobs or ()), *positions]
         if not (text or positions or chunk.finish_reason):
             return None
-        return self._render(text, positions, chunk)
+        return self._render(text, positions, chunk, of_prompt)
 
     def _render(
-        self, text: str, positions: list[TokenLogprobs | None], end: Output | CompletionChunk
+        self, text: str, positions: list[TokenLogprobs | None], end: Output | CompletionChunk, of_prompt: int
     ) -> dict[str, Any]:
+        """`of_prompt` of the positions are those of the prompt."""
+        self._length += len(text)
+        logprobs = None if self._k is None else self._logprobs(positions, of_prompt)
+        if logprobs is not None and end.finish_reason is not None:  # what a stop string cut off has no place
+            logprobs["text_offset"] = [min(at, self._length) for at in logprobs["text_offset"]]
         return {
             "index": self.index,
             "text": text,
-            "logprobs": None if self._k is None else self._logprobs(positions),
+            "logprobs": logprobs,
             "finish_reason": end.finish_reason,
             "stop_reason": end.stop_reason,
         }
 
-    def _logprobs(self, positions: list[TokenLogprobs | None]) -> dict[str, Any]:
+    def _logprobs(self, positions: list[TokenLogprobs | None], of_prompt: int) -> dict[str, Any]:
         """Log-probabilities in the form of the completions API.
 
-        `text_offset` counts characters from the beginning of this choice's `text`. Only the first prompt
-        token has no log-probability, so a None stands for it.
+        `text_offset` counts characters from the beginning of this choice's `text`, over all its pieces. Only the
+        first prompt token has no log-probability, so a None stands for it.
         """
         tokens: list[str] = []
         chosen: list[float | None] = []
         alternatives: list[dict[str, float] | None] = []
-        offsets: list[int] = []
-        for position in positions:
+        offsets: list[int] = [*self._prompt.offsets[:of_prompt]]
+        for place, position in enumerate(positions):
             token = self._prompt.token_ids[0] if position is None else position.token_ids[0]
-            tokens.append(self._tokenizer.token_text(token))
+            tokens.append(name(self._tokenizer, token))
             chosen.append(None if position is None else finite(position.logprobs[0]))
-            alternatives.append(None if position is None else self._alternatives(position))
-            offsets.append(self._offset)
-            self._offset += len(tokens[-1])
+            alternatives.append(None if position is None else named(self._tokenizer, position))
+            if place >= of_prompt:
+                offsets.append(self._offsets.of(token))
         return {
             "tokens": tokens,
             "token_logprobs": chosen,
             "top_logprobs": alternatives if self._k else None,
             "text_offset": offsets,
         }
-
-    def _alternatives(self, position: TokenLogprobs) -> dict[str, float]:
-        """The best tokens, best first, and the chosen one; of tokens with equal text the best counts."""
-        best: dict[str, float] = {}
-        order = [*range(1, len(position.token_ids)), 0]
-        for i in order:
-            best.setdefault(self._tokenizer.token_text(position.token_ids[i]), finite(position.logprobs[i]))
-        return best
 
 
 class CompletionEvents:

@@ -7,11 +7,9 @@ Every answer that is not a success has the OpenAI shape
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -28,6 +26,8 @@ from hotplug.server.body import json_response
 
 logger = logging.getLogger("hotplug.server")
 
+_MESSAGE, _PARAM = 1000, 200
+"""Characters of an error's message and of the parameter that it names: either may quote what came."""
 NOT_READY_RETRY = 5
 """Seconds a client is told to wait while the engine starts."""
 
@@ -43,7 +43,7 @@ class _Kind(NamedTuple):
 
 
 _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (  # the first match counts: subclasses first
-    (PromptTooLongError, _Kind(413, "invalid_request_error", "context_length_exceeded")),
+    (PromptTooLongError, _Kind(400, "invalid_request_error", "context_length_exceeded")),
     (UnknownModelError, _Kind(404, "invalid_request_error", "model_not_found")),
     (RequestError, _Kind(400, "invalid_request_error", None)),
     (AuthenticationError, _Kind(401, "authentication_error", "invalid_api_key")),
@@ -71,7 +71,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if kind is None:
         return 500, error_body("internal error", "server_error", None, "internal_error"), {}
     assert isinstance(error, HotplugError)
-    message = first_line(error.what) if kind.status >= 500 else str(error)
+    message = shortened(first_line(error.what) if kind.status >= 500 else str(error), _MESSAGE)
+    param = getattr(error, "param", None)
     headers: dict[str, str] = {}
     if isinstance(error, QueueFullError):
         headers["retry-after"] = str(error.retry_after)
@@ -79,7 +80,14 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         headers["retry-after"] = str(NOT_READY_RETRY)
     elif isinstance(error, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
-    return kind.status, error_body(message, kind.type, getattr(error, "param", None), kind.code), headers
+    return kind.status, error_body(message, kind.type, param and shortened(param, _PARAM), kind.code), headers
+
+
+def shortened(text: str, most: int) -> str:
+    """A text without its middle where it is longer; its half surrogates, which no answer can hold, replaced."""
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return text.encode(errors="replace").decode()
 
 
 def first_line(failure: str) -> str:
@@ -108,11 +116,6 @@ def install(app: FastAPI) -> None:
     async def unexpected(_: Request, error: Exception) -> Response:
         return error_response(error)  # Starlette raises it again, so that the web server logs it
 
-    async def validation(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        param, message = _first_problem(error.errors())
-        return json_response(error_body(message, "invalid_request_error", param, None), 400)
-
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status, body, headers = describe(error)
@@ -124,7 +127,6 @@ def install(app: FastAPI) -> None:
         return json_response(body, status, headers)
 
     app.add_exception_handler(HotplugError, deliberate)
-    app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
 
@@ -132,27 +134,3 @@ def install(app: FastAPI) -> None:
 def _allowed(methods: str) -> str:
     """What a path allows, with the methods that are answered for every route (`hotplug.server.gate`)."""
     return ", ".join([methods, *(["HEAD"] if methods == "GET" else []), "OPTIONS"])
-
-
-def _first_problem(problems: Sequence[Any]) -> tuple[str | None, str]:
-    """Parameter and message of the first field that pydantic refused.
-
-    A union reports one problem for each of its members, with the member's name in the location: what the
-    locations share names the field.
-    """
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return None, f"the body is not valid JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"
-    location = first["loc"][1:]
-    if not location:
-        return None, "the body must be a JSON object, sent with Content-Type: application/json"
-    same = [p for p in problems if p["loc"][1:2] == location[:1]]
-    for other in same:
-        theirs = other["loc"][1:]
-        shared = 0
-        while shared < min(len(location), len(theirs)) and location[shared] == theirs[shared]:
-            shared += 1
-        location = location[:shared]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    reasons = list(dict.fromkeys(p["msg"] for p in same))
-    return param, f"{param}: {'; or '.join(reasons)}"

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import hmac
-import json
 from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastapi import Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hotplug.core.config import parse_bytes
-from hotplug.core.errors import EngineDeadError, NotReadyError, RequestError
+from hotplug.core.errors import EngineDeadError, NotReadyError
 from hotplug.server.config import ServerConfig
 from hotplug.server.errors import AuthenticationError, error_response
 
@@ -158,28 +156,3 @@ def _by_method(scope: Scope, send: Send) -> tuple[Scope, Send]:
 def _shown(value: bytes) -> str:
     """A header's value in a message."""
     return value[:80].decode("latin-1")
-
-
-def _check_type(request: Request) -> None:
-    """Raises RequestError for a body that is declared to be something else than JSON: it has not been parsed."""
-    declared = request.headers.get("content-type")
-    if declared is None or declared == "application/json" or request.method != "POST":
-        return
-    kind = declared.partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise RequestError(f"Content-Type {declared[:80]} is not taken: the body must be JSON",
-                           hint="Send Content-Type: application/json.")  # fmt: skip
-
-
-async def valid_unicode(request: Request) -> None:
-    """Raises RequestError for a body that is not JSON by its own account, and for one with half a surrogate pair.
-
-    Python takes the escape of such a half into a string that no tokenizer and no encoder takes from it.
-    """
-    _check_type(request)
-    body = await request.body()
-    if b"\\ud" in body or b"\\uD" in body:
-        try:
-            json.dumps(await request.json(), ensure_ascii=False).encode()
-        except UnicodeEncodeError as e:
-            raise RequestError(f"the body holds half a surrogate pair, \\u{ord(e.object[e.start]):04x}") from e

@@ -12,6 +12,7 @@ import hotplug
 from hotplug.core.errors import NotReadyError
 from hotplug.server.body import json_response
 from hotplug.server.errors import NOT_READY_RETRY, first_line
+from hotplug.server.intake import beside, body_of, documented
 from hotplug.server.schemas import DetokenizeBody, TokenizeBody, check_token_ids
 from hotplug.server.service import Service, service_of
 
@@ -40,34 +41,43 @@ async def get_model(request: Request, model: str) -> Response:
     return json_response(_card(service))
 
 
-@router.post("/tokenize", response_model=None)
-async def tokenize(request: Request, body: TokenizeBody) -> Response:
+@router.post("/tokenize", response_model=None, openapi_extra=documented(TokenizeBody))
+async def tokenize(request: Request) -> Response:
     """Token ids of a prompt, or of messages as /v1/chat/completions would see them."""
+    body = await body_of(TokenizeBody, request)
     service = service_of(request)
     if body.model is not None:
         service.check_model(body.model)
-    if body.messages is not None:
-        tokens = await service.encode_chat(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt,
-            variables=body.chat_template_kwargs,
-        )
-    else:
-        texts = [body.prompt or ""]
-        [tokens] = await service.encode(texts, add_special_tokens=body.add_special_tokens)
-    answer = {"tokens": tokens, "count": len(tokens), "max_model_len": service.llm.max_model_len}
-    if body.return_token_strs:
-        answer["token_strs"] = [service.tokenizer.token_text(token) for token in tokens]
-    return json_response(answer)
+
+    def work() -> Response:
+        if body.messages is not None:
+            tokens = service.encode_chat(
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                variables=body.chat_template_kwargs,
+            )
+        else:
+            [tokens] = service.encode([body.prompt or ""], add_special_tokens=body.add_special_tokens)
+        answer = {"tokens": tokens, "count": len(tokens), "max_model_len": service.llm.max_model_len}
+        if body.return_token_strs:
+            answer["token_strs"] = [service.tokenizer.token_text(token) for token in tokens]
+        return json_response(answer)
+
+    return await beside(body.size, work)
 
 
-@router.post("/detokenize", response_model=None)
-async def detokenize(request: Request, body: DetokenizeBody) -> Response:
+@router.post("/detokenize", response_model=None, openapi_extra=documented(DetokenizeBody))
+async def detokenize(request: Request) -> Response:
+    body = await body_of(DetokenizeBody, request)
     service = service_of(request)
     if body.model is not None:
         service.check_model(body.model)
-    tokens = check_token_ids(body.tokens, service.llm.vocab_size, "tokens")
-    return json_response({"prompt": service.tokenizer.decode(tokens, body.skip_special_tokens)})
+
+    def work() -> Response:
+        tokens = check_token_ids(body.tokens, service.llm.vocab_size, "tokens")
+        return json_response({"prompt": service.tokenizer.decode(tokens, body.skip_special_tokens)})
+
+    return await beside(body.size, work)
 
 
 @router.get("/health", response_model=None)

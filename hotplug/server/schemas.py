@@ -2,24 +2,38 @@
 
 An unknown field is refused with the nearest valid name, a field of the OpenAI API that is not built is
 refused by its name unless it holds the value that means "off", and a few fields that cannot change an
-answer are taken and left alone. Responses are built as plain dictionaries where they are sent.
+answer are taken and left alone. null is the default of every field that has one. Lengths are bounded before types are
+checked. Responses are built as plain dictionaries where they are sent.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from hotplug.core.errors import RequestError, nearest
-from hotplug.core.request import MAX_LOGPROBS, SamplingParams
+from hotplug.core.errors import RequestError
+from hotplug.core.request import (
+    MAX_CACHE_SALT_CHARS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP,
+    MAX_STOP_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from hotplug.core.text.parsers import read_arguments
+from hotplug.server.bounds import CHARS, Bound
+from hotplug.server.prompts import MAX_COMPLETIONS, Prompts
+from hotplug.server.strict import FIRST_FAULT, Body, Refusals
 
-MAX_STOP = 16
-MAX_PROMPTS = 2048
-
-Refusals = dict[str, tuple[tuple[Any, ...], str]]
-"""Field -> the values (besides null) at which it asks for nothing, and why others are refused."""
+MAX_ENTRIES = 1024
+"""Tools, and calls of a message."""
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000
+MAX_PLAIN = 1 << 20
+"""Characters and values of what reaches a template as it is: tools, template variables, arguments of a call."""
 
 _IGNORED = {
     "user": "identifies the caller for abuse tracking",
@@ -47,37 +61,6 @@ _REFUSED: Refusals = {
 }
 
 
-class Body(BaseModel):
-    """A JSON object with strict types and no unknown fields. Raises RequestError naming the field."""
-
-    model_config = ConfigDict(strict=True)
-
-    prefix: ClassVar[str] = ""
-    """What stands before a field's name when an error names it."""
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    refused: ClassVar[Refusals] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
-            return data
-        for name in data:
-            if name in cls.model_fields or name in cls.ignored:
-                continue
-            if name in cls.refused:
-                neutral, why = cls.refused[name]
-                if data[name] is not None and data[name] not in neutral:
-                    raise RequestError(f"{cls.prefix}{name} is refused: {why}", param=cls.prefix + name)
-            else:
-                raise RequestError(
-                    f"unknown field {cls.prefix}{name}",
-                    param=cls.prefix + name,
-                    hint=nearest(name, cls.model_fields),
-                )
-        return {name: value for name, value in data.items() if name in cls.model_fields}
-
-
 class StreamOptions(Body):
     prefix = "stream_options."
     refused: ClassVar[Refusals] = {
@@ -93,6 +76,14 @@ class GenerationBody(Body):
 
     ignored = frozenset(_IGNORED)
     refused = _REFUSED
+    bounds: ClassVar[dict[str, Bound]] = {
+        "model": CHARS,
+        "stop": Bound(MAX_STOP, MAX_STOP_CHARS),
+        "stop_token_ids": Bound(MAX_STOP_TOKEN_IDS),
+        "logit_bias": Bound(MAX_LOGIT_BIAS),
+        "logits_processors": Bound(total=1 << 16),
+        "cache_salt": Bound(chars=MAX_CACHE_SALT_CHARS),
+    }
 
     model: str
     stream: bool | None = None
@@ -154,17 +145,14 @@ class GenerationBody(Body):
     def _stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if len(stop) > MAX_STOP:
-            raise RequestError(f"stop takes at most {MAX_STOP} strings, got {len(stop)}", param="stop")
-        return stop
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def _token_biases(self, vocab_size: int) -> dict[int, float] | None:
         biases: dict[int, float] = {}
         for key, bias in (self.logit_bias or {}).items():
             if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
                 raise RequestError(
-                    f"logit_bias must be keyed by token ids from 0 to {vocab_size - 1}, got {key!r}",
+                    f"logit_bias must be keyed by token ids from 0 to {vocab_size - 1}, got {key[:80]!r}",
                     param="logit_bias",
                 )
             biases[int(key)] = bias
@@ -179,7 +167,7 @@ _DIRECT = ("n", "temperature", "top_p", "seed", "presence_penalty", "frequency_p
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
@@ -193,6 +181,13 @@ class CompletionBody(GenerationBody):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bounded(self) -> CompletionBody:
+        if len(self.prompt) > 1 and len(self.prompt) * self.count > MAX_COMPLETIONS:
+            raise RequestError(f"prompts times n must be at most {MAX_COMPLETIONS}, got {len(self.prompt)} times "
+                               f"{self.count}", param="n", hint="Send several requests.")  # fmt: skip
+        return self
+
 
 class TextPart(Body):
     prefix = "messages.content."
@@ -204,12 +199,13 @@ class TextPart(Body):
     @classmethod
     def _text_only(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(kind := data.get("type"), str) and kind != "text":
-            raise RequestError(f"content of type {kind!r} is refused: only text is supported", param="messages")
+            raise RequestError(f"content of type {kind[:80]!r} is refused: only text is supported", param="messages")
         return data
 
 
 class FunctionOfCall(Body):
     prefix = "messages.tool_calls.function."
+    bounds: ClassVar[dict[str, Bound]] = {"name": CHARS, "arguments": Bound(chars=MAX_PLAIN)}
 
     name: str
     arguments: str
@@ -220,6 +216,7 @@ class CallOfMessage(Body):
 
     prefix = "messages.tool_calls."
     ignored = frozenset({"index"})
+    bounds: ClassVar[dict[str, Bound]] = {"id": CHARS}
 
     id: str
     type: Literal["function"] = "function"
@@ -233,6 +230,7 @@ class CallOfMessage(Body):
 
 class FunctionOfTool(Body):
     prefix = "tools.function."
+    bounds: ClassVar[dict[str, Bound]] = {"name": CHARS}
 
     name: str = Field(min_length=1)
     description: str | None = None
@@ -264,16 +262,22 @@ class Message(Body):
 
     prefix = "messages."
     ignored = frozenset({"annotations", "refusal"})
+    bounds: ClassVar[dict[str, Bound]] = {
+        "content": Bound(MAX_PARTS),
+        "name": CHARS,
+        "tool_call_id": CHARS,
+        "tool_calls": Bound(MAX_ENTRIES),
+    }
     refused: ClassVar[Refusals] = {
         "function_call": ((), "function calls are not supported"),
         "audio": ((), "only text is supported"),
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], FIRST_FAULT] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[CallOfMessage] | None = None
+    tool_calls: Annotated[list[CallOfMessage], FIRST_FAULT] | None = None
     reasoning_content: str | None = None
 
     @model_validator(mode="after")
@@ -282,14 +286,19 @@ class Message(Body):
             raise RequestError(f"a message of role {self.role} needs content", param="messages")
         return self
 
+    @property
+    def texts(self) -> list[str]:
+        """What it says, in parts."""
+        content = self.content or ""
+        return [content] if isinstance(content, str) else [part.text for part in content]
+
     def for_template(self) -> dict[str, Any]:
         """The message as a chat template reads it.
 
         Templates know no developer role (the newer name of system), and most want text and not parts.
         """
-        content = self.content or ""
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": "\n".join(self.texts)}
         for field in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, field)) is not None:
                 message[field] = value
@@ -298,14 +307,23 @@ class Message(Body):
         return message
 
 
+_CONVERSATION = {
+    "messages": Bound(MAX_MESSAGES),
+    "tools": Bound(MAX_ENTRIES, total=MAX_PLAIN),
+    "chat_template_kwargs": Bound(total=MAX_PLAIN),
+}
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    bounds: ClassVar[dict[str, Bound]] = {**GenerationBody.bounds, **_CONVERSATION}
+
+    messages: Annotated[list[Message], FIRST_FAULT] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], FIRST_FAULT] | None = None
     tool_choice: str | dict[str, Any] | None = None
     add_generation_prompt: bool = Field(True, description="Extension: open the assistant's turn")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: template variables")
@@ -317,6 +335,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:
+        check_calls(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         if self.tool_choice not in (None, "none", "auto"):
@@ -332,9 +351,11 @@ class ChatBody(GenerationBody):
 class TokenizeBody(Body):
     """POST /tokenize: a prompt, or messages through the chat template."""
 
+    bounds: ClassVar[dict[str, Bound]] = {"model": CHARS, **_CONVERSATION}
+
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message], FIRST_FAULT] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -344,15 +365,43 @@ class TokenizeBody(Body):
     def _one_input(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
+        check_calls(self.messages or ())
         return self
 
 
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
+    bounds: ClassVar[dict[str, Bound]] = {"model": CHARS}
+
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FIRST_FAULT]
     skip_special_tokens: bool = False
+
+
+BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+"""What the routes take."""
+
+
+def check_calls(messages: Sequence[Message]) -> None:
+    """Raises RequestError for the result of a call that the assistant's message before it does not make.
+
+    As the OpenAI API has it: messages of role tool follow such a message, and name one of its calls each.
+    """
+    calls: set[str] = set()
+    for i, message in enumerate(messages):
+        if message.role != "tool":
+            calls = {call.id for call in message.tool_calls or ()} if message.role == "assistant" else set()
+            continue
+        at = f"messages[{i}]"
+        if message.tool_call_id is None:
+            raise RequestError(f"{at} has role tool and needs a tool_call_id", param=f"{at}.tool_call_id")
+        if not calls:
+            raise RequestError(f"{at} has role tool and no assistant message with tool_calls before it",
+                               param=f"{at}.role")  # fmt: skip
+        if message.tool_call_id not in calls:
+            raise RequestError(f"{at}.tool_call_id {message.tool_call_id[:80]!r} is no call of the assistant message "
+                               "before it", param=f"{at}.tool_call_id")  # fmt: skip
 
 
 def check_token_ids(ids: Any, vocab_size: int, param: str) -> Any:

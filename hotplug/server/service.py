@@ -5,7 +5,6 @@ One `Service` belongs to one app (`app.state.service`). It keeps no state of sin
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,12 @@ if TYPE_CHECKING:
     from hotplug.server.tracing import RequestSpan
 
 _LONG_TEXT = 20_000
-"""Characters from which tokenizing (over 1 ms) is done beside the event loop."""
-_TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "template", "add_generation_prompt"})
+"""Characters from which texts are tokenized in parallel, without the interpreter's lock."""
+_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "tools", "template", "add_generation_prompt"})
+_CHARS_A_TOKEN = 8
+"""More characters a token of the context than any ordinary text has: what has more is looked at piece by piece."""
+_PIECE = 32_000
+"""Characters of a piece; where a text is cut changes its number of tokens by a few."""
 
 
 class Service:
@@ -51,40 +54,80 @@ class Service:
         """Raises UnknownModelError unless `name` is the served model."""
         if name != self.model_name:
             raise UnknownModelError(
-                f"the model {name!r} is not served here", param="model", hint=f"Served: {self.model_name!r}."
+                f"the model {name[:80]!r} is not served here", param="model", hint=f"Served: {self.model_name!r}."
             )
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text. Raises PromptTooLongError for one that is far longer than the context."""
+        for text in texts:
+            self._check_size((text,), "prompt")
         if sum(map(len, texts)) < _LONG_TEXT:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
-        return await asyncio.to_thread(self.tokenizer.encode_batch, texts, add_special_tokens)
+        return self.tokenizer.encode_batch(texts, add_special_tokens)
 
-    async def encode_chat(
+    def encode_chat(
         self,
-        messages: list[Message],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
         variables: dict[str, Any] | None,
         tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Token ids of a conversation through the chat template. Raises RequestError."""
-        if tools and self.parsers.tool is None:
-            raise RequestError("tools are refused: this server takes no tool calls out of answers", param="tools",
-                               hint="Start it with --tool-parser.")  # fmt: skip
+        self._check_tools(messages, tools)
         for name in variables or ():
             if name in _TEMPLATE_ARGUMENTS:
                 raise RequestError(f"chat_template_kwargs may not set {name}", param="chat_template_kwargs")
+        if len(messages) > self.llm.max_model_len:  # whose template writes something for each
+            raise self._too_long(len(messages), "messages", at_least=True)
+        self._check_size([text for message in messages for text in _kept(message)], "messages")
+        self._check_size([text for message in messages for text in message.texts], "messages", 2 * _CHARS_A_TOKEN)
         plain = [message.for_template() for message in messages]
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **(variables or {})}
         if tools:
             options["tools"] = [tool.for_template() for tool in tools]
+        return self.tokenizer.encode_chat(plain, **options)
 
-        def encode() -> list[int]:
-            return self.tokenizer.encode_chat(plain, **options)
+    def _check_tools(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """Raises RequestError for tools and calls that would get lost on the way to the model, or back."""
+        if tools and self.parsers.tool is None:
+            raise RequestError("tools are refused: this server takes no tool calls out of answers", param="tools",
+                               hint="Start it with --tool-parser.")  # fmt: skip
+        if tools and not self.tokenizer.template_mentions("tools", tools=True):
+            raise RequestError("tools are refused: the model's chat template does not know them", param="tools",
+                               hint="Start the server with a --chat-template that does, or describe them in a message.",
+                               )  # fmt: skip
+        if any(message.tool_calls for message in messages) and (
+            not self.tokenizer.template_mentions("tool_calls", tools=bool(tools))
+        ):
+            raise RequestError("tool_calls are refused: the model's chat template does not know them", param="messages",
+                               hint="Start the server with a --chat-template that does.")  # fmt: skip
 
-        if sum(len(message["content"]) for message in plain) < _LONG_TEXT:
-            return encode()
-        return await asyncio.to_thread(encode)
+    def _check_size(self, texts: Sequence[str], param: str, chars_a_token: int = _CHARS_A_TOKEN) -> None:
+        """Raises PromptTooLongError for texts far longer than the context, before anything is made of them.
+
+        Their pieces are tokenized one after the other until they are a quarter over the context. Cutting adds a few
+        tokens to a piece of hundreds or more, so no text that fits is refused.
+        """
+        context = self.llm.max_model_len
+        if sum(map(len, texts)) <= chars_a_token * context:
+            return
+        found = 0
+        for text in texts:
+            for begin in range(0, len(text), _PIECE):
+                found += len(self.tokenizer.encode_batch([text[begin : begin + _PIECE]], False)[0])
+                if found > context + context // 4 + 64:
+                    raise self._too_long(found, param, at_least=True)
+
+    def _too_long(self, tokens: int, param: str, *, at_least: bool = False) -> PromptTooLongError:
+        """In the words of the OpenAI API, by which clients know it."""
+        number = f"{'at least ' if at_least else ''}{tokens} tokens"
+        return PromptTooLongError(
+            f"This model's maximum context length is {self.llm.max_model_len} tokens. However, your {param} resulted "
+            f"in {number}, and the output needs one at least",
+            param=param,
+            hint=f"Please reduce the length of the {param}.",
+        )
 
     def choice_parsers(self, prompt: list[int], count: int, *, tools: bool) -> list[ChoiceParser] | None:
         """A parser for each of `count` completions; None where their text is all content."""
@@ -103,23 +146,25 @@ class Service:
         if not prompt:
             raise RequestError(f"{param} has no tokens", param=param)
         if len(prompt) >= self.llm.max_model_len:
-            raise PromptTooLongError(
-                f"{param} has {len(prompt)} tokens and the model's context, output included, is "
-                f"{self.llm.max_model_len}",
-                param=param,
-                hint="Shorten it.",
-            )
+            raise self._too_long(len(prompt), param)
 
     def check_budget(self, prompt: list[int], max_tokens: int | None, param: str) -> None:
-        """Raises RequestError when prompt and output together pass the context."""
-        room = self.llm.max_model_len - len(prompt)
-        if max_tokens is not None and max_tokens > room:
-            raise RequestError(
-                f"{param} is {max_tokens}, but the prompt has {len(prompt)} tokens and the model's context "
-                f"is {self.llm.max_model_len}",
-                param=param,
-                hint=f"Ask for at most {room}.",
-            )
+        """Raises PromptTooLongError when prompt and output together pass the context, and RequestError when the output
+        alone does."""
+        context = self.llm.max_model_len
+        room = context - len(prompt)
+        if max_tokens is None or max_tokens <= room:
+            return
+        hint = f"Ask for at most {room}."
+        if max_tokens >= context:
+            what = f"{param} is {max_tokens}, but prompt ({len(prompt)} tokens) and output share {context} tokens"
+            raise RequestError(what, param=param, hint=hint)
+        raise PromptTooLongError(
+            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"{len(prompt) + max_tokens} tokens ({len(prompt)} tokens in the prompt, {max_tokens} in the completion)",
+            param=param,
+            hint=hint,
+        )
 
     def stream(
         self, prompt: list[int], params: SamplingParams, body: GenerationBody, span: RequestSpan | None
@@ -142,6 +187,13 @@ class Service:
             "model": self.model_name,
             "system_fingerprint": self.llm.plan_hash[:12],
         }
+
+
+def _kept(message: Message) -> list[str]:
+    """The text of a message that every template writes: some leave out earlier reasoning."""
+    if message.role != "assistant":
+        return message.texts
+    return [text.rpartition("</think>")[2] for text in message.texts]
 
 
 def service_of(request: Request) -> Service:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -37,6 +37,10 @@ _START = {
         (b"x-accel-buffering", b"no"),  # or nginx holds events back
     ],
 }
+_STARTED_AT_ONCE = 64
+"""Requests that are made in one turn of the event loop, in some milliseconds."""
+_LARGE_SCORES = 250
+"""Prompt tokens whose log-probabilities are framed beside the event loop."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -77,7 +81,10 @@ class EventStream(Response):
         try:
             async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    body = frame(chunk)
+                    if chunk.prompt_logprobs is None or len(chunk.prompt_logprobs) < _LARGE_SCORES:
+                        body = frame(chunk)
+                    else:
+                        body = await asyncio.to_thread(frame, chunk)
                     if not body:
                         continue
                     if not started:
@@ -114,24 +121,36 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def merge(
-    streams: Sequence[AsyncGenerator[CompletionChunk, None]], count: int
+    starts: Sequence[Callable[[], AsyncGenerator[CompletionChunk, None]]], count: int
 ) -> AsyncGenerator[CompletionChunk, None]:
-    """The chunks of several prompts as they come; completion j of prompt i gets index i * count + j."""
+    """The chunks of several prompts as they come; completion j of prompt i gets index i * count + j.
+
+    Their requests are made a few at a turn of the event loop.
+    """
     queue: asyncio.Queue[CompletionChunk | None] = asyncio.Queue()
 
-    async def pump(number: int, stream: AsyncGenerator[CompletionChunk, None]) -> None:
-        async with aclosing(stream):
+    pumps: list[asyncio.Future[None]] = []
+
+    async def pump(number: int, start: Callable[[], AsyncGenerator[CompletionChunk, None]]) -> None:
+        async with aclosing(start()) as stream:
             async for chunk in stream:
                 queue.put_nowait(dataclasses.replace(chunk, index=number * count + chunk.index))
 
-    pumps = [asyncio.ensure_future(pump(*numbered)) for numbered in enumerate(streams)]
-    everything = asyncio.gather(*pumps)
+    async def run() -> None:
+        for numbered in enumerate(starts):
+            pumps.append(asyncio.ensure_future(pump(*numbered)))
+            if len(pumps) % max(1, _STARTED_AT_ONCE // count) == 0:
+                await asyncio.sleep(0)
+        await asyncio.gather(*pumps)
+
+    everything = asyncio.ensure_future(run())
     everything.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (chunk := await queue.get()) is not None:
             yield chunk
         await everything
     finally:
+        everything.cancel()
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, everything, return_exceptions=True)

@@ -21,9 +21,8 @@ import jinja2.sandbox
 from hotplug.core.errors import RequestError
 from hotplug.core.text.json_scan import escape_lone_surrogates
 
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-             RecursionError, MemoryError)  # fmt: skip
-"""What a template that meets messages it was not written for ends in."""
+_FAILURES = (Exception,)
+"""What a template that meets messages it was not written for ends in: it is code that we did not write."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -74,6 +73,14 @@ def plain_turns(template: str, variables: dict[str, Any]) -> str:
         except RequestError:
             continue
     return ""
+
+
+@lru_cache(maxsize=128)
+def mentions(template: str, name: str) -> bool:
+    """Whether a template has a variable, a member or a text of that name. Raises RequestError if it is no template."""
+    compile_template(template)
+    nodes = _environment().parse(template).find_all((jinja2.nodes.Name, jinja2.nodes.Getattr, jinja2.nodes.Const))
+    return any(name in (getattr(node, field, None) for field in ("name", "attr", "value")) for node in nodes)
 
 
 @lru_cache(maxsize=1)

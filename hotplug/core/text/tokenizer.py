@@ -205,6 +205,12 @@ class Tokenizer:
         """The Jinja source for conversations without tools; None if the checkpoint has none."""
         return self.templates.get("default")
 
+    def template_mentions(self, name: str, *, tools: bool) -> bool:
+        """Whether the template for a conversation, with tools or without, has a name in it; true if there is none,
+        which rendering tells. What a template never mentions would be lost without a word."""
+        source = (self.templates.get("tool_use") if tools else None) or self.chat_template
+        return source is None or chat_templates.mentions(source, name)
+
     def render_chat(
         self,
         messages: Sequence[dict[str, Any]],
