@@ -16,6 +16,7 @@ import tokenizers
 
 from hotplug.core.errors import ConfigError, ModelError, RequestError, WeightsError
 from hotplug.core.text import template as chat_templates
+from hotplug.core.weights.metadata import Metadata, open_regular, read_json, read_text
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -187,20 +188,26 @@ def load_tokenizer(path: Path, chat_template_file: Path | None = None) -> Tokeni
 
     Raises ModelError (no tokenizer, malformed files) and ConfigError (the template file).
     """
-    from hotplug.core.weights.checkpoint import find_gguf
-
     override = None if chat_template_file is None else read_template(chat_template_file)
-    if path.is_dir() and (path / "tokenizer.json").exists():
-        tokenizer = _from_folder(path, _load_backend(path / "tokenizer.json"))
-    elif path.is_dir() and any((path / name).exists() for name in _SLOW_FILES):
-        tokenizer = _from_folder(path, _convert_slow(path))
-    elif (gguf_file := find_gguf(path)) is not None:
-        tokenizer = _from_gguf(gguf_file)
-    else:
-        raise ModelError("no tokenizer is there", where=str(path), why="neither tokenizer.json nor a GGUF file")
+    try:
+        tokenizer = _load(path)
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError("cannot read the tokenizer", where=str(path), why=str(e)) from e
     if override is not None:
         tokenizer.templates = {"default": override}
     return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
+    from hotplug.core.weights.checkpoint import find_gguf
+
+    if path.is_dir() and (path / "tokenizer.json").exists():
+        return _from_folder(path, _load_backend(path / "tokenizer.json"))
+    if path.is_dir() and any((path / name).exists() for name in _SLOW_FILES):
+        return _from_folder(path, _convert_slow(path))
+    if (gguf_file := find_gguf(path)) is not None:
+        return _from_gguf(gguf_file)
+    raise ModelError("no tokenizer is there", where=str(path), why="neither tokenizer.json nor a GGUF file")
 
 
 def byte_level_bytes(token: str) -> bytes:
@@ -222,53 +229,57 @@ _BYTES = _byte_alphabet()
 
 
 def _from_gguf(file: Path) -> Tokenizer:
-    from hotplug.core.text.gguf_tokenizer import build_tokenizer
+    from hotplug.core.text.gguf_tokenizer import build_tokenizer, special_token
     from hotplug.core.weights.gguf_config import end_token_ids
     from hotplug.core.weights.gguf_file import GgufFile
 
     opened = GgufFile(file)
-    tokens = opened.metadata.get("tokenizer.ggml.tokens", [])
+    backend = build_tokenizer(opened)
+    size = len(opened.values["tokenizer.ggml.tokens"])
+    roles = (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
     special = {}
-    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        token = opened.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None and 0 <= token < len(tokens):
-            special[role] = tokens[token]
+    for role, key in roles:
+        token = special_token(opened, key, size)
+        text = None if token is None else backend.id_to_token(token)
+        if text is not None:
+            special[role] = text
     prefix = "tokenizer.chat_template"
     templates = {
-        key.removeprefix(prefix).removeprefix(".") or "default": str(value)
-        for key, value in opened.metadata.items()
-        if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
+        key.removeprefix(prefix).removeprefix(".") or "default": opened.metadata.text(key)
+        for key in opened.metadata.keys()  # noqa: SIM118  (no mapping)
+        if key == prefix or key.startswith(prefix + ".")
     }
-    return Tokenizer(
-        build_tokenizer(opened), special_tokens=special, eos_token_ids=end_token_ids(opened), templates=templates
-    )
+    ends = end_token_ids(opened, size)
+    return Tokenizer(backend, special_tokens=special, eos_token_ids=ends, templates=templates)
 
 
 def _from_folder(folder: Path, backend: tokenizers.Tokenizer) -> Tokenizer:
-    settings = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-    special = {}
-    for role in _SPECIAL:
-        value = settings.get(role)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            special[role] = text
-    return Tokenizer(backend, special_tokens=special, templates=_templates(folder, settings.get("chat_template")))
+    config = _settings(folder / "tokenizer_config.json")
+    special: dict[str, str] = {}
+    for settings in (_settings(folder / "special_tokens_map.json"), config):
+        for role in _SPECIAL:
+            nested = settings.is_section(role)
+            text = settings.section(role).text("content", None) if nested else settings.text(role, None)
+            if text is not None:
+                special[role] = text
+    return Tokenizer(backend, special_tokens=special, templates=_templates(folder, config))
 
 
-def _templates(folder: Path, configured: Any) -> dict[str, str]:
+def _templates(folder: Path, config: Metadata) -> dict[str, str]:
     """Templates by name: files of their own win over tokenizer_config.json's string or list of named ones."""
-    templates = {}
-    if isinstance(configured, str):
-        templates["default"] = configured
-    elif isinstance(configured, list):
-        templates = {str(entry["name"]): str(entry["template"]) for entry in configured}
+    if config.is_list("chat_template"):
+        templates = {entry.text("name"): entry.text("template") for entry in config.sections("chat_template")}
+    else:
+        text = config.text("chat_template", None)
+        templates = {} if text is None else {"default": text}
     whole = folder / "chat_template.jinja"
     for file in ([whole] if whole.exists() else []) + sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates["default" if file == whole else file.stem] = file.read_text(encoding="utf-8")
+        templates["default" if file == whole else file.stem] = read_text(file)
     return templates
 
 
 def _load_backend(file: Path) -> tokenizers.Tokenizer:
+    open_regular(file).close()
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
@@ -289,14 +300,9 @@ def _convert_slow(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as e:
-        raise ModelError("not valid JSON", where=str(file), why=str(e)) from e
-    return values if isinstance(values, dict) else {}
+def _settings(file: Path) -> Metadata:
+    """What a tokenizer's file beside tokenizer.json says; nothing where there is none."""
+    return read_json(file) if file.exists() else Metadata({}, str(file))
 
 
 def read_template(file: Path) -> str:
