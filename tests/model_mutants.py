@@ -145,7 +145,7 @@ def _encoded(kind: int, value: Any, claimed: int | None = None) -> bytes:
     if kind == _STRING:
         return _string(str(value))
     if kind == _ARRAY:
-        item, items = value
+        item, items = value if isinstance(value, tuple) else (4, [])
         return struct.pack("<IQ", item % 2**32, len(items) if claimed is None else claimed) + b"".join(
             _encoded(item, one) for one in items
         )

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.weights.gguf_file import GgufFile
 from hotplug.core.weights.limits import MOST_VOCAB
+from hotplug.core.weights.metadata import brief
 from hotplug.core.weights.token_ids import known_tokens
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -67,7 +68,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
     try:
         model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=family == "llama3")
     except Exception as e:  # the library raises bare Exception
-        raise WeightsError("tokenizer.ggml.merges do not fit the vocabulary", where=str(file.path), why=str(e)) from e
+        raise WeightsError("tokenizer.ggml.merges do not fit the vocabulary", where=str(file.path), why=brief(e)) from e
     tokenizer = Tokenizer(model)
     if family == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

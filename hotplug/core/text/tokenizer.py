@@ -16,7 +16,7 @@ import tokenizers
 
 from hotplug.core.errors import ConfigError, ModelError, RequestError, WeightsError
 from hotplug.core.text import template as chat_templates
-from hotplug.core.weights.metadata import Metadata, open_regular, read_json, read_text
+from hotplug.core.weights.metadata import Metadata, brief, open_regular, read_json, read_text
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -283,7 +283,7 @@ def _load_backend(file: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
-        raise WeightsError("not a readable tokenizer", where=str(file), why=str(e)) from e
+        raise WeightsError("not a readable tokenizer", where=str(file), why=brief(e)) from e
 
 
 def _convert_slow(folder: Path) -> tokenizers.Tokenizer:
@@ -292,7 +292,7 @@ def _convert_slow(folder: Path) -> tokenizers.Tokenizer:
     try:
         converted = AutoTokenizer.from_pretrained(folder)
     except Exception as e:  # whatever the conversion lacks: a file, a package, a known class
-        raise ModelError("cannot convert the tokenizer", where=str(folder), why=str(e),
+        raise ModelError("cannot convert the tokenizer", where=str(folder), why=brief(e),
                          hint="A tokenizer.json beside it avoids the conversion.") from e  # fmt: skip
     backend = getattr(converted, "backend_tokenizer", None)
     if backend is None:

@@ -6,6 +6,7 @@ Weights are dequantized here, at load, but for matrices that the model keeps in 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
 _NOT_WEIGHTS = {"rope_freqs.weight"}
 """Read into the config; no parameter of the model."""
 
@@ -134,8 +136,8 @@ def hf_name(name: str, path: Path) -> str:
     prefix, _, rest = name.partition(".")
     layer, _, rest = rest.partition(".")
     part, _, kind = rest.rpartition(".")
-    if prefix == "blk" and layer.isdecimal() and part in _LAYER_NAMES and kind in ("weight", "bias"):
-        return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}.{kind}"
+    if prefix == "blk" and _NUMBER.fullmatch(layer) and part in _LAYER_NAMES and kind in ("weight", "bias"):
+        return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
     raise WeightsError(f"tensor {name!r} has no place in the model", where=str(path))
 
 

@@ -199,7 +199,7 @@ class Metadata:
     def refuse(self, key: str, what: str, value: Any = REQUIRED) -> NoReturn:
         """Raise the error of this file about `key`: `what` it must be, `value` what it is."""
         got = "" if value is REQUIRED else f", got {shown(value)}"
-        raise self._error(f"{self._prefix}{key} {what}{got}", where=self.where)
+        raise self._error(f"{brief(self._prefix + key)} {what}{got}", where=self.where)
 
     def _get(self, key: str) -> Any:
         return self._values.get(self._prefix + key)
@@ -217,6 +217,12 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) > 10**30:
         return "a number of more than 30 digits"
     return _SHORT.repr(value)
+
+
+def brief(text: object) -> str:
+    """Text of a file, or of a library about one, in a message: 300 characters at most."""
+    whole = str(text)
+    return whole if len(whole) <= 300 else whole[:300] + " ..."
 
 
 _SHORT = reprlib.Repr()

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from hotplug.core.errors import WeightsError
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import parameter_shapes
+from hotplug.core.weights.metadata import brief
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -46,8 +47,8 @@ def check_promised(
 
 def some(names: list[str]) -> str:
     """The first of many names, and how many there are beyond them."""
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+    first = ", ".join(map(brief, names[:4]))
+    return first if len(names) <= 4 else f"{first} and {len(names) - 4} more"
 
 
 def _counts(stored: Shapes, config: ModelConfig) -> list[str]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES
-from hotplug.core.weights.metadata import Metadata, open_regular, read_json, shown
+from hotplug.core.weights.metadata import Metadata, brief, open_regular, read_json, shown
 from hotplug.core.weights.promised import check_promised, some
 from hotplug.core.weights.room import Room, no_room
 
@@ -102,7 +102,7 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
                     )  # fmt: skip
                 stored = _Stored(file, name, tuple(part.get_shape()))
                 if name in found and not _equal(found[name], stored):
-                    raise WeightsError(f"{name} is in two files with different values", where=str(folder),
+                    raise WeightsError(f"{brief(name)} is in two files with different values", where=str(folder),
                                        why=f"{found[name].file.name}, {file.name}",
                                        hint="Remove the file that is not part of the model.")  # fmt: skip
                 found.setdefault(name, stored)
@@ -171,5 +171,5 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as e:
         raise WeightsError(
-            "not a readable safetensors file", where=str(file), why=str(e), hint="Fetch it again."
+            "not a readable safetensors file", where=str(file), why=brief(e), hint="Fetch it again."
         ) from e
