@@ -169,7 +169,7 @@ def test_messages_show_a_line_of_a_value_whatever_its_size(tmp_path: Path) -> No
         (lambda m: m.texts("k", most=2, longest=3), ["ab", ["a", "b", "c"], [1], ["four"], ["\ud800"], {"a": 1}]),
         (lambda m: m.integers("k", 0, 9, most=2), [1, [10], [-1], [1, 2, 3], [1.0], [True], ["1"]]),
         (lambda m: m.array("k", 2), [[1, 2], np.zeros(3), np.array([1.0, np.nan]), np.array(["a", "b"]), 1]),
-        (lambda m: m.by_layer("k", 1, 9), [np.array([1, 2]), np.zeros(0, np.int32), np.array([10]), np.array([1.0])]),
+        (lambda m: m.by_layer("k", 1, 9), [np.zeros(0, np.int32), np.array([10, 10]), np.array([1.0])]),
         (lambda m: m.section("k"), [[], 1, "a", True]),
         (lambda m: m.sections("k"), [1, [1], [{}, None], {"a": {}}]),
     ],

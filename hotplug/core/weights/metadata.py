@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from hotplug.core.errors import ModelError
+from hotplug.core.errors import ModelError, UnsupportedModelError
 
 MOST_BYTES = 64 << 20
 """Of a JSON file. The index of a checkpoint of 100,000 tensors has 10 MB."""
@@ -192,7 +192,7 @@ class Metadata:
         if value.dtype.kind not in "iu" or value.size == 0:
             self.refuse(key, f"must be a whole number from {low:,} to {high:,}", value)
         if (value != value[0]).any():
-            self.refuse(key, "differs by layer, which is not built")
+            raise UnsupportedModelError(f"{self._prefix}{key} differs by layer, which is not built", where=self.where)
         each = Metadata({self._prefix + key: value[0].item()}, self.where, prefix=self._prefix, error=self._error)
         return each.integer(key, low, high)
 
