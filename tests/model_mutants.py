@@ -287,7 +287,7 @@ _GGUF_CHANGES: list[Callable[[Gguf, random.Random], None]] = [
 
 def mutate_folder(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     """A Hugging Face folder, as file contents by name, in which one file is a mutant."""
-    names = [name for name in files if name != "tokenizer.json"]
+    names = list(files)
     weights = [2 if name == "config.json" else 1 for name in names]
     name = rng.choices(names, weights)[0]
     mutate = mutate_safetensors if name.endswith(".safetensors") else lambda data, r: mutate_json(data.decode(), r)

@@ -24,7 +24,7 @@ SECONDS, BYTES = 2.0, 1 << 30
 """Of processor time, since other work on the machine is not the reader's, and of memory."""
 SHORT, LONG = 60, 2_500
 """Mutants of each kind."""
-KINDS = ("gguf-bpe", "gguf-spm", "folder", "config")
+KINDS = ("gguf-bpe", "gguf-spm", "folder", "config", "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,9 @@ def mutants(kind: str, folder: dict[str, bytes], where: Path, count: int) -> Ite
             (where / "model.gguf").write_bytes(model_mutants.mutate_gguf(base, rng))
             yield where / "model.gguf"
         else:
-            only = {"config.json": folder["config.json"]} if kind == "config" else folder
+            tokenizer, config = ({name: folder[name]} for name in ("tokenizer.json", "config.json"))
+            others = {name: data for name, data in folder.items() if name != "tokenizer.json"}
+            only = {"tokenizer": tokenizer, "config": config}.get(kind, others)
             model_mutants.write_folder(where, {**folder, **model_mutants.mutate_folder(only, rng)})
             yield where
 
