@@ -42,6 +42,7 @@ def write_gguf(
     quant: Any = None,
     others: Mapping[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
+    rope_freq_base: float = 50000.0,
 ) -> Path:
     """A small model as GGUF; matrices in `quant`, or as `others` says of a part of their name; vectors float32.
 
@@ -55,7 +56,7 @@ def write_gguf(
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(50000.0)
+    writer.add_rope_freq_base(rope_freq_base)
     for key, value in (metadata or {}).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
         add[type(value)](key, value)

@@ -234,11 +234,11 @@ def test_strings_that_are_not_text_are_found_when_they_are_asked_for(tmp_path: P
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tokens = GgufFile(tmp_path / "m.gguf").metadata["tokenizer.ggml.tokens"]
+    tokens = GgufFile(tmp_path / "m.gguf").values["tokenizer.ggml.tokens"]
     assert (len(tokens), list(tokens), tokens[1]) == (2, ["first", "second"], "second")
     data = (tmp_path / "m.gguf").read_bytes().replace(b"second", b"se\xff\xffnd")
     (tmp_path / "m.gguf").write_bytes(data)
-    broken = GgufFile(tmp_path / "m.gguf").metadata["tokenizer.ggml.tokens"]
+    broken = GgufFile(tmp_path / "m.gguf").values["tokenizer.ggml.tokens"]
     with pytest.raises(WeightsError, match=r"m\.gguf: not a readable GGUF file(.|\n)*not UTF-8"):
         broken[0]
 

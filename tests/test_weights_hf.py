@@ -114,10 +114,10 @@ def test_weights_of_an_integer_dtype_are_refused_by_name(tmp_path: Path) -> None
 
 
 def test_rotary_buffers_of_old_checkpoints_are_left_out(tmp_path: Path) -> None:
-    config_of(tmp_path)
-    tensors = {"model.norm.weight": torch.ones(64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert [name for name, _ in open_checkpoint(tmp_path).tensors()] == ["model.norm.weight"]
+    expected = save_tiny(tmp_path, "Llama").state_dict()
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file({**expected, **buffer}, tmp_path / "model.safetensors")
+    assert {name for name, _ in open_checkpoint(tmp_path).tensors()} == expected.keys()
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -146,9 +146,9 @@ def test_malformed_config_json_is_refused_by_file(text: str, tmp_path: Path) -> 
     [
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size must be a whole number"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number from 1"),
         ({"num_key_value_heads": 3}, "do not fit together"),
-        ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a number from"),
     ],
 )
 def test_impossible_values_are_named(values: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -257,13 +257,13 @@ def test_dense_models_have_no_experts_whatever_their_config_says(tmp_path: Path)
     ("values", "named"),
     [
         ({"num_experts": None}, "num_local_experts is missing"),
-        ({"num_experts": 0}, "num_experts must be at least 1"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, there are 8 experts"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be at least 1"),
+        ({"num_experts": 0}, "num_experts must be a whole number from 1"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok must be a whole number from 1 to 8, got 9"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be a whole number from 1"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
-        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1"),
-        ({"mlp_only_layers": [4]}, r"mlp_only_layers must list some of the layers 0 to 3, got \[4\]"),
-        ({"mlp_only_layers": 2}, "mlp_only_layers must list"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1"),
+        ({"mlp_only_layers": [4]}, "mlp_only_layers must hold whole numbers from 0 to 3, got 4"),
+        ({"mlp_only_layers": 2}, "mlp_only_layers must be a list"),
         ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false"),
         ({"n_shared_experts": 1}, "shared experts are not built: n_shared_experts is 1"),
         ({"shared_expert_intermediate_size": 64}, "shared experts are not built"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import hotplug
-from hotplug.core.config import EngineConfig
+from hotplug.core.config import EngineConfig, parse_bytes
 from hotplug.core.engine import mode_record
 from hotplug.core.engine.compile_check import compiled_by
 from hotplug.core.engine.ranks import check_ranks, group_faults, place
@@ -33,7 +33,7 @@ from hotplug.core.platform.features import Resolved, resolve
 from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.stored import StoredScheme
-from hotplug.core.runner import memory_guard
+from hotplug.core.runner import kv_memory, memory_guard
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.kv_memory import KVShape, swap_blocks, torch_device
 from hotplug.core.runner.memory_guard import MemoryGuard
@@ -178,6 +178,17 @@ def bind(
         accelerator=limits.accelerator,
         observe=tracer.observe if observe is None and tracer is not None else observe,
     )
+    kv_shape = KVShape(
+        model_config.num_layers,
+        model_config.num_kv_heads,
+        model_config.head_dim,
+        resolved.block_size,
+        resolved.kv_layout,
+        TORCH_DTYPES[resolved.kv_dtype],
+    )
+    reach = min(max_model_len, _room(config, model_config, kv_shape, resolved, max_model_len, sharing))
+    if not meta:
+        kv_memory.check_context(config, limits, selection.platform.memory(selection.device), kv_shape, reach, sharing)
     context = BuildContext(
         plan=plan,
         dtype=TORCH_DTYPES[resolved.dtype],
@@ -189,33 +200,26 @@ def bind(
         scheme=weights.scheme,
         table_scheme=weights.table_scheme,
         site_schemes=weights.site_schemes,
-        max_position=max_model_len,
+        max_position=reach,
         rank=rank,
         ranks=ranks,
     )
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
         model = build_model(model_config, context, extension.models)
     whole = compiled_by(selection.platform, plan.choices) if resolved.exec_mode is ExecMode.COMPILE else {}
-    batch = Batch(
-        plan,
-        max_rows=resolved.max_num_seqs,
-        max_len=max_model_len,
-        block_size=resolved.block_size,
-        index_dtype=TORCH_DTYPES[limits.index_dtype],
-        device=device,
-        pin=selection.platform.pinned if isinstance(selection.platform, HasRuntime) and not meta else None,
-    )
+    with MemoryGuard("making room for the rows of a step", selection, memory_guard.ROWS):
+        batch = Batch(
+            plan,
+            max_rows=resolved.max_num_seqs,
+            max_len=reach,
+            block_size=resolved.block_size,
+            index_dtype=TORCH_DTYPES[limits.index_dtype],
+            device=device,
+            pin=selection.platform.pinned if isinstance(selection.platform, HasRuntime) and not meta else None,
+        )
     with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
         sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors,
                           speculates=resolved.speculates)  # fmt: skip
-    kv_shape = KVShape(
-        model_config.num_layers,
-        model_config.num_kv_heads,
-        model_config.head_dim,
-        resolved.block_size,
-        resolved.kv_layout,
-        TORCH_DTYPES[resolved.kv_dtype],
-    )
     host_blocks = swap_blocks(kv_shape, config)
     block_copy = _bind_swap(plan, kv_shape, resolved) if host_blocks else None
     plan.finish()
@@ -255,6 +259,18 @@ def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat
     name, _, argument = config.kv_connector.partition(":")
     factory = extension.find("kv_connectors", name, option="--kv-connector")
     return lambda kv_format: factory(argument, kv_format)
+
+
+def _room(
+    config: EngineConfig, model: ModelConfig, shape: KVShape, resolved: Resolved, max_model_len: int, sharing: int
+) -> int:
+    """Positions that a sequence can reach in the KV cache that the user allows; `max_model_len` where he sets none."""
+    if config.kv_cache_memory is None:
+        return max_model_len
+    blocks = parse_bytes(config.kv_cache_memory) // sharing // shape.block_bytes
+    peak = kv_memory.group(model, shape.block_size).peak_blocks(max_model_len, resolved.max_num_batched_tokens)
+    # One more than fits, so that it is the cache that a longer prompt is refused for, and not the context.
+    return max_model_len if peak < blocks else blocks * shape.block_size + 1
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -27,7 +27,6 @@ from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
 from hotplug.core.engine.warmup import WarmUp
 from hotplug.core.errors import ConfigError, EngineDeadError, HotplugError, RequestError
-from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.loader import load_weights
@@ -160,10 +159,10 @@ class EngineCore(RankCore):
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._failure = ""
         kv = KVManager(
-            _kv_group(bound),
+            kv_memory.group(bound.checkpoint.config, bound.kv_shape.block_size),
             num_blocks=num_blocks,
             max_num_seqs=bound.resolved.max_num_seqs,
-            max_model_len=bound.max_model_len,
+            max_model_len=bound.context.max_position,
             enable_prefix_cache=config.enable_prefix_cache,
             num_host_blocks=bound.swap_blocks,
         )
@@ -452,10 +451,3 @@ def _speculation(bound: Bound) -> Speculation | None:
         longest=config.speculative_ngram_max,
         max_requests=config.speculative_max_requests,
     )
-
-
-def _kv_group(bound: Bound) -> KVGroup:
-    """Full attention unless every layer slides; then blocks behind the window are freed."""
-    model = bound.checkpoint.config
-    sliding = len(model.sliding_layers) == model.num_layers
-    return KVGroup(block_size=bound.kv_shape.block_size, window=model.sliding_window if sliding else None)

@@ -60,7 +60,7 @@ def captured_prompts(bound: Bound) -> list[PromptShape]:
     """The shapes of steps with prompt chunks to record, smallest first."""
     if bound.resolved.exec_mode is not ExecMode.CAPTURE or not bound.limits.mixed_steps:
         return []
-    most = min(bound.limits.capture_prompt_tokens, bound.resolved.max_num_batched_tokens, bound.max_model_len)
+    most = min(bound.limits.capture_prompt_tokens, bound.resolved.max_num_batched_tokens, bound.context.max_position)
     return prompt_shapes(bound.batch.spare_row, most)
 
 
@@ -142,7 +142,7 @@ def _program_facts(bound: Bound, kv: Sequence[KVBlocks], fingerprint: str) -> di
         "arch": device.arch,
         "plan": bound.plan.hash,
         "model": dataclasses.asdict(bound.checkpoint.config),
-        "max_position": bound.max_model_len,
+        "max_position": bound.context.max_position,
         "dtype": bound.resolved.dtype,
         "kv": [str(kv[0][0].dtype), str(bound.resolved.kv_layout), cache],
         "block_table": [str(tables.dtype), tables.shape[1]],

@@ -65,9 +65,9 @@ def rehearse(bound: Bound) -> None:
     runner = Runner(twin.model, twin.batch, twin.sampler, eager)
     tokens = twin.resolved.max_num_batched_tokens
     verified = MOST_SCORED if twin.resolved.speculates else 0
-    for plan in largest_steps(twin.resolved.max_num_seqs, tokens, twin.max_model_len, verified):
+    for plan in largest_steps(twin.resolved.max_num_seqs, tokens, twin.context.max_position, verified):
         runner.execute(plan)
-    for plan in prompt_steps(tokens, twin.max_model_len):
+    for plan in prompt_steps(tokens, twin.context.max_position):
         runner.execute(plan)
     shapes = captured_shapes(twin)
     if shapes:

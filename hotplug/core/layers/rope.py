@@ -9,14 +9,21 @@ from torch import Tensor
 
 from hotplug.core.weights.config import RopeConfig
 
+_POSITIONS = 1 << 16
+"""Positions computed at once, so that a long context takes no memory beside its table."""
+
 
 def rotary_table(rope: RopeConfig, head_dim: int, max_position: int, device: torch.device) -> Tensor:
     """Float32 [max_position, head_dim]: cosines of the head_dim/2 frequencies, then their sines."""
-    inv_freq = _inverse_frequencies(rope, head_dim)
-    positions = torch.arange(max_position, dtype=torch.float32)
-    angles = torch.outer(positions, inv_freq)
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1) * _magnitude(rope)
-    return table.to(device)
+    table = torch.empty(max_position, head_dim, dtype=torch.float32, device=device)
+    if table.is_meta:
+        return table
+    inv_freq, magnitude = _inverse_frequencies(rope, head_dim), _magnitude(rope)
+    for start in range(0, max_position, _POSITIONS):
+        positions = torch.arange(start, min(start + _POSITIONS, max_position), dtype=torch.int64).to(torch.float32)
+        angles = torch.outer(positions, inv_freq)
+        table[start : start + _POSITIONS] = torch.cat((angles.cos(), angles.sin()), dim=-1) * magnitude
+    return table
 
 
 def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

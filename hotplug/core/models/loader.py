@@ -15,10 +15,8 @@ from hotplug.core.quant.stored import StoredRows
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import DummyCheckpoint
+from hotplug.core.weights.promised import some
 from hotplug.core.weights.stored import StoredMatrix
-
-DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-"""Tensors that old checkpoints carry though they follow from the config."""
 
 
 def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, type[Decoder]] = MODELS) -> Decoder:
@@ -41,13 +39,10 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
     places: dict[str, Destination] = dict(model.destinations())
     missing = dict(places)
     unknown: list[str] = []
-    tied = model.config.tie_word_embeddings
     for name, tensor in _parts(model, checkpoint, places):
         target = missing.pop(name, None)
         if target is None:
-            derived = name.endswith(DERIVED_SUFFIXES) or (tied and name == "lm_head.weight")
-            if not derived:
-                unknown.append(name)
+            unknown.append(name)
         elif target.shape != tensor.shape:
             raise WeightsError(
                 f"the shape is {list(tensor.shape)}, the config makes it {list(target.shape)}", where=name
@@ -57,8 +52,8 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
             target.take(tensor)
         elif tensor is not target:  # else it was written there
             target.copy_(tensor)
-    problems = [f"missing: {_some(list(missing))}"] if missing else []
-    problems += [f"not part of {model.config.architecture}: {_some(unknown)}"] if unknown else []
+    problems = [f"missing: {some(list(missing))}"] if missing else []
+    problems += [f"not part of {model.config.architecture}: {some(unknown)}"] if unknown else []
     if problems:
         raise WeightsError("the checkpoint does not match its config", where=_files(checkpoint), why=problems)
 
@@ -90,11 +85,6 @@ def _fill(checkpoint: DummyCheckpoint, name: str, place: Destination) -> None:
     drawn = torch.empty(place.shape, dtype=place.dtype, device=place.device)
     checkpoint.fill(name, drawn)
     place.copy_(drawn)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _files(checkpoint: Checkpoint) -> str:

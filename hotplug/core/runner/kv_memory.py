@@ -10,9 +10,11 @@ import torch
 
 from hotplug.core.config import EngineConfig, parse_bytes
 from hotplug.core.errors import OutOfMemoryError
+from hotplug.core.kv.groups import KVGroup
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.base import DeviceInfo, KVLayout, Limits, MemoryInfo, Platform
 from hotplug.core.platform.optional import HasKV
+from hotplug.core.weights.config import ModelConfig
 
 SHARED_DEFAULT = 4 << 30
 SHARED_FRACTION = 0.4
@@ -79,6 +81,30 @@ def num_blocks(shape: KVShape, size: int, max_model_len: int, *, capped: bool) -
             hint="Raise --kv-cache-memory or --memory-utilization, or lower --max-model-len.",
         )
     return blocks
+
+
+def check_context(
+    config: EngineConfig, limits: Limits, memory: MemoryInfo, shape: KVShape, positions: int, sharing: int
+) -> None:
+    """Refuse a context too long for the device before weights are read. `memory` is what is free without them.
+
+    Raises OutOfMemoryError.
+    """
+    table = positions * shape.head_dim * torch.float32.itemsize
+    if table > memory.free:
+        raise OutOfMemoryError(
+            f"the rotary table of {positions:,} positions takes {_gib(table)}, {_gib(memory.free)} of "
+            f"{_gib(memory.total)} are free",
+            hint="Lower --max-model-len.",
+        )
+    if config.kv_cache_memory is None:
+        num_blocks(shape, budget(config, limits, memory, sharing), positions, capped=False)
+
+
+def group(model: ModelConfig, block_size: int) -> KVGroup:
+    """Full attention unless every layer slides; then blocks behind the window are freed."""
+    sliding = len(model.sliding_layers) == model.num_layers
+    return KVGroup(block_size=block_size, window=model.sliding_window if sliding else None)
 
 
 def rounded(blocks: int) -> int:

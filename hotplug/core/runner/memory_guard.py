@@ -11,6 +11,7 @@ from hotplug.core.errors import OutOfMemoryError
 from hotplug.core.platform.select import Selection
 
 WEIGHTS = "Take a smaller or quantized model or a narrower --dtype, or end other programs that use the device."
+ROWS = "Lower --max-model-len or --max-num-seqs: each sequence has room for the longest."
 SAMPLER = "Lower --max-num-seqs: the sampler keeps counts of the whole vocabulary for each."
 PROFILE = "Lower --max-num-batched-tokens or --max-num-seqs: the largest step that they allow was tried."
 KV_CACHE = "Lower --memory-utilization; another program may have taken memory meanwhile."
@@ -52,8 +53,8 @@ class MemoryGuard:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error of torch, or of a library below it, is an allocation that failed."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """Whether an error of torch, of NumPy, or of a library below it, is an allocation that failed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

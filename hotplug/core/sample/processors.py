@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,19 +75,19 @@ class RowProcessors:
         """The row's tokens so far."""
         tokens = torch.from_numpy(token_ids.astype(np.int64)).to(device)
         for processor in self._made:
-            self._guarded(lambda processor=processor: processor.start(tokens, num_prompt_tokens))
+            self._guarded(partial(processor.start, tokens, num_prompt_tokens))
 
     def apply(self, logits: Tensor) -> None:
         """Change the scores of the row's next token in place."""
         for processor in self._made:
-            self._guarded(lambda processor=processor: processor.apply(logits))
+            self._guarded(partial(processor.apply, logits))
         if self._failed:
             logits.fill_(float("nan"))
 
     def accept(self, token: Tensor) -> None:
         """The token that was drawn."""
         for processor in self._made:
-            self._guarded(lambda processor=processor: processor.accept(token))
+            self._guarded(partial(processor.accept, token))
 
     def _guarded(self, call: Callable[[], None]) -> None:
         if self._failed:

@@ -8,7 +8,6 @@ what `added_tokens_decoder` or added_tokens.json lists, then the named tokens, t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tokenizers import AddedToken
 
 from hotplug.core.errors import ModelError
 from hotplug.core.text.json_scan import LONE_SURROGATE
+from hotplug.core.weights.metadata import read_json_object
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -180,10 +180,4 @@ def _object(value: Any, where: str, key: str) -> dict[str, Any]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelError("not valid JSON", where=str(file), why=str(e)) from e
-    return _object(value, str(file), "the file")
+    return read_json_object(file) if file.exists() else {}

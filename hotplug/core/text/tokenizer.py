@@ -20,6 +20,7 @@ from hotplug.core.text import template as chat_templates
 from hotplug.core.text.added_tokens import read_declared
 from hotplug.core.text.token_bytes import BYTE_TOKENS, byte_level_bytes, with_valid_bytes
 from hotplug.core.text.user_text import UserText, encodable
+from hotplug.core.weights.metadata import brief, open_regular, read_text
 
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
 _LONG_TEXT = 10_000
@@ -299,15 +300,11 @@ def load_tokenizer(
 
     Raises ModelError (no tokenizer, malformed files) and ConfigError (the template file).
     """
-    from hotplug.core.weights.checkpoint import find_gguf
-
     override = None if chat_template_file is None else read_template(chat_template_file)
-    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", *_SLOW_FILES)):
-        tokenizer = _from_folder(path)
-    elif (gguf_file := find_gguf(path)) is not None:
-        tokenizer = _from_gguf(gguf_file)
-    else:
-        raise ModelError("no tokenizer is there", where=str(path), why="neither tokenizer.json nor a GGUF file")
+    try:
+        tokenizer = _load(path)
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError("cannot read the tokenizer", where=str(path), why=str(e)) from e
     if override is not None:
         tokenizer.templates = {"default": override}
     tokenizer.chat_special_tokens = chat_special_tokens
@@ -316,27 +313,39 @@ def load_tokenizer(
     return tokenizer
 
 
+def _load(path: Path) -> Tokenizer:
+    from hotplug.core.weights.checkpoint import find_gguf
+
+    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", *_SLOW_FILES)):
+        return _from_folder(path)
+    if (gguf_file := find_gguf(path)) is not None:
+        return _from_gguf(gguf_file)
+    raise ModelError("no tokenizer is there", where=str(path), why="neither tokenizer.json nor a GGUF file")
+
+
 def _from_gguf(file: Path) -> Tokenizer:
-    from hotplug.core.text.gguf_tokenizer import build_tokenizer
+    from hotplug.core.text.gguf_tokenizer import build_tokenizer, special_token
     from hotplug.core.weights.gguf_config import end_token_ids
     from hotplug.core.weights.gguf_file import GgufFile
 
     opened = GgufFile(file)
-    tokens = opened.metadata.get("tokenizer.ggml.tokens", [])
+    backend = build_tokenizer(opened)
+    size = len(opened.values["tokenizer.ggml.tokens"])
+    roles = (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
     special = {}
-    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
-        token = opened.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None and 0 <= token < len(tokens):
-            special[role] = tokens[token]
+    for role, key in roles:
+        token = special_token(opened, key, size)
+        text = None if token is None else backend.id_to_token(token)
+        if text is not None:
+            special[role] = text
     prefix = "tokenizer.chat_template"
     templates = {
-        key.removeprefix(prefix).removeprefix(".") or "default": str(value)
-        for key, value in opened.metadata.items()
-        if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
+        key.removeprefix(prefix).removeprefix(".") or "default": opened.metadata.text(key)
+        for key in opened.metadata.keys()  # noqa: SIM118  (no mapping)
+        if key == prefix or key.startswith(prefix + ".")
     }
-    return Tokenizer(
-        build_tokenizer(opened), special_tokens=special, eos_token_ids=end_token_ids(opened), templates=templates
-    )
+    ends = end_token_ids(opened, size)
+    return Tokenizer(backend, special_tokens=special, eos_token_ids=ends, templates=templates)
 
 
 def _from_folder(folder: Path) -> Tokenizer:
@@ -361,18 +370,16 @@ def _templates(folder: Path, configured: Any) -> dict[str, str]:
         raise ModelError("chat_template must be a template or named ones", where=str(folder / "tokenizer_config.json"))
     whole = folder / "chat_template.jinja"
     for file in ([whole] if whole.exists() else []) + sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        try:
-            templates["default" if file == whole else file.stem] = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ModelError("cannot read the chat template", where=str(file), why=str(e)) from e
+        templates["default" if file == whole else file.stem] = read_text(file)
     return templates
 
 
 def _load_backend(file: Path) -> tokenizers.Tokenizer:
+    open_regular(file).close()
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
-        raise WeightsError("not a readable tokenizer", where=str(file), why=str(e)) from e
+        raise WeightsError("not a readable tokenizer", where=str(file), why=brief(e)) from e
 
 
 def _convert_slow(folder: Path) -> tokenizers.Tokenizer:
@@ -381,7 +388,7 @@ def _convert_slow(folder: Path) -> tokenizers.Tokenizer:
     try:
         converted = AutoTokenizer.from_pretrained(folder)
     except Exception as e:  # whatever the conversion lacks: a file, a package, a known class
-        raise ModelError("cannot convert the tokenizer", where=str(folder), why=str(e),
+        raise ModelError("cannot convert the tokenizer", where=str(folder), why=brief(e),
                          hint="A tokenizer.json beside it avoids the conversion.") from e  # fmt: skip
     backend = getattr(converted, "backend_tokenizer", None)
     if backend is None:

@@ -6,14 +6,16 @@ tensors is the model's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from hotplug.core.errors import ConfigError, WeightsError, nearest
+from hotplug.core.errors import ConfigError, UnsupportedModelError, WeightsError, nearest
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES, ConfigReader, read_hf_config
+from hotplug.core.weights.metadata import open_regular, read_json
 from hotplug.core.weights.room import Room, no_room
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from hotplug.core.weights.stored import StoredMatrix
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+_ADAPTER = "adapter_config.json"
+_PART_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
 class Checkpoint(Protocol):
@@ -69,8 +73,7 @@ def open_checkpoint(
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"unknown load format {load_format!r}", hint=nearest(load_format, LOAD_FORMATS))
-    if not path.exists():
-        raise WeightsError("no such file or folder", where=str(path))
+    _check_there(path)
     if load_format == "dummy":
         return _open_dummy(path, seed, architectures, readers)
     gguf_file = find_gguf(path) if load_format in ("auto", "gguf") else None
@@ -93,14 +96,14 @@ def open_checkpoint(
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` is or, for a folder, holds; None without one. Raises WeightsError for several."""
-    if path.is_file():
-        try:
-            with path.open("rb") as file:
-                is_gguf = path.suffix == ".gguf" or file.read(4) == b"GGUF"
-        except OSError as e:
-            raise WeightsError("cannot read the file", where=str(path), why=e.strerror or str(e)) from e
-        return path if is_gguf else None
+    if not path.is_dir():
+        with open_regular(path, error=WeightsError) as file:
+            return path if path.suffix == ".gguf" or file.read(4) == b"GGUF" else None
     found = sorted(path.glob("*.gguf"))
+    if any(_PART_OF_GGUF.search(file.name) for file in found):
+        raise UnsupportedModelError(f"a GGUF split into {len(found)} files is not read", where=str(path),
+                                    why=", ".join(file.name for file in found[:3]),
+                                    hint="Join the parts with llama-gguf-split --merge.")  # fmt: skip
     if len(found) > 1:
         raise WeightsError(
             f"the folder holds {len(found)} GGUF files",
@@ -109,6 +112,24 @@ def find_gguf(path: Path) -> Path | None:
             hint="Name one of them.",
         )
     return found[0] if found else None
+
+
+def _check_there(path: Path) -> None:
+    """Refuse what is not there, or holds an adapter to a model instead of one."""
+    try:
+        path.stat()
+        adapter = path.is_dir() and (path / _ADAPTER).exists()
+    except (OSError, ValueError) as e:
+        raise WeightsError("cannot read it", where=str(path), why=getattr(e, "strerror", None) or str(e)) from e
+    if not adapter:
+        return
+    base = read_json(path / _ADAPTER).text("base_model_name_or_path", "", most=1000)
+    raise UnsupportedModelError(
+        f"it holds a LoRA adapter{f' to {base}' if base else ''}, and adapters are not built",
+        where=str(path / _ADAPTER),
+        hint="Merge it into its model (peft: merge_and_unload, save_pretrained) and serve that folder; "
+        f"if this folder is the merged one, remove {_ADAPTER}.",
+    )
 
 
 def _open_dummy(

@@ -6,6 +6,7 @@ Weights are dequantized here, at load, but for matrices that the model keeps in 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import parameter_shapes
 from hotplug.core.weights.gguf_config import gguf_config
 from hotplug.core.weights.gguf_file import GgufFile, GgufTensor
+from hotplug.core.weights.promised import check_promised, some
 from hotplug.core.weights.room import Room, no_room
 from hotplug.core.weights.stored import StoredMatrix
 
@@ -47,6 +49,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
 _NOT_WEIGHTS = {"rope_freqs.weight"}
 """Read into the config; no parameter of the model."""
 
@@ -99,26 +102,19 @@ class GgufCheckpoint:
         self._file.release()
 
     def _check(self) -> None:
-        path, expected = str(self.files[0]), parameter_shapes(self.config)
+        path = str(self.files[0])
         for kind in {tensor.kind for tensor in self._names.values()}:
             if not _dequantizable(kind):
                 raise UnsupportedModelError(f"the quantization type {kind.name} is not read", where=path)
-        if missing := sorted(expected.keys() - self._names.keys()):
-            raise WeightsError(f"{len(missing)} tensors are missing", where=path, why=_some(missing))
-        if extra := sorted(self._names.keys() - expected.keys()):
-            raise WeightsError(f"{len(extra)} tensors have no place in the model", where=path, why=_some(extra))
-        for name, tensor in self._names.items():
-            if tensor.shape != expected[name]:
-                raise WeightsError(
-                    f"tensor {tensor.name!r} has the shape {list(tensor.shape)}",
-                    where=path,
-                    why=f"the metadata asks for {list(expected[name])}",
-                )
+        shapes = {name: tensor.shape for name, tensor in self._names.items()}
+        check_promised(shapes, self.config, path, {name: tensor.name for name, tensor in self._names.items()})
+        if extra := sorted(self._names.keys() - parameter_shapes(self.config).keys()):
+            raise WeightsError(f"{len(extra)} tensors have no place in the model", where=path, why=some(extra))
 
     def _raw(self, name: str, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
         """The tensor's bytes, rows in Hugging Face order."""
         data = self._file.raw(tensor)
-        if self._file.metadata["general.architecture"] == "llama":
+        if self._file.values["general.architecture"] == "llama":
             if ".q_proj." in name:
                 data = _unpermute(data, self.config.num_heads, tensor)
             elif ".k_proj." in name:
@@ -140,8 +136,8 @@ def hf_name(name: str, path: Path) -> str:
     prefix, _, rest = name.partition(".")
     layer, _, rest = rest.partition(".")
     part, _, kind = rest.rpartition(".")
-    if prefix == "blk" and layer.isdecimal() and part in _LAYER_NAMES and kind in ("weight", "bias"):
-        return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}.{kind}"
+    if prefix == "blk" and _NUMBER.fullmatch(layer) and part in _LAYER_NAMES and kind in ("weight", "bias"):
+        return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
     raise WeightsError(f"tensor {name!r} has no place in the model", where=str(path))
 
 
@@ -187,7 +183,3 @@ def _dequantizable(kind: GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.weights.config import ModelConfig, RopeConfig
 from hotplug.core.weights.gguf_file import GgufFile, Strings
+from hotplug.core.weights.limits import (
+    EPS,
+    FACTOR,
+    MOST_EXPERTS,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_WIDTH,
+    SCALE,
+    THETA,
+)
+from hotplug.core.weights.metadata import Metadata
+from hotplug.core.weights.token_ids import Named, known_tokens, warn_of_unknown_tokens
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -19,74 +31,43 @@ _FILE_TYPE_DTYPES = {0: "float32", 1: "float16", 32: "bfloat16"}
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-class _Metadata:
-    """Typed look-ups of one architecture's keys, with errors that name file and key."""
-
-    def __init__(self, file: GgufFile, architecture: str) -> None:
-        self.where = str(file.path)
-        self._values, self._prefix = file.metadata, architecture + "."
-
-    def has(self, key: str) -> bool:
-        return self._prefix + key in self._values
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if isinstance(value, np.ndarray):  # one value a layer
-            if value.size == 0 or (value != value[0]).any():
-                raise UnsupportedModelError(f"{self._prefix}{key} differs by layer", where=self.where)
-            value = value[0].item()
-        if not isinstance(value, int) or value < 0:
-            raise WeightsError(f"{self._prefix}{key} is {value!r}, not a size", where=self.where)
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise WeightsError(f"{self._prefix}{key} is {value!r}, not a number", where=self.where)
-        return float(value)
-
-    def text(self, key: str, default: str) -> str:
-        return str(self._get(key, default))
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self._values.get(self._prefix + key, default)
-        if value is None:
-            raise WeightsError(f"the metadata lacks {self._prefix}{key}", where=self.where)
-        return value
-
-
 def gguf_config(file: GgufFile) -> ModelConfig:
     """The ModelConfig a GGUF file describes. Raises WeightsError and UnsupportedModelError."""
     where = str(file.path)
-    name = str(file.metadata.get("general.architecture", ""))
+    name = file.metadata.text("general.architecture", "", most=100)
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"the GGUF architecture {name!r} is not built", where=where,
             hint=f"Built: {', '.join(ARCHITECTURES)}.",
         )  # fmt: skip
-    meta = _Metadata(file, name)
-    if meta.has("expert_count") and meta.integer("expert_count") > 0:
+    meta = Metadata(file.values, where, prefix=f"{name}.", error=WeightsError)
+    if meta.by_layer("expert_count", 0, MOST_EXPERTS, 0) > 0:
         raise UnsupportedModelError("mixture-of-experts models are not read from GGUF", where=where,
                                     hint="Use a safetensors checkpoint.")  # fmt: skip
-    hidden, heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
-    if not heads or not hidden or "token_embd.weight" not in file.tensors:
-        raise WeightsError("it holds no language model (no embedding or no attention heads)", where=where)
-    head_dim = meta.integer("attention.key_length", hidden // heads)
-    _check_head(meta, head_dim)
-    num_layers = meta.integer("block_count")
-    window = meta.integer("attention.sliding_window", 0) or None
+    table = file.tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise WeightsError("it holds no language model (no embedding)", where=where)
+    hidden = meta.by_layer("embedding_length", 1, MOST_WIDTH)
+    heads = meta.by_layer("attention.head_count", 1, MOST_HEADS)
+    kv_heads = meta.by_layer("attention.head_count_kv", 1, MOST_HEADS, heads)
+    head_dim = meta.by_layer("attention.key_length", 2, MOST_WIDTH, hidden // heads)
+    _check_heads(meta, heads, kv_heads, head_dim)
+    num_layers = meta.integer("block_count", 1, MOST_LAYERS)
+    window = meta.by_layer("attention.sliding_window", 0, MOST_POSITIONS, 0) or None
     rope = _rope(file, meta, head_dim)
+    vocab_size = _vocab_size(file, table.shape[0])
+    warn_of_unknown_tokens(_named(file, "bos_token_id", *_END_KEYS), vocab_size)
     return ModelConfig(
         architecture="MistralForCausalLM" if name == "llama" and window else ARCHITECTURES[name],
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=meta.integer("feed_forward_length"),
+        intermediate_size=meta.by_layer("feed_forward_length", 1, MOST_WIDTH),
         num_layers=num_layers,
         num_heads=heads,
-        num_kv_heads=meta.integer("attention.head_count_kv", heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position=_max_position(meta, rope),
-        rms_norm_eps=meta.number("attention.layer_norm_rms_epsilon"),
+        rms_norm_eps=meta.number("attention.layer_norm_rms_epsilon", *EPS),
         rope=rope,
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
@@ -94,55 +75,81 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         sliding_window=window,
         sliding_layers=frozenset(range(num_layers)) if window else frozenset(),
-        dtype=_FILE_TYPE_DTYPES.get(file.metadata.get("general.file_type", 0), "float32"),
-        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=end_token_ids(file),
-        raw={k: v for k, v in file.metadata.items() if not isinstance(v, list | Strings | np.ndarray)},
-    )
+        dtype=_FILE_TYPE_DTYPES.get(file.metadata.integer("general.file_type", 0, 2**32 - 1, 0), "float32"),
+        bos_token_id=next(iter(known_tokens(_named(file, "bos_token_id"), vocab_size)), None),
+        eos_token_ids=end_token_ids(file, vocab_size),
+        raw={k: v for k, v in file.values.items() if not isinstance(v, Strings | np.ndarray)},
+    )  # fmt: skip
 
 
-def end_token_ids(file: GgufFile) -> tuple[int, ...]:
+def end_token_ids(file: GgufFile, vocab_size: int) -> tuple[int, ...]:
     """Tokens that end a turn, in the metadata's own order of importance, without repetition."""
-    found = (file.metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS)
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    return known_tokens(_named(file, *_END_KEYS), vocab_size)
 
 
-def _check_head(meta: _Metadata, head_dim: int) -> None:
+def _named(file: GgufFile, *keys: str) -> Named:
+    return [(file.metadata, f"tokenizer.ggml.{key}") for key in keys]
+
+
+def _vocab_size(file: GgufFile, rows: int) -> int:
+    """Rows of the embedding, of which the vocabulary may have fewer. Raises WeightsError where it has more."""
+    tokens = file.values.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, Strings) and len(tokens) > rows:
+        raise WeightsError(f"tokenizer.ggml.tokens has {len(tokens):,} entries, token_embd.weight {rows:,} rows",
+                           where=str(file.path))  # fmt: skip
+    return rows
+
+
+def _check_heads(meta: Metadata, heads: int, kv_heads: int, head_dim: int) -> None:
+    if heads % kv_heads or head_dim % 2 or head_dim < 2:
+        raise WeightsError(
+            f"{heads} query heads, {kv_heads} key/value heads of size {head_dim} do not fit together", where=meta.where
+        )
     for key in ("attention.value_length", "rope.dimension_count"):
-        size = meta.integer(key, head_dim)
+        size = meta.by_layer(key, 1, MOST_WIDTH, head_dim)
         if size != head_dim:
             raise UnsupportedModelError(
                 f"{key} {size} that differs from the head size {head_dim} is not built", where=meta.where
             )
 
 
-def _rope(file: GgufFile, meta: _Metadata, head_dim: int) -> RopeConfig:
-    theta = meta.number("rope.freq_base", 10000.0)
-    kind = meta.text("rope.scaling.type", "linear" if meta.has("rope.scale_linear") else "none")
+def _rope(file: GgufFile, meta: Metadata, head_dim: int) -> RopeConfig:
+    """As llama.cpp reads it: a factor without a type is linear, a linear factor of 0 is none."""
+    theta = meta.number("rope.freq_base", *THETA, 10000.0)
+    kind = meta.text("rope.scaling.type", "linear", most=100)
     if "rope_factors_long.weight" in file.tensors or "rope_factors_short.weight" in file.tensors:
         kind = "longrope"
     factors = _freq_factors(file, head_dim)
     if kind == "none":
         return RopeConfig(theta=theta, freq_factors=factors)
-    factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModelError(f"rope scaling {kind!r} is not built", where=meta.where,
+                                    hint="Built: none, linear, yarn.")  # fmt: skip
+    factor = _factor(meta, kind)
     if kind == "linear":
         return RopeConfig(theta=theta, kind="linear" if factor != 1.0 else "default", factor=factor,
                           freq_factors=factors)  # fmt: skip
-    if kind != "yarn":
-        raise UnsupportedModelError(f"rope scaling {kind!r} is not built", where=meta.where,
-                                    hint="Built: none, linear, yarn.")  # fmt: skip
+    if theta == 1.0:
+        meta.refuse("rope.freq_base", "must be above 1 with yarn", theta)
     stretch = 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
     return RopeConfig(
         theta=theta,
         kind="yarn",
         factor=factor,
-        original_max_position=meta.integer("rope.scaling.original_context_length",
-                                           meta.integer("context_length")),
-        beta_fast=meta.number("rope.scaling.yarn_beta_fast", 32.0),
-        beta_slow=meta.number("rope.scaling.yarn_beta_slow", 1.0),
-        attention_factor=meta.number("rope.scaling.attn_factor", 1.0) * stretch,
+        original_max_position=meta.integer("rope.scaling.original_context_length", 1, MOST_POSITIONS, None)
+        or meta.integer("context_length", 1, MOST_POSITIONS),
+        beta_fast=meta.number("rope.scaling.yarn_beta_fast", *SCALE, 32.0),
+        beta_slow=meta.number("rope.scaling.yarn_beta_slow", *SCALE, 1.0),
+        attention_factor=meta.number("rope.scaling.attn_factor", *SCALE, 1.0) * stretch,
         freq_factors=factors,
-    )  # fmt: skip
+    )
+
+
+def _factor(meta: Metadata, kind: str) -> float:
+    key = "rope.scaling.factor" if meta.has("rope.scaling.factor") else "rope.scale_linear"
+    if kind == "linear" and meta.number(key, 0.0, FACTOR[1], 1.0) == 0.0:
+        return 1.0
+    return float(meta.number(key, *FACTOR, 1.0))
 
 
 def _freq_factors(file: GgufFile, head_dim: int) -> tuple[float, ...] | None:
@@ -155,9 +162,15 @@ def _freq_factors(file: GgufFile, head_dim: int) -> tuple[float, ...] | None:
             where=str(file.path),
             why=f"float32 [{head_dim // 2}] is expected",
         )
-    return tuple(file.raw(tensor).reshape(-1).view("<f4").tolist())
+    factors = file.raw(tensor).reshape(-1).view("<f4")
+    if not np.isfinite(factors).all() or factors.min() < SCALE[0]:
+        raise WeightsError("rope_freqs.weight must hold finite numbers above 0", where=str(file.path))
+    return tuple(factors.tolist())
 
 
-def _max_position(meta: _Metadata, rope: RopeConfig) -> int:
-    length = meta.integer("context_length")
-    return max(length, int(rope.original_max_position * rope.factor)) if rope.kind == "yarn" else length
+def _max_position(meta: Metadata, rope: RopeConfig) -> int:
+    length: int = meta.integer("context_length", 1, MOST_POSITIONS)
+    stretched = int(rope.original_max_position * rope.factor) if rope.kind == "yarn" else 0
+    if stretched > MOST_POSITIONS:
+        meta.refuse("rope.scaling.factor", f"stretches the context to {stretched:,} positions", rope.factor)
+    return max(length, stretched)

@@ -1,5 +1,8 @@
 """The GGUF container: metadata and where each tensor lies. Values are not interpreted here.
 
+Counts, lengths and offsets are checked against the file's size before anything is made of them: a header may claim
+anything.
+
 The header is parsed here rather than by the `gguf` package because its reader builds a NumPy view for every
 string of the vocabulary: 2 s for 49k tokens against 0.1 s. Block sizes and dequantization are the package's.
 Format: ggml's docs/gguf.md, versions 2 and 3, little-endian.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -21,11 +24,16 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
+from hotplug.core.weights.metadata import Metadata, open_regular, shown
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _NUMPY = {"?": "bool"} | {code: f"<{np.dtype(code).str[1:]}" for code in "BbHhIifQqd"}
 _MAX_DIMS = 4
+_MOST_KEYS, _MOST_TENSORS, _MOST_STRINGS = 1 << 16, 1 << 17, 1 << 22
+"""Above what any model has. Larger counts come of damage, and would take minutes to follow."""
+_KEY_BYTES, _NAME_BYTES, _STRING_BYTES = 65_535, 64, 16 << 20
+"""The format's own bounds on keys and names of tensors; ours on a string value."""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -69,28 +77,29 @@ class Strings(Sequence[str]):
 
 
 class GgufFile:
-    """An open GGUF file: `metadata` by key and `tensors` by name, all extents checked against the file size.
+    """An open GGUF file: `values` by key and `tensors` by name, all extents checked against the file size.
 
-    Arrays of strings are `Strings`, numeric arrays are NumPy arrays. Raises WeightsError for a file that is
-    truncated, corrupt or not GGUF, UnsupportedModelError for a version or variant that is not read.
+    Arrays of strings are `Strings`, numeric arrays are NumPy arrays; `metadata` reads them by type. Raises
+    WeightsError for a file that is truncated, corrupt or not GGUF, UnsupportedModelError for a version or variant that
+    is not read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path, error=WeightsError) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as e:
             raise _corrupt(path, "the file is empty") from e
         except OSError as e:
             raise WeightsError("cannot read the file", where=str(path), why=e.strerror or str(e)) from e
-        self.metadata: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
+        self.metadata = Metadata(self.values, str(path), error=WeightsError)
         self.tensors: dict[str, GgufTensor] = {}
         try:
             self._parse()
         except (struct.error, UnicodeDecodeError, OverflowError) as e:
             raise _corrupt(path, f"its header cannot be read ({e})") from e
-        self._refuse_variants()
 
     def raw(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as stored, [rows, row_bytes], a read-only view of the mapped file."""
@@ -126,29 +135,29 @@ class GgufFile:
                 f"{kind} is not read", where=str(self.path), hint="Versions 2 and 3, little-endian, are."
             )
         num_tensors, num_keys = self._scalar("Q"), self._scalar("Q")
+        if num_tensors > _MOST_TENSORS or num_keys > _MOST_KEYS:
+            raise _corrupt(self.path, f"it claims {num_tensors:,} tensors and {num_keys:,} metadata keys")
         for _ in range(num_keys):
-            key = self._string()
-            self.metadata[key] = self._value(self._scalar("I"))
+            key = self._string(_KEY_BYTES)
+            if key in self.values:
+                raise _corrupt(self.path, f"the key {shown(key)} appears twice")
+            self.values[key] = self._value(key, self._scalar("I"))
+        self._refuse_variants()
         entries = [self._tensor_entry() for _ in range(num_tensors)]
-        alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise _corrupt(self.path, f"general.alignment is {alignment!r}, not a power of two")
+        alignment = self.metadata.integer("general.alignment", 1, 1 << 20, 32)
+        if alignment & (alignment - 1):
+            self.metadata.refuse("general.alignment", "must be a power of two", alignment)
         start = -(-self._pos // alignment) * alignment
-        for name, shape, kind_id, offset in entries:
-            self._add_tensor(name, shape, kind_id, start + offset)
+        for name, kind, shape, offset in entries:
+            if offset % alignment:
+                raise _corrupt(self.path, f"tensor {name!r} begins at byte {offset:,}, no multiple of {alignment}")
+            self._add_tensor(name, kind, shape, start + offset)
+        self._refuse_overlaps(self.tensors.values())
 
-    def _add_tensor(self, name: str, shape: tuple[int, ...], kind_id: int, offset: int) -> None:
-        try:
-            kind = GGMLQuantizationType(kind_id)
-        except ValueError as e:
-            raise UnsupportedModelError(
-                f"tensor {name!r} has the unknown quantization type {kind_id}", where=str(self.path)
-            ) from e
+    def _add_tensor(self, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...], offset: int) -> None:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if name in self.tensors:
             raise _corrupt(self.path, f"tensor {name!r} appears twice")
-        if not shape or 0 in shape or shape[-1] % block:
-            raise _corrupt(self.path, f"tensor {name!r} of type {kind.name} has the shape {list(shape)}")
         nbytes = prod(shape) // block * block_bytes
         if offset + nbytes > len(self._map):
             raise _corrupt(
@@ -157,29 +166,57 @@ class GgufFile:
             )
         self.tensors[name] = GgufTensor(name, kind, shape, offset, nbytes)
 
-    def _refuse_variants(self) -> None:
-        if self.metadata.get("split.count", 0) > 1:
-            raise UnsupportedModelError(
-                f"a GGUF split into {self.metadata['split.count']} files is not read",
-                where=str(self.path),
-                hint="Join the parts with llama-gguf-split --merge.",
-            )
+    def _refuse_overlaps(self, tensors: Iterable[GgufTensor]) -> None:
+        end, before = 0, ""
+        for tensor in sorted(tensors, key=lambda t: t.offset):
+            if tensor.offset < end:
+                raise _corrupt(self.path, f"tensors {before!r} and {tensor.name!r} overlap")
+            end, before = tensor.offset + tensor.nbytes, tensor.name
 
-    def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
+    def _refuse_variants(self) -> None:
+        """What is a GGUF file and not a whole model: parts of one, adapters, statistics."""
+        parts = self.metadata.integer("split.count", 0, 65_535, 0)
+        if parts > 1:
+            raise UnsupportedModelError(f"a GGUF split into {parts} files is not read", where=str(self.path),
+                                        hint="Join the parts with llama-gguf-split --merge.")  # fmt: skip
+        kind = self.metadata.text("general.type", "model", most=100)
+        if kind == "adapter" or self.metadata.has("adapter.type"):
+            raise UnsupportedModelError(
+                "it is a LoRA adapter, not a model, and adapters are not built",
+                where=str(self.path),
+                hint="Merge it into its model with llama-export-lora, and serve that.",
+            )
+        if kind != "model" or self.metadata.has("imatrix.datasets"):
+            what = _NOT_MODELS.get(kind, f"of the type {shown(kind)}") if kind != "model" else _NOT_MODELS["imatrix"]
+            raise UnsupportedModelError(f"it is {what}, not a model", where=str(self.path),
+                                        hint="Name the file of the model.")  # fmt: skip
+
+    def _tensor_entry(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
+        name = self._string(_NAME_BYTES)
         num_dims = self._scalar("I")
         if num_dims > _MAX_DIMS:
             raise _corrupt(self.path, f"tensor {name!r} claims {num_dims} dimensions")
         shape = tuple(self._scalar("Q") for _ in range(num_dims))[::-1]
-        return name, shape, self._scalar("I"), self._scalar("Q")
+        kind_id, offset = self._scalar("I"), self._scalar("Q")
+        try:
+            kind = GGMLQuantizationType(kind_id)
+        except ValueError as e:
+            raise UnsupportedModelError(
+                f"tensor {name!r} has the unknown quantization type {kind_id}", where=str(self.path)
+            ) from e
+        if not shape or 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
+            raise _corrupt(self.path, f"tensor {name!r} of type {kind.name} has the shape {list(shape)}")
+        return name, kind, shape, offset
 
     def _scalar(self, code: str) -> Any:
         value = struct.unpack_from("<" + code, self._map, self._pos)[0]
         self._pos += struct.calcsize("<" + code)
         return value
 
-    def _string(self) -> str:
+    def _string(self, most: int) -> str:
         begin, self._pos = self._pos, self._end_of_string(self._pos)
+        if self._pos - begin - _LENGTH.size > most:
+            raise _corrupt(self.path, f"a string at byte {begin:,} is longer than {most:,} bytes")
         return self._map[begin + _LENGTH.size : self._pos].decode()
 
     def _end_of_string(self, begin: int) -> int:
@@ -198,24 +235,33 @@ class GgufFile:
         self._pos = pos
         return Strings(self, begin, count)
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, key: str, kind: int) -> Any:
         if kind in _SCALARS:
             return self._scalar(_SCALARS[kind])
         if kind == _STRING:
-            return self._string()
+            return self._string(_STRING_BYTES)
         if kind != _ARRAY:
-            raise _corrupt(self.path, f"unknown metadata type {kind} at byte {self._pos:,}")
+            raise _corrupt(self.path, f"{shown(key)} has the unknown metadata type {kind}")
         item, count = self._scalar("I"), self._scalar("Q")
-        smallest = 8 if item == _STRING else struct.calcsize("<" + _SCALARS[item]) if item in _SCALARS else 12
-        if count * smallest > len(self._map) - self._pos:
-            raise _corrupt(self.path, f"an array of {count:,} items at byte {self._pos:,} does not fit")
+        if item not in _SCALARS and item != _STRING:
+            what = "is an array of arrays" if item == _ARRAY else f"is an array of the unknown metadata type {item}"
+            raise _corrupt(self.path, f"{shown(key)} {what}")
+        width = _LENGTH.size if item == _STRING else struct.calcsize("<" + _SCALARS[item])
+        if count * width > len(self._map) - self._pos or (item == _STRING and count > _MOST_STRINGS):
+            raise _corrupt(self.path, f"{shown(key)} is an array of {count:,} items, which does not fit")
         if item == _STRING:
             return self._skip_strings(count)
-        if item not in _SCALARS:
-            return [self._value(item) for _ in range(count)]
         values = np.frombuffer(self._map, _NUMPY[_SCALARS[item]], count, self._pos)
         self._pos += values.nbytes
         return values
+
+
+_NOT_MODELS = {
+    "imatrix": "an importance matrix (statistics for quantizing)",
+    "mmproj": "a projector of images or sound",
+    "vocab": "a vocabulary",
+}
+"""`general.type` -> what to call it."""
 
 
 def _corrupt(path: Path, why: str) -> WeightsError:
