@@ -2,9 +2,10 @@
 """Compiles every Triton kernel of the CUDA platform ahead of time, for GPUs that this machine need not have.
 
 `--write` records registers, spills and shared memory in ci/kernels_record/, a file for each version of Triton that a
-supported torch asks for; `--check` compares with the record of the version that runs, and fails where a kernel no longer compiles, spills or needs more than the target has. What is compiled are the launches
-that the platform's own functions make for the call sites of `hotplug.platforms.cuda.kernels.variants`: the functions
-run on tensors without memory (torch's meta device), with Triton's launcher replaced by one that compiles.
+supported torch asks for. `--check` compares with the record of the version that runs, and fails where a kernel no
+longer compiles, spills or needs more than the target has. What is compiled are the launches that the platform's own
+functions make for the call sites of `hotplug.platforms.cuda.kernels.variants`: the functions run on tensors without
+memory (torch's meta device), with Triton's launcher replaced by one that compiles.
 
 `--triton VERSION` takes another Triton than the environment's: it is installed beside it, into .triton/, once.
 """

@@ -40,7 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if self.server.misbehave is not None and self.server.misbehave(self):
             return
         path = self.path.partition("?")[0]

@@ -252,7 +252,7 @@ class _Index(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Nothing."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         name, data = self.server.wheel.name, self.server.wheel.read_bytes()
         if self.server.status:
             self.send_error(self.server.status)

@@ -19,6 +19,7 @@ from hotplug.server import tracing
 from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
 from hotplug.server.http import BACKLOG, give_up, uvicorn_config
+from hotplug.server.parsing import find_parsers
 
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
@@ -55,6 +56,7 @@ def run(
 
 def check(config: ServerConfig) -> None:
     """Raises ConfigError for what can be known before a model is fetched."""
+    find_parsers(config.tool_parser, config.reasoning_parser)
     if config.otlp_endpoint is not None:
         tracing.require()
     if config.frontends > 1 and not hasattr(socket, "SO_REUSEPORT"):

@@ -34,6 +34,7 @@ from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
 from hotplug.core.weights.source import resolve
+from hotplug.plugins.installed import check_names
 
 STOP_TIMEOUT = 5.0
 """Seconds the engine process gets to end by itself."""
@@ -142,6 +143,7 @@ class AsyncLLM:
 
     async def _boot(self) -> None:
         """Find the model, start the engine process if it is ours, and load the tokenizer while that loads weights."""
+        check_names(self.config)
         path = await asyncio.to_thread(resolve, self.config.model)
         if self._folder is not None:
             config = dataclasses.replace(self.config, model=str(path), served_model_name=self.config.model_name)

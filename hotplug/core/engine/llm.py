@@ -20,6 +20,7 @@ from hotplug.core.errors import HotplugError, RequestError
 from hotplug.core.request import SamplingParams
 from hotplug.core.text.tokenizer import load_tokenizer, read_template
 from hotplug.core.weights.source import resolve
+from hotplug.plugins.installed import check_names
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -46,6 +47,7 @@ class LLM:
         template = Path(config.chat_template) if config.chat_template else None
         if template is not None:
             read_template(template)  # what is wrong with it is known before weights are read
+        check_names(config)
         path = resolve(config.model)
         with ThreadPoolExecutor(1, "hotplug-tokenizer") as beside:
             tokenizer = beside.submit(load_tokenizer, path, template)

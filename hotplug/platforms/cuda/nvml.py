@@ -17,7 +17,7 @@ _NODES = ("/dev/nvidiactl", "/dev/dxg")
 """Device nodes of the driver: on Linux, and on Linux inside Windows."""
 
 
-class NoNvml(Exception):
+class NoNvmlError(Exception):
     """There is no driver to ask, or nothing to ask it with; says which."""
 
 
@@ -38,7 +38,7 @@ class Gpu:
 
 
 class Nvml:
-    """The library, initialized. Raises NoNvml where there is none, NvmlError where it fails.
+    """The library, initialized. Raises NoNvmlError where there is none, NvmlError where it fails.
 
     Raises PlatformError where nvidia-ml-py is missing and the driver is not: a GPU must not be overlooked.
     """
@@ -49,15 +49,15 @@ class Nvml:
         except ImportError as e:
             if any(Path(node).exists() for node in _NODES):
                 raise PlatformError("an NVIDIA driver is here", why=MISSING) from e
-            raise NoNvml(MISSING) from e
+            raise NoNvmlError(MISSING) from e
         self._lib = pynvml
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as e:
             if e.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
-                raise NoNvml("no NVIDIA driver: its library NVML is not found") from e
+                raise NoNvmlError("no NVIDIA driver: its library NVML is not found") from e
             if e.value == pynvml.NVML_ERROR_DRIVER_NOT_LOADED:
-                raise NoNvml(f"no NVIDIA driver: {e}") from e
+                raise NoNvmlError(f"no NVIDIA driver: {e}") from e
             raise NvmlError(f"nvmlInit: {e}") from e
 
     def _call(self, name: str, *args: Any) -> Any:
