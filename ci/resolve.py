@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,9 +37,17 @@ def configured() -> dict[str, str]:
     return found
 
 
-def pip(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def own_pip(folder: Path, environment: dict[str, str]) -> str:
+    """A Python whose pip reads the metadata of wheels without fetching them; older ones fetch gigabytes."""
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "pip>=25"], env=environment, check=True)
+    return python
+
+
+def pip(python: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """`pip install --dry-run` in an environment of nothing else."""
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", *arguments]
+    command = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -48,16 +57,17 @@ def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
-    reached = pip(environment, "--no-deps", "--retries", "0", "packaging")
+    reached = pip(sys.executable, environment, "--no-deps", "--retries", "0", "packaging")
     if reached.returncode:
         print(f"not shown: no package index answers ({(reached.stderr.strip().splitlines() or ['?'])[-1]})")
         return 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        own = own_pip(Path(folder, "pip"), environment)
         requirements = Path(folder, "requirements.txt")
         requirements.write_text("\n".join(lines))
 
         def resolve(python: str, *constraints: str) -> subprocess.CompletedProcess[str]:
-            return pip(environment, "--python-version", python, "--only-binary", ":all:", "--target", folder,
+            return pip(own, environment, "--python-version", python, "--only-binary", ":all:", "--target", folder,
                        "--requirement", str(requirements), *constraints)  # fmt: skip
 
         runs = {f"Python {python}, ci/constraints.txt": pool.submit(resolve, python, "--constraint", str(CONSTRAINTS))
