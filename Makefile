@@ -50,11 +50,18 @@ test-gpu: ## on the GPU machine: kernels, models and conformance on the device (
 	$(PYTHON) -m pytest -q tests/gpu tests/test_cuda_kernels.py $(ARGS)
 	$(PYTHON) -m hotplug.cli conform --platform cuda --quick
 
-kernels: $(STAMP) ## compile every Triton kernel for all GPUs and record what it takes in ci/kernels.json
-	$(BIN)/python ci/kernels.py --write $(ARGS)
+resolve: $(STAMP) ## the requirements resolve from a package index alone, on every supported Python
+	$(BIN)/python ci/resolve.py
+.PHONY: resolve
+
+# The record of each version of Triton is made and checked with that version: it is installed beside the environment.
+TRITONS ?= $(sort $(basename $(notdir $(wildcard ci/kernels_record/*.json))))
+
+kernels: $(STAMP) ## compile every Triton kernel for all GPUs and record what it takes in ci/kernels_record (TRITONS= for versions)
+	@for version in $(TRITONS); do $(BIN)/python ci/kernels.py --write --triton $$version $(ARGS) || exit 1; done
 
 kernels-check: $(STAMP) ## the same, compared with what is recorded
-	$(BIN)/python ci/kernels.py --check $(ARGS)
+	@for version in $(TRITONS); do $(BIN)/python ci/kernels.py --check --triton $$version $(ARGS) || exit 1; done
 
 bench-gpu: ## on the GPU machine: the table of docs/benchmarks.md (ARGS= for models and workloads)
 	$(PYTHON) ci/bench/gpu.py $(ARGS)
@@ -87,5 +94,5 @@ bench-native: $(STAMP) native ## products of the C++ kernels beside PyTorch's, a
 
 clean: ## remove the environment and all caches of tools; fetched models stay
 	rm -f $(NATIVE)/*.so
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Compiles every Triton kernel of the CUDA platform ahead of time, for GPUs that this machine need not have.
 
-`--write` records registers, spills and shared memory in ci/kernels.json; `--check` compares with what is recorded, and
-fails where a kernel no longer compiles, spills or needs more than the target has. What is compiled are the launches
-that the platform's own functions make for the call sites of `hotplug.platforms.cuda.kernels.variants`: the functions
-run on tensors without memory (torch's meta device), with Triton's launcher replaced by one that compiles.
+`--write` records registers, spills and shared memory in ci/kernels_record/, a file for each version of Triton that a
+supported torch asks for. `--check` compares with the record of the version that runs, and fails where a kernel no
+longer compiles, spills or needs more than the target has. What is compiled are the launches that the platform's own
+functions make for the call sites of `hotplug.platforms.cuda.kernels.variants`: the functions run on tensors without
+memory (torch's meta device), with Triton's launcher replaced by one that compiles.
+
+`--triton VERSION` takes another Triton than the environment's: it is installed beside it, into .triton/, once.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +36,8 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels below are imported: this is about the compiler
 
-RECORD = Path(__file__).with_name("kernels.json")
+ROOT = Path(__file__).parent.parent
+RECORDS = Path(__file__).with_name("kernels_record")
 KIB = 1024
 
 
@@ -288,14 +294,23 @@ def never_compiled(record: Record) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", action="store_true", help="compare with ci/kernels.json")
-    action.add_argument("--write", action="store_true", help="write ci/kernels.json")
+    action.add_argument("--check", action="store_true", help="compare with the record")
+    action.add_argument("--write", action="store_true", help="write the record")
     parser.add_argument("--target", action="append", choices=[t.name for t in TARGETS], help="only this; repeatable")
     parser.add_argument("--op", action="append", help="only variants of this op; repeatable")
+    parser.add_argument("--triton", metavar="VERSION", help="this version of Triton; default: the environment's")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
+    if options.triton and options.triton != metadata.version("triton"):
+        return run_with(options.triton)  # where it is the one that runs
 
     import triton
+
+    file = RECORDS / f"{triton.__version__}.json"
+    if options.check and not file.exists():
+        known = ", ".join(sorted(each.stem for each in RECORDS.glob("*.json")))
+        print(f"nothing is recorded for triton {triton.__version__} (there is: {known}): `make kernels` records it")
+        return 1
 
     from hotplug.platforms.cuda.kernels.variants import VARIANTS
 
@@ -312,8 +327,7 @@ def main() -> int:
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         launches = [one for found in pool.map(compile_variant, *zip(*tasks, strict=True)) for one in found]
     record = gather(launches)
-    stored = json.loads(RECORD.read_text()) if RECORD.exists() else {"triton": triton.__version__, "kernels": {}}
-    before: Record = stored["kernels"]
+    before: Record = json.loads(file.read_text())["kernels"] if file.exists() else {}
     if not whole:  # only what was compiled is compared
         names = {key for key, _ in _flat(record)}
         before = _only(before, names)
@@ -324,19 +338,37 @@ def main() -> int:
     changed = differences(before, record)
     print("\n".join(excluded + changed + wrong))
     seconds = time.perf_counter() - begin
-    print(f"{len(list(_flat(record)))} kernels compiled for {len({n for _, n in tasks})} targets in {seconds:.0f} s: "
+    print(f"triton {triton.__version__}: {len(list(_flat(record)))} kernels compiled for "
+          f"{len({n for _, n in tasks})} targets in {seconds:.0f} s: "
           f"{len(changed)} changed, {len(wrong)} at fault")  # fmt: skip
     if options.write:
         if not whole:
             parser.error("--write takes all targets and ops")
-        RECORD.write_text(dump(record, triton.__version__))
+        file.write_text(dump(record, triton.__version__))
         return int(any("spills" not in line for line in wrong))
-    if stored["triton"] != triton.__version__:
-        print(f"recorded with triton {stored['triton']}, this is {triton.__version__}: `make kernels` records anew")
-        return 1
     if changed:
         print("If that is meant, record it: make kernels")
     return int(bool(changed or wrong))
+
+
+def run_with(version: str) -> int:
+    """Run this command again with Triton `version`, installed beside the environment's; its exit code."""
+    folder = ROOT / ".triton" / version
+    if str(folder) in sys.path:
+        raise SystemExit(f"{folder} holds triton {metadata.version('triton')}: remove it")
+    if not folder.is_dir():
+        partial = folder.with_name(f"{version}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial),
+                   f"triton=={version}"]  # fmt: skip
+        if subprocess.run(command, check=False).returncode:
+            print(f"triton {version} cannot be installed")
+            return 1
+        partial.rename(folder)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, *sys.argv], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=False
+    ).returncode
 
 
 def _only(record: Record, names: set[str]) -> Record:

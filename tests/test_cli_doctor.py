@@ -59,8 +59,9 @@ def test_a_healthy_machine_has_nothing_but_ok():
         ({"nodes": frozenset({"cuda"})}, "torch build", "warn", "built for the CPU only"),
         ({"nodes": frozenset({"rocm"}), "torch": Torch("2.13.0", cuda="13.0")}, "torch build", "warn", "CUDA 13.0"),
         ({"transformers": None}, "transformers", "fail", "not installed"),
-        ({"transformers": "5.16.2"}, "transformers", "warn", "5.17 to 5.23"),
+        ({"transformers": "5.16.2"}, "transformers", "warn", "5.18 to 5.23"),
         ({"extras": {"cuda": ("triton>=3",)}}, "extra cuda", "note", "triton>=3"),
+        ({"extras": {"rocm": None}}, "extra rocm", "note", "installs nothing"),
         ({"plugins": (Plugin("cpu", "", 1), Plugin("x", "x 1", 0, "no module y", True))}, "platform x", "fail",
          "no module y"),
         ({"plugins": (Plugin("cpu", "", 1), Plugin("x", "x 1", 0, "no device found"))}, "platform x", "note", "absent"),
@@ -129,6 +130,12 @@ def test_a_cache_below_a_file_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert "not a folder" in environment._write_error(file / "cache")
+
+
+def test_an_extra_without_requirements_is_not_called_complete():
+    found = environment.missing_by_extra()
+    assert (found["rocm"], found["ray"]) == (None, None)
+    assert found["dev"] is not None
 
 
 def test_missing_requirements_of_an_extra_are_named(monkeypatch):

@@ -134,9 +134,25 @@ def test_the_toy_platforms_conform(examples: Path, name: str) -> None:
 
 
 def test_the_pytest_suite_examines_an_installed_platform(examples: Path) -> None:
-    args = ["--pyargs", "hotplug.plugins.conformance", "--platform", "toy_eager", "--conform-quick", "-q"]
+    args = ["-p", "hotplug.plugins.conformance.pytest_plugin", "--pyargs", "hotplug.plugins.conformance",
+            "--hotplug-platform", "toy_eager", "--hotplug-quick", "-q"]  # fmt: skip
     done = run_python(examples, "-m", "pytest", *args, "-k", "imports or kv or end_to_end", cwd=examples)
     assert "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_project_with_a_platform_option_of_its_own_runs_where_hotplug_is_installed(tmp_path: Path) -> None:
+    option = "def pytest_addoption(parser):\n    parser.addoption('--platform', default='theirs')\n"
+    (tmp_path / "conftest.py").write_text(option)
+    (tmp_path / "test_it.py").write_text("def test_it(pytestconfig):\n    assert pytestconfig.option.platform == 'x'\n")
+    done = run_python(tmp_path, "-m", "pytest", "-q", "--platform", "x", cwd=tmp_path)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_pytest_suite_without_its_plugin_says_how_to_load_it(tmp_path: Path) -> None:
+    args = ("-m", "pytest", "-q", "--pyargs", "hotplug.plugins.conformance", "-k", "imports")
+    done = run_python(tmp_path, *args, cwd=tmp_path)
+    assert done.returncode == 4
+    assert "-p hotplug.plugins.conformance.pytest_plugin" in done.stdout + done.stderr
 
 
 def test_the_certificate_says_what_was_covered(tmp_path: Path) -> None:

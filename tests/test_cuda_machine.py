@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,70 +25,72 @@ GIB = 2**30
 CUDA_13 = TorchBuild("2.11.0+cu130", (13, 0))
 
 
+class _NVMLError(Exception):
+    """nvidia-ml-py's error: a code, and what it means."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__({9: "Driver Not Loaded", 12: "NVML Shared Library Not Found",
+                          18: "Driver/library version mismatch"}[value])  # fmt: skip
+        self.value = value
+
+
 @dataclass
 class Library:
-    """libnvidia-ml as ctypes shows it: functions that fill what they are given by reference and return a code."""
+    """The module `pynvml` of nvidia-ml-py on a made-up machine. A handle is the GPU's number."""
 
     gpus: list[tuple[str, tuple[int, int], int]] = field(default_factory=lambda: [("NVIDIA H200", (9, 0), 132 * 128)])
     """Name, compute capability and cores."""
     cuda: int = 13000
     fails: int = 0
-    """The code that nvmlInit_v2 returns."""
+    """The code that nvmlInit ends with."""
 
-    def __post_init__(self) -> None:
-        self.nvmlErrorString = lambda code: {9: b"Driver Not Loaded", 18: b"Driver/library version mismatch"}[code]
+    NVMLError = _NVMLError
+    NVML_ERROR_DRIVER_NOT_LOADED = 9
+    NVML_ERROR_LIBRARY_NOT_FOUND = 12
 
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(type(self), f"_{name}")
+    def nvmlInit(self) -> None:  # noqa: N802
+        if self.fails:
+            raise _NVMLError(self.fails)
 
-        def call(*args: Any) -> int:
-            return method(self, *[getattr(a, "_obj", a) for a in args]) or 0
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self.gpus)
 
-        return call
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "580.95"
 
-    def _nvmlInit_v2(self) -> int:  # noqa: N802
-        return self.fails
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:  # noqa: N802
+        return self.cuda
 
-    def _nvmlDeviceGetCount_v2(self, count: Any) -> None:  # noqa: N802
-        count.value = len(self.gpus)
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802
+        return number
 
-    def _nvmlSystemGetDriverVersion(self, text: Any, size: int) -> None:  # noqa: N802
-        text.value = b"580.95"
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return f"GPU-{handle}{handle}"
 
-    def _nvmlSystemGetCudaDriverVersion_v2(self, version: Any) -> None:  # noqa: N802
-        version.value = self.cuda
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
+        return self.gpus[handle][0]
 
-    def _nvmlDeviceGetHandleByIndex_v2(self, number: Any, handle: Any) -> None:  # noqa: N802
-        handle.value = number.value + 1
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: N802
+        return self.gpus[handle][1]
 
-    def _nvmlDeviceGetUUID(self, handle: Any, text: Any, size: int) -> None:  # noqa: N802
-        text.value = f"GPU-{handle.value - 1}{handle.value - 1}".encode()
+    def nvmlDeviceGetNumGpuCores(self, handle: int) -> int:  # noqa: N802
+        return self.gpus[handle][2]
 
-    def _nvmlDeviceGetName(self, handle: Any, text: Any, size: int) -> None:  # noqa: N802
-        text.value = self.gpus[handle.value - 1][0].encode()
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
+        return SimpleNamespace(free=100 * GIB, total=141 * GIB, used=41 * GIB)
 
-    def _nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> None:  # noqa: N802
-        major.value, minor.value = self.gpus[handle.value - 1][1]
 
-    def _nvmlDeviceGetNumGpuCores(self, handle: Any, cores: Any) -> None:  # noqa: N802
-        cores.value = self.gpus[handle.value - 1][2]
-
-    def _nvmlDeviceGetMemoryInfo(self, handle: Any, memory: Any) -> None:  # noqa: N802
-        memory.free, memory.total, memory.used = 100 * GIB, 141 * GIB, 41 * GIB
+NO_DRIVER = Library(fails=12)
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine: `install(library, build, triton=...)` gives the platform on it. No library is no driver."""
+    """A machine: `install(library, build, triton=...)` gives the platform on it. No library is no nvidia-ml-py."""
 
     def make(library: Library | None = None, build: TorchBuild | None = CUDA_13, *, triton: bool = True,
-             visible: str | None = None) -> CudaPlatform:  # fmt: skip
-        def load(name: str) -> Library:
-            if library is None:
-                raise OSError(f"{name}: cannot open shared object file")
-            return library
-
-        monkeypatch.setattr(nvml.ctypes, "CDLL", load)
+             visible: str | None = None, node: str = "/absent") -> CudaPlatform:  # fmt: skip
+        monkeypatch.setitem(sys.modules, "pynvml", library)
+        monkeypatch.setattr(nvml, "_NODES", (node,))
         monkeypatch.setattr(TorchBuild, "installed", lambda: build)
         monkeypatch.setattr(machine, "find_spec", lambda name: name if triton else None)
         if visible is None:
@@ -95,6 +100,28 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
         return CudaPlatform()
 
     return make
+
+
+def test_what_is_made_up_here_is_in_nvidia_ml_py() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    for name in (name for name in vars(Library) if name.lower().startswith("nvml")):
+        assert hasattr(pynvml, name)
+    assert (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND) == (9, 12)
+
+
+def test_a_driver_without_nvidia_ml_py_is_broken_not_absent(install: Any) -> None:
+    (candidate,) = candidates(install(None, node="/dev/null"))
+    assert candidate.broken
+    assert "pip install 'hotplug[cuda]'" in candidate.reason
+
+
+def test_probing_needs_neither_torch_nor_a_cuda_context() -> None:
+    code = ("import sys, time; from hotplug.platforms.cuda import CudaPlatform; begin = time.process_time()\n"
+            "platform = CudaPlatform(); platform.probe() or platform.diagnose()\n"
+            "assert time.process_time() - begin < 1\n"
+            "print([m for m in sys.modules if m in ('torch', 'triton', 'cuda')])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_healthy_machine_has_its_gpu_and_nothing_to_say(install: Any) -> None:
@@ -124,7 +151,8 @@ def test_memory_that_pytorch_holds_back_is_free_but_for_what_recorded_graphs_wri
 
 OLD = Library([("Tesla V100", (7, 0), 80 * 64)])
 ABSENT = [
-    ("no-driver", {"library": None}, "no NVIDIA driver: libnvidia-ml.so.1 is not found"),
+    ("no-package", {"library": None}, "nvidia-ml-py, which asks the driver for its GPUs, is not installed"),
+    ("no-driver", {"library": NO_DRIVER}, "no NVIDIA driver: its library NVML is not found"),
     ("driver-not-loaded", {"library": Library(fails=9)}, "Driver Not Loaded"),
     ("no-gpu", {"library": Library([])}, "the NVIDIA driver finds no GPU"),
     ("hidden", {"library": Library(), "visible": ""},

@@ -6,7 +6,7 @@ import asyncio
 import json
 from functools import partial
 
-import httpx
+import httpx2
 import pytest
 from fake_llm import FakeLLM
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,21 +26,21 @@ class Client:
     def __init__(self, llm: FakeLLM, **options) -> None:
         self.app = create_app(llm, ServerConfig(**options))
 
-    def request(self, method: str, path: str, **arguments) -> httpx.Response:
-        async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    def request(self, method: str, path: str, **arguments) -> httpx2.Response:
+        async def send() -> httpx2.Response:
+            transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
                 return await client.request(method, path, **arguments)
 
         return asyncio.run(send())
 
-    def get(self, path: str, **arguments) -> httpx.Response:
+    def get(self, path: str, **arguments) -> httpx2.Response:
         return self.request("GET", path, **arguments)
 
-    def post(self, path: str, body: object) -> httpx.Response:
+    def post(self, path: str, body: object) -> httpx2.Response:
         return self.request("POST", path, json=body)
 
-    def raw(self, path: str, body: bytes, content_type: str = "application/json") -> httpx.Response:
+    def raw(self, path: str, body: bytes, content_type: str = "application/json") -> httpx2.Response:
         return self.request("POST", path, content=body, headers={"content-type": content_type})
 
 
@@ -54,7 +54,7 @@ def client(llm):
     return Client(llm)
 
 
-def refusal(response: httpx.Response, status: int) -> dict:
+def refusal(response: httpx2.Response, status: int) -> dict:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
@@ -474,9 +474,9 @@ def test_bodies_of_all_requests_together_are_bounded(llm):
     llm.hang_after = 0
     body = json.dumps(TEXT).encode().ljust(1024)
 
-    async def fill() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(client.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+    async def fill() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(client.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
             send = partial(http.post, "/v1/completions", content=body, headers={"content-type": "application/json"})
             waiting = [asyncio.ensure_future(send()) for _ in range(32)]
             while len(llm.seen) < 32:

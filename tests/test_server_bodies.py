@@ -9,7 +9,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fake_llm import FakeLLM
 from hypothesis import given, settings
@@ -187,8 +187,8 @@ def test_no_value_of_any_field_is_a_failure_of_ours(path, llm):
 
     async def send() -> list[tuple[int, Any, str]]:
         found = []
-        transport = httpx.ASGITransport(client.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        transport = httpx2.ASGITransport(client.app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
             for name in names:
                 for value in VALUES:
                     body = json.dumps({**PATHS[path], "max_tokens": 1, name: value} if "v1" in path
@@ -249,8 +249,8 @@ def test_requests_of_one_body_are_made_over_several_turns(llm):
     turns: list[int] = []
 
     async def ask() -> None:
-        transport = httpx.ASGITransport(client.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        transport = httpx2.ASGITransport(client.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
             body = {**TEXT, "prompt": [[1]] * 256, "n": 8, "max_tokens": 1}
             asked = asyncio.ensure_future(http.post("/v1/completions", json=body))
             while not asked.done():
@@ -308,7 +308,7 @@ LARGE = {
 }  # fmt: skip
 
 
-async def longest_gap(client: Client, path: str, body: bytes) -> tuple[float, httpx.Response]:
+async def longest_gap(client: Client, path: str, body: bytes) -> tuple[float, httpx2.Response]:
     """The longest that the event loop does not come round while it deals with a body, and the answer."""
     worst, last = 0.0, time.perf_counter()
     gc.collect()
@@ -321,8 +321,8 @@ async def longest_gap(client: Client, path: str, body: bytes) -> tuple[float, ht
             now = time.perf_counter()
             worst, last = max(worst, now - last), now
 
-    transport = httpx.ASGITransport(client.app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+    transport = httpx2.ASGITransport(client.app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
         await http.post(path, content=b"{}", headers={"content-type": "application/json"})
         request = http.build_request("POST", path, content=body, headers={"content-type": "application/json"})
         ticking = asyncio.create_task(tick())

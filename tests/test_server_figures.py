@@ -7,7 +7,7 @@ import multiprocessing
 import socket
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from fake_llm import FakeLLM
 from prometheus_client import generate_latest
@@ -94,8 +94,8 @@ def test_a_front_end_that_has_not_heard_the_engines_counters_does_not_show_them_
     Figures.create(tmp_path / "figures", 2)
     app = create_app(FakeLLM(), ServerConfig(), figures=Figures.attach(tmp_path / "figures", 0))
 
-    async def scrape() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async def scrape() -> httpx2.Response:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
             return await client.get("/metrics")
 
     assert asyncio.run(scrape()).status_code == 503

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -72,16 +72,16 @@ BAD = {
 def test_bad_input_gets_its_status_and_the_server_lives(served, case):
     body, status = BAD[case]
     content = body if isinstance(body, str) else json.dumps({"model": "smollm2", **body})
-    answer = httpx.post(
+    answer = httpx2.post(
         f"{served.url}/v1/completions", content=content, headers={"Content-Type": "application/json"}, timeout=60
     )
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"]
-    assert httpx.get(f"{served.url}/ready").status_code == 200
+    assert httpx2.get(f"{served.url}/ready").status_code == 200
 
 
 def test_the_plan_is_served_and_kv_memory_is_what_was_asked_for(served):
-    plan = httpx.get(f"{served.url}/debug/plan").json()
+    plan = httpx2.get(f"{served.url}/debug/plan").json()
     assert plan["platform"] == "cpu"
     assert plan["dtype"] == "float32"
     size = plan["kv"]["num_blocks"] * plan["kv"]["block_bytes"]
@@ -113,10 +113,10 @@ def small(tiny_model) -> Iterator[Served]:
 def test_ten_thousand_queued_requests_are_refused_past_the_limit_with_a_time_to_retry(small):
     body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 1000, "n": 100, "ignore_eos": True}
 
-    def post(_: int) -> httpx.Response | None:
+    def post(_: int) -> httpx2.Response | None:
         try:
-            return httpx.post(f"{small.url}/v1/completions", json=body, timeout=5.0)
-        except httpx.TimeoutException:
+            return httpx2.post(f"{small.url}/v1/completions", json=body, timeout=5.0)
+        except httpx2.TimeoutException:
             return None  # queued or running; leaving aborts it
 
     with ThreadPoolExecutor(100) as pool:
@@ -126,7 +126,7 @@ def test_ten_thousand_queued_requests_are_refused_past_the_limit_with_a_time_to_
     assert {a.status_code for a in refused} == {429}
     assert all(int(a.headers["Retry-After"]) >= 1 for a in refused)
     small.until_idle(60.0)
-    answer = httpx.post(f"{small.url}/v1/completions", json={**body, "n": 1, "max_tokens": 3}, timeout=30.0)
+    answer = httpx2.post(f"{small.url}/v1/completions", json={**body, "n": 1, "max_tokens": 3}, timeout=30.0)
     assert answer.json()["usage"]["completion_tokens"] == 3
 
 

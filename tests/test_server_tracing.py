@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from fake_llm import FakeLLM
 from live_server import live_server, read_all
@@ -77,10 +77,10 @@ def test_a_server_without_spans_imports_nothing_of_the_extra():
 # --- on ---------------------------------------------------------------------------------------------
 
 
-def ask(app, path: str = "/v1/chat/completions", body: object = CHAT, **headers: str) -> httpx.Response:
-    async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+def ask(app, path: str = "/v1/chat/completions", body: object = CHAT, **headers: str) -> httpx2.Response:
+    async def send() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(path, json=body, headers=headers)
 
     return asyncio.run(send())
@@ -267,8 +267,8 @@ def test_a_real_engine_tells_its_queue_time(tiny_model, tmp_path):
         app = create_app(llm, ServerConfig(), spans=spans)
         async with app.router.lifespan_context(app):
             await llm.wait_ready()
-            transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            transport = httpx2.ASGITransport(app)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
                 answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": "hi", "max_tokens": 3})
                 assert answer.status_code == 200, answer.text
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
+import httpx2
 import pytest
 import soak
 from soak_requests import BAD, Case, cases
@@ -81,8 +81,8 @@ def test_a_stream_that_is_not_what_was_asked_for_is_a_fault(status: int, text: s
     outcome, case = soak.Outcome(), Case("/v1/completions", "{}", stream=True, most=4, least=4)
 
     async def ask() -> None:
-        answers = httpx.MockTransport(lambda request: httpx.Response(status, text=text))
-        async with httpx.AsyncClient(transport=answers, base_url="http://soak") as client:
+        answers = httpx2.MockTransport(lambda request: httpx2.Response(status, text=text))
+        async with httpx2.AsyncClient(transport=answers, base_url="http://soak") as client:
             await soak.send(client, case, outcome)
 
     asyncio.run(ask())

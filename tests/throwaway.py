@@ -31,7 +31,7 @@ def write_distribution(
 def run_python(
     folder: Path, *arguments: str, cwd: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with `folder` on its path, and a cache of its own: stevedore keeps entry points on disk."""
+    """Run Python with `folder` on its path, and a cache of its own."""
     inherited = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,

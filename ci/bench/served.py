@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-import httpx
+import httpx2
 import psutil
 
 
@@ -33,7 +33,7 @@ class Served:
         raise RuntimeError(f"the server ended with {self.process.wait()} before it was ready")
 
     def metric(self, name: str) -> float:
-        for line in httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines():
+        for line in httpx2.get(f"{self.url}/metrics", timeout=60).text.splitlines():
             if line.startswith(f"{name} "):
                 return float(line.split()[1])
         raise LookupError(f"no metric {name}")

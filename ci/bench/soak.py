@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 from prompts import PROMPTS
 from served import Served
@@ -55,7 +55,7 @@ class Outcome:
     output_tokens: int = 0
 
 
-async def send(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
+async def send(client: httpx2.AsyncClient, case: Case, outcome: Outcome) -> None:
     """Send one request and check what comes."""
     try:
         async with asyncio.timeout(case.leave_after):
@@ -66,11 +66,11 @@ async def send(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
                 _check_whole(case, answer.status_code, answer.json(), outcome)
     except TimeoutError:
         outcome.counts["left"] += 1
-    except (httpx.HTTPError, ValueError, KeyError, AssertionError) as e:
+    except (httpx2.HTTPError, ValueError, KeyError, AssertionError) as e:
         outcome.faults.append(f"{type(e).__name__}: {e}: {case.content[:300]}")
 
 
-async def _post(client: httpx.AsyncClient, case: Case) -> httpx.Response:
+async def _post(client: httpx2.AsyncClient, case: Case) -> httpx2.Response:
     return await client.post(case.path, content=case.content, headers={"Content-Type": "application/json"})
 
 
@@ -84,7 +84,7 @@ def _check_whole(case: Case, status: int, body: Any, outcome: Outcome) -> None:
     _check_ends(case, [choice["finish_reason"] for choice in body["choices"]], body["usage"], outcome)
 
 
-async def _stream(client: httpx.AsyncClient, case: Case, outcome: Outcome) -> None:
+async def _stream(client: httpx2.AsyncClient, case: Case, outcome: Outcome) -> None:
     reasons: dict[int, str] = {}
     usage, events, done = None, 0, False
     headers = {"Content-Type": "application/json"}
@@ -125,8 +125,8 @@ def _check_ends(case: Case, reasons: list[str], usage: dict[str, int], outcome: 
 
 async def load(server: Served, requests: Iterator[Case], args: argparse.Namespace, outcome: Outcome) -> None:
     """Send all requests, `args.concurrency` at a time. Raises TimeoutError when none ends for too long."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.concurrency)
-    async with httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=args.concurrency)
+    async with httpx2.AsyncClient(base_url=server.url, timeout=None, limits=limits) as client:
 
         async def work() -> None:
             for case in requests:
@@ -153,7 +153,7 @@ def greedy(server: Served, model: str) -> list[str]:
     answers = []
     for prompt in PROMPTS[:PROBES]:
         body = {"model": model, "prompt": prompt, "max_tokens": PROBE_TOKENS, "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=600)
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=600)
         answers.append(answer.raise_for_status().json()["choices"][0]["text"])
     return answers
 
@@ -173,7 +173,7 @@ def drift(rss: list[int]) -> int:
 def soak(args: argparse.Namespace, server: Served, vocab: int) -> tuple[Outcome, dict[str, Any]]:
     """The whole run against a server that has just started."""
     name = args.model
-    plan = httpx.get(f"{server.url}/debug/plan", timeout=60).json()
+    plan = httpx2.get(f"{server.url}/debug/plan", timeout=60).json()
     first, outcome = greedy(server, name), Outcome()
     requests = cases(name, vocab, plan["max_model_len"], args.requests, longest=args.longest, seed=args.seed)
     begin = time.perf_counter()
@@ -235,7 +235,7 @@ def main() -> None:
         )  # fmt: skip
         try:
             outcome, figures = soak(args, server, vocab)
-        except (httpx.HTTPError, psutil.Error, TimeoutError) as e:
+        except (httpx2.HTTPError, psutil.Error, TimeoutError) as e:
             raise SystemExit(f"the server is gone or hangs: {e}\n{Path(log.name).read_text()[-3000:]}") from e
         finally:
             code = server.stop()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import hotplug
-from hotplug.cli.display import err, fetch, out, print_json
+from hotplug.cli.display import err, fetch_model, out, print_json
 from hotplug.cli.options import SectionedCommand, takes
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError, HotplugError
@@ -160,7 +160,7 @@ def _write_trace(timeline: Timeline | None, file: Path | None, facts: dict[str, 
 
 
 def _load(engine: EngineConfig) -> EngineCore:
-    fetch(engine.model)
+    fetch_model(engine)
     from hotplug.core.engine.core import EngineCore
 
     return EngineCore(engine)

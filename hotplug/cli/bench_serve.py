@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import httpx2
 
 from hotplug.core.errors import HotplugError
 
-_TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+_TIMEOUT = httpx2.Timeout(600.0, connect=10.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +46,13 @@ class Outcome:
 
 def server_info(url: str, api_key: str | None) -> tuple[str, dict[str, Any]]:
     """The name of the served model and its plan. Raises HotplugError when the server does not answer so."""
-    with httpx.Client(base_url=url, headers=_headers(api_key), timeout=_TIMEOUT, trust_env=False) as client:
+    with httpx2.Client(base_url=url, headers=_headers(api_key), timeout=_TIMEOUT, trust_env=False) as client:
         try:
             models = client.get("/v1/models").raise_for_status().json()
             return models["data"][0]["id"], client.get("/debug/plan").raise_for_status().json()
-        except httpx.HTTPStatusError as e:
+        except httpx2.HTTPStatusError as e:
             raise HotplugError("the server refused", where=url, why=e.response.text[:300]) from e
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as e:
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError) as e:
             raise HotplugError("no hotplug server answers", where=url, why=str(e) or type(e).__name__,
                                hint="Start one with `hotplug serve`.") from e  # fmt: skip
 
@@ -60,8 +60,8 @@ def server_info(url: str, api_key: str | None) -> tuple[str, dict[str, Any]]:
 async def drive(load: Load) -> Outcome:
     """Send every prompt, `concurrency` at a time. A failed request is counted by its reason, never retried."""
     outcome, waiting = Outcome(), iter(load.prompts)
-    limits = httpx.Limits(max_connections=load.concurrency, max_keepalive_connections=load.concurrency)
-    async with httpx.AsyncClient(
+    limits = httpx2.Limits(max_connections=load.concurrency, max_keepalive_connections=load.concurrency)
+    async with httpx2.AsyncClient(
         base_url=load.url, headers=_headers(load.api_key), timeout=_TIMEOUT, limits=limits, trust_env=False
     ) as client:
         start = time.perf_counter()
@@ -70,13 +70,13 @@ async def drive(load: Load) -> Outcome:
     return outcome
 
 
-async def _worker(client: httpx.AsyncClient, load: Load, prompts: Iterator[list[int]], outcome: Outcome) -> None:
+async def _worker(client: httpx2.AsyncClient, load: Load, prompts: Iterator[list[int]], outcome: Outcome) -> None:
     for prompt in prompts:
         try:
             await _request(client, load, prompt, outcome)
         except _FailedError as e:
             outcome.errors[str(e)] += 1
-        except httpx.HTTPError as e:
+        except httpx2.HTTPError as e:
             outcome.errors[type(e).__name__] += 1
 
 
@@ -84,7 +84,7 @@ class _FailedError(Exception):
     """A request that the server answered with an error."""
 
 
-async def _request(client: httpx.AsyncClient, load: Load, prompt: list[int], outcome: Outcome) -> None:
+async def _request(client: httpx2.AsyncClient, load: Load, prompt: list[int], outcome: Outcome) -> None:
     body = {
         "model": load.model, "prompt": prompt, "max_tokens": load.output_len, "temperature": 0, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hotplug.cli.display import err, fetch, out, print_json
+from hotplug.cli.display import err, fetch_model, out, print_json
 from hotplug.cli.options import takes
 from hotplug.core.config import EngineConfig
 
@@ -33,7 +33,7 @@ def bisect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Find the first call site whose output leaves its reference's tolerance; exit code 1 if there is one."""
-    path = fetch(engine.model)
+    path = fetch_model(engine)
     from hotplug.core.engine.bisect import bisect as judge
     from hotplug.core.text.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hotplug.cli.display import device_line, fetch, selected
+from hotplug.cli.display import device_line, fetch_model, selected
 from hotplug.cli.options import takes
 from hotplug.cli.sampling import MaxTokens, Temperature, TopK, TopP, sampling_params
 from hotplug.core.config import EngineConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hotplug.core.request import SamplingParams
 
 HELP = "/reset starts over, /system TEXT sets the system message, /exit leaves; Ctrl-C stops an answer"
+KEYS = "Enter sends, Alt-Enter begins a new line, the arrow keys bring back earlier messages, Ctrl-D leaves"
 
 
 @takes(engine=EngineConfig)
@@ -38,7 +39,7 @@ def chat(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         typer.echo(f"{engine.model_name} on {device_line(selected(engine.device))}")
-    fetch(engine.model)
+    fetch_model(engine)
     from hotplug.core.engine.llm import LLM
 
     conversation = Conversation(LLM.from_config(engine), params, system)
@@ -51,7 +52,7 @@ def chat(
 
 
 class Conversation:
-    """The messages so far, and what one line of input does to them."""
+    """The messages so far, and what one input does to them."""
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str = "") -> None:
         self._llm = llm
@@ -65,7 +66,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def turn(self, line: str) -> bool:
-        """Take one line: a command, or a message that is answered on standard output. False to leave."""
+        """Take one input: a command, or a message that is answered on standard output. False to leave."""
         line = line.strip()
         command, _, rest = line.partition(" ")
         match command:
@@ -123,17 +124,17 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _talk(conversation: Conversation) -> None:
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  line editing and history for input()
-    typer.echo(f"{HELP}, Ctrl-D leaves.")
+    from hotplug.cli.chat_input import reader
+    from hotplug.core.weights.source import cache_folder
+
+    typer.echo(f"{HELP}.\n{KEYS}.")
+    read = reader(cache_folder())
     while True:
         try:
-            line = input("\n> ")
+            message = read()
         except KeyboardInterrupt:
-            typer.echo()  # drops the line that was being written
-            continue
+            continue  # drops the message that was being written
         except EOFError:
-            typer.echo()
             return
-        if not conversation.turn(line):
+        if not conversation.turn(message):
             return

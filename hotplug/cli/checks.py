@@ -10,7 +10,7 @@ from hotplug.cli.display import gib
 from hotplug.cli.environment import Environment
 
 TESTED_TORCH = ((2, 11), (2, 13))
-TESTED_TRANSFORMERS = ((5, 17), (5, 23))
+TESTED_TRANSFORMERS = ((5, 18), (5, 23))
 _MIN_PYTHON = (3, 11)
 _LOW_DISK, _LOW_MEMORY, _LOW_FILES = 2 * 2**30, 2**30, 4096
 _DRIVER_OF = {"cuda": "NVIDIA driver (/dev/nvidia*)", "rocm": "AMD GPU driver (/dev/kfd)"}
@@ -73,7 +73,15 @@ def extras(env: Environment) -> list[Finding]:
     """What each extra still needs: a warning where its hardware is present, else only to know."""
     findings = []
     for name, missing in sorted(env.extras.items()):
-        if missing:
+        if missing is None:
+            findings.append(
+                Finding(
+                    f"extra {name}",
+                    "note",
+                    "installs nothing here: what it is for is not built, or not for this machine",
+                )
+            )
+        elif missing:
             state: Literal["warn", "note"] = "warn" if name in env.nodes else "note"
             findings.append(
                 Finding(

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from hotplug.core.config import EngineConfig
     from hotplug.core.platform.select import Selection
     from hotplug.core.weights.progress import Progress
 
@@ -36,6 +37,23 @@ def fetch(source: str) -> Path:
 
     with download_bar(source) as progress:
         return pull(source, progress)
+
+
+def fetch_model(engine: EngineConfig) -> Path:
+    """`fetch` an engine's model, after a check of what can be known without it.
+
+    Raises ConfigError for a name that nothing brings and an unreadable template, PlatformError for a device that is
+    not there, and SourceError.
+    """
+    from hotplug.plugins.installed import check_names
+
+    check_names(engine)
+    selected(engine.device)
+    if engine.chat_template is not None:
+        from hotplug.core.text.tokenizer import read_template
+
+        read_template(Path(engine.chat_template))
+    return fetch(engine.model)
 
 
 @contextlib.contextmanager

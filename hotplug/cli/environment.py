@@ -50,8 +50,8 @@ class Environment:
     torch: Torch
     transformers: str | None
     """Version, None if it is not installed."""
-    extras: dict[str, tuple[str, ...]]
-    """Each extra that hotplug declares, with the requirements that are missing."""
+    extras: dict[str, tuple[str, ...] | None]
+    """Each extra that hotplug declares, with the requirements that are missing; None where it asks for nothing."""
     nodes: frozenset[str]
     """Extras whose device nodes exist on this machine."""
     plugins: tuple[Plugin, ...]
@@ -98,22 +98,27 @@ def _torch() -> Torch:
     return Torch(torch.__version__, torch.version.cuda or "", torch.version.hip or "")
 
 
-def missing_by_extra() -> dict[str, tuple[str, ...]]:
-    """Each extra that the installed hotplug declares, with those of its requirements that are not met."""
+def missing_by_extra() -> dict[str, tuple[str, ...] | None]:
+    """Each extra that the installed hotplug declares, with those of its requirements that are not met.
+
+    None stands for an extra that has no requirement, on this machine or at all.
+    """
     from packaging.requirements import Requirement
 
     distribution = metadata.distribution("hotplug")
     extras: dict[str, list[str]] = {name: [] for name in distribution.metadata.get_all("Provides-Extra") or ()}
+    asks: set[str] = set()
     for line in distribution.requires or ():
         requirement = Requirement(line)
         for extra, missing in extras.items():
             marker = requirement.marker
             if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
                 continue  # of hotplug itself, or of another extra
+            asks.add(extra)
             version = _version(requirement.name)
             if version is None or not requirement.specifier.contains(version, prereleases=True):
                 missing.append(f"{requirement.name}{requirement.specifier}")
-    return {name: tuple(missing) for name, missing in extras.items()}
+    return {name: tuple(missing) if name in asks else None for name, missing in extras.items()}
 
 
 def _plugins() -> tuple[tuple[Plugin, ...], str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hotplug.cli.display import fetch, out, print_json
+from hotplug.cli.display import fetch_model, out, print_json
 from hotplug.cli.options import takes
 from hotplug.cli.plan_view import explanation, group_sites, short
 from hotplug.core.config import EngineConfig
@@ -42,7 +42,7 @@ def explain(
 
 
 def _report(engine: EngineConfig) -> dict[str, Any]:
-    fetch(engine.model)
+    fetch_model(engine)
     from hotplug.core.engine.bind import bind
 
     return bind(engine, meta=True).report()
@@ -93,7 +93,7 @@ def _first(report: dict[str, Any], op: str) -> int:
 
 
 def _explain_why(engine: EngineConfig, pattern: str, *, json: bool) -> None:
-    fetch(engine.model)
+    fetch_model(engine)
     from hotplug.core.engine.bind import bind
     from hotplug.core.ops.why import candidates, sites_like
 

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from hotplug.cli.display import out
+from hotplug.cli.display import out, print_json
 
 app = typer.Typer(help="Write and list packages that extend hotplug.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.callback()
-def plugin() -> None:
-    """A group even while it has few commands."""
+@app.command("list")
+def list_plugins(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List installed packages that extend hotplug, and what each adds. Exit code 1 if one is broken."""
+    from hotplug.core.platform.discovery import PLATFORM_GROUP, load_group
+    from hotplug.plugins.installed import PLUGIN_GROUP
+
+    rows = [_describe("platform", item) for item in load_group(PLATFORM_GROUP)]
+    rows += [_describe("plugin", item) for item in load_group(PLUGIN_GROUP)]
+    if json:
+        print_json({"schema": 1, "plugins": rows})
+    else:
+        for row in rows:
+            adds = "; ".join(f"{kind} {', '.join(names)}" for kind, names in row["adds"].items())
+            shown = f"broken: {row['error']}" if row["error"] else adds
+            out().print(f"{row['kind']:<9} {row['name']:<16} {row['distribution']:<24} {shown}".rstrip(), markup=False)
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _describe(kind: str, item: Any) -> dict[str, Any]:
+    """An entry point as plain data. What a platform is able to do is `hotplug devices`' to say."""
+    from hotplug.core.errors import PlatformError
+    from hotplug.plugins.extension import contents
+
+    adds, error = {}, item.error
+    if kind == "plugin" and not error:
+        try:
+            adds = contents(item)
+        except PlatformError as e:
+            error = str(e)
+    return {"kind": kind, "name": item.name, "distribution": item.distribution, "adds": adds, "error": error}
 
 
 @app.command()
@@ -28,5 +57,6 @@ def new(
     folder = write_package(name, parent)
     console = out()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        console.print(f"  {file.relative_to(folder.parent)}", markup=False)
-    console.print(f"wrote {folder}; next: pip install ./{folder.name}, then hotplug devices", markup=False)
+        console.print(f"  {file}", markup=False)
+    path = str(folder) if folder.is_absolute() else f"./{folder}"
+    console.print(f"wrote {path}; next: pip install {shlex.quote(path)}, then hotplug devices", markup=False)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hotplug.cli.display import fetch
+from hotplug.cli.display import fetch_model
 from hotplug.cli.options import takes
 from hotplug.cli.sampling import MaxTokens, Temperature, TopK, TopP, sampling_params
 from hotplug.cli.trace_view import trace_lines
@@ -36,11 +36,14 @@ def run(
     if trace_json is not None and not engine.trace_ops:
         raise ConfigError("there is nothing to write", where="--trace-json", hint="Add --trace-ops.")
     params = sampling_params(temperature, top_p, top_k, max_tokens)
-    fetch(engine.model)
+    fetch_model(engine)
     from hotplug.core.engine.llm import LLM
 
     llm = LLM.from_config(engine)
     chats = not raw and llm.tokenizer.chat_template is not None
+    if not chats and not raw:
+        typer.secho("(the model has no chat template: the text is completed as it is, as with --raw)", fg="yellow",
+                    err=True)  # fmt: skip
     chunks = llm.chat_stream([{"role": "user", "content": text}], params) if chats else llm.stream(text, params)
     for chunk in chunks:
         typer.echo(chunk.text, nl=False)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
 
-from hotplug.cli.display import device_line, fetch, selected
+from hotplug.cli.chat_template import has_chat_template
+from hotplug.cli.display import device_line, fetch_model, selected
 from hotplug.cli.options import takes
 from hotplug.core.config import EngineConfig
 from hotplug.server.config import ServerConfig
@@ -25,38 +29,52 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     typer.echo(f"model    {engine.model_name}")
     selection = selected(engine.device)
     typer.echo(f"device   {device_line(selection)}")
-    path = fetch(engine.model)
+    path = fetch_model(engine)
     typer.echo(f"files    {path}")
     if server.port:
         typer.echo(f"address  {_url(server.host, server.port)}")
-    run(engine, server, on_ready=lambda url: typer.echo(ready_text(url, engine.model_name, bool(server.api_key))))
+    chats = has_chat_template(path, engine.chat_template)
+    run(engine, server,
+        on_ready=lambda url: typer.echo(ready_text(url, engine.model_name, bool(server.api_key), chats)))  # fmt: skip
 
 
-def ready_text(url: str, model: str, needs_key: bool) -> str:
-    """What to print when requests are served: one curl line and one Python line that work as they stand."""
+def ready_text(url: str, model: str, needs_key: bool, chats: bool = True) -> str:
+    """What to print when requests are served: a line for curl, and one for Python, that work as they stand.
+
+    A model without a chat template (`chats` false) is asked for a completion; without the openai package in this
+    environment there is no line for it.
+    """
     base = url.replace("://0.0.0.0", "://127.0.0.1").replace("://[::]", "://[::1]")
-    # a question whose answer is the same in every format of the weights: others are near ties to a small model
-    message = {"role": "user", "content": "What is the capital of Japan?"}
     # greedy: a small model rambles at the API's default temperature of 1
-    body = json.dumps({"model": model, "messages": [message], "temperature": 0})
+    if chats:
+        # a question whose answer is the same in every format of the weights: others are near ties to a small model
+        message = {"role": "user", "content": "What is the capital of Japan?"}
+        path, asked, answer = "chat/completions", {"messages": [message], "temperature": 0}, "message.content"
+    else:
+        asked = {"prompt": "The capital of Japan is", "max_tokens": 16, "temperature": 0}
+        path, answer = "completions", "text"
+    body = shlex.quote(json.dumps({"model": model, **asked}))
     header = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
-    key = "YOUR_KEY" if needs_key else "none"
-    python = (
-        f"from openai import OpenAI; print(OpenAI(base_url='{base}/v1', api_key='{key}').chat.completions.create("
-        f"model='{model}', messages=[{message}], temperature=0).choices[0].message.content)"
-    )
-    return "\n".join(
-        [
-            f"ready    {url}",
-            "",
-            "Try it with curl:",
-            f"  curl {base}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'",
-            "or with the openai package:",
-            f'  {_python()} -c "{python}"',
-            "",
-            "Ctrl-C stops the server.",
-        ]
-    )
+    lines = [
+        f"ready    {url}",
+        "",
+        "Try it with curl:",
+        f"  curl {base}/v1/{path}{header} -H 'Content-Type: application/json' -d {body}",
+    ]
+    if find_spec("openai") is not None:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in {"model": model, **asked}.items())
+        python = (
+            f"from openai import OpenAI; client = OpenAI(base_url='{base}/v1', "
+            f"api_key='{'YOUR_KEY' if needs_key else 'none'}'); "
+            f"print(client.{path.replace('/', '.')}.create({arguments}).choices[0].{answer})"
+        )
+        lines += ["or with the openai package:", f"  {shlex.quote(_python())} -c {_double_quoted(python)}"]
+    return "\n".join([*lines, "", "Ctrl-C stops the server."])
+
+
+def _double_quoted(text: str) -> str:
+    """`text` as one word for a shell, readable where it holds single quotes only."""
+    return f'"{text}"' if not re.search(r'["$`\\!]', text) else shlex.quote(text)
 
 
 def _python() -> str:

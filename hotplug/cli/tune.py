@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hotplug.cli.display import device_line, err, fetch, out, print_json
+from hotplug.cli.display import device_line, err, fetch_model, out, print_json
 from hotplug.cli.options import takes
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError, FeatureError
@@ -52,7 +52,7 @@ def tune(
     if not isinstance(platform, HasTuning):
         raise FeatureError("the platform has no kernels to tune", where=f"platform {platform.name}",
                            hint="Choose another --device: `hotplug devices` lists them.")  # fmt: skip
-    fetch(engine.model)
+    fetch_model(engine)
     from hotplug.core.engine.bind import bind
 
     bound = bind(engine, meta=True)
@@ -75,7 +75,7 @@ def tune(
 
 
 def _tune_modes(engine: EngineConfig, *, json: bool) -> None:
-    fetch(engine.model)
+    fetch_model(engine)
     from hotplug.cli.tune_modes import tune_modes
 
     console = err() if json else out()

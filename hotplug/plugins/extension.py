@@ -87,6 +87,12 @@ def merge(builtin: Extension, loaded: Iterable[Loaded]) -> Extension:
     return Extension(ops=ops, **merged)
 
 
+def contents(item: Loaded) -> dict[str, list[str]]:
+    """The names that a loaded plugin adds, by what they are. Raises PlatformError for one that is broken."""
+    extension = _checked(item, f"plugin {item.name}")
+    return {title: sorted(entries) for kind, title in _TITLES.items() if (entries := _entries(extension, kind))}
+
+
 def _checked(item: Loaded, where: str) -> Extension:
     if item.error:
         raise PlatformError("the plugin failed to load", where=where, why=item.error, hint="Repair or uninstall it.")

@@ -18,6 +18,7 @@ from hotplug.server.app import create_app
 from hotplug.server.config import ServerConfig
 from hotplug.server.connections import raise_descriptor_limit
 from hotplug.server.http import BACKLOG, Server, say_finishing
+from hotplug.server.parsing import find_parsers
 
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
@@ -56,6 +57,7 @@ def run(
 
 def check(config: ServerConfig) -> None:
     """Raises ConfigError for what can be known before a model is fetched."""
+    find_parsers(config.tool_parser, config.reasoning_parser)
     if config.otlp_endpoint is not None:
         tracing.require()
     if config.frontends > 1 and not hasattr(socket, "SO_REUSEPORT"):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 from served import Served
 
@@ -109,9 +109,9 @@ def _wait_healthy(process: subprocess.Popen[Any], url: str, log: Any) -> None:
                 f"its server ended with {process.returncode} before it was ready: {_last_line(log.read())}"
             )
         try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+            if httpx2.get(f"{url}/health", timeout=2).status_code == 200:
                 return
-        except httpx.HTTPError:
+        except httpx2.HTTPError:
             pass
         time.sleep(0.5)
     raise CannotError(f"its server was not ready after {START:.0f} s")

@@ -40,6 +40,7 @@ from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, Re
 from hotplug.core.request import MAX_ID_CHARS, Request, SamplingParams
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
 from hotplug.core.weights.source import resolve
+from hotplug.plugins.installed import check_names
 
 _logger = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ class AsyncLLM:
 
     async def _boot(self) -> None:
         """Find the model, start the engine process if it is ours, and load the tokenizer while that loads weights."""
+        check_names(self.config)
         path = await asyncio.to_thread(resolve, self.config.model)
         if self._folder is not None:
             config = dataclasses.replace(self.config, model=str(path), served_model_name=self.config.model_name)

@@ -31,6 +31,7 @@ from hotplug.core.engine.submission import Submission
 from hotplug.core.request import SamplingParams
 from hotplug.core.text.tokenizer import load_tokenizer, read_template
 from hotplug.core.weights.source import resolve
+from hotplug.plugins.installed import check_names
 
 Message = Mapping[str, Any]
 
@@ -61,6 +62,7 @@ class LLM:
         template = Path(config.chat_template) if config.chat_template else None
         if template is not None:
             read_template(template)  # what is wrong with it is known before weights are read
+        check_names(config)
         path = resolve(config.model)
         with ThreadPoolExecutor(1, "hotplug-tokenizer") as beside:
             special = config.chat_special_tokens

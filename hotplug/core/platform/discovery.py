@@ -31,21 +31,12 @@ class Loaded:
 
 def load_group(group: str) -> list[Loaded]:
     """Every entry point of a group, loaded and called, in name order."""
-    from stevedore import NamedExtensionManager
-
-    # Stevedore lists from its cache, which forgets distributions, and lets an AssertionError of a plugin
-    # through: names come from it, the rest is done here.
-    listed = NamedExtensionManager(group, names=[]).list_entry_points()
-    owners = {
-        (entry.name, entry.value): f"{entry.dist.name} {entry.dist.version}"
-        for entry in entry_points(group=group)
-        if entry.dist is not None
-    }
-    found = [_load(entry, owners.get((entry.name, entry.value), "")) for entry in listed]
+    found = [_load(entry) for entry in entry_points(group=group)]
     return sorted(found, key=lambda loaded: (loaded.name, loaded.target))
 
 
-def _load(entry: EntryPoint, distribution: str) -> Loaded:
+def _load(entry: EntryPoint) -> Loaded:
+    distribution = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
     try:
         plugin = entry.load()()
     except (Exception, SystemExit) as e:  # a plugin may do anything while it loads; the others go on

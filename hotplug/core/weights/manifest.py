@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,46 +20,76 @@ MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A fetched file: SHA-256 (hex), size in bytes, and its modification time when its content was last checked."""
+
+    sha256: str
+    size: int
+    mtime_ns: int | None = None
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What was fetched: files by relative path, each with its SHA-256 (hex) and size in bytes."""
+    """What was fetched: entries by relative path."""
 
     source: str
     archive: str
-    files: dict[str, tuple[str, int]]
+    files: dict[str, Entry]
 
     def write(self, folder: Path) -> None:
+        """Replace the manifest of `folder` at once: a reader sees the one before or this one."""
         document = {
             "source": self.source,
             "archive": self.archive,
-            "files": {name: {"sha256": digest, "size": size} for name, (digest, size) in self.files.items()},
+            "files": {name: dataclasses.asdict(entry) for name, entry in self.files.items()},
         }
-        (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
+        partial = folder / f"{MANIFEST}.{os.getpid()}"
+        partial.write_text(json.dumps(document, indent=2) + "\n")
+        partial.replace(folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
         """The manifest of a folder, None where there is none that can be read."""
         try:
             document = json.loads((folder / MANIFEST).read_bytes())
-            files = {name: (f["sha256"], f["size"]) for name, f in document["files"].items()}
+            files = {name: Entry(f["sha256"], f["size"], f.get("mtime_ns")) for name, f in document["files"].items()}
             return cls(document["source"], document["archive"], files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
-    def complete(self, folder: Path) -> bool:
-        """Whether every file is there in its size. Reads no contents: `verify_manifest` does."""
-        return all(
-            (folder / name).is_file() and (folder / name).stat().st_size == size
-            for name, (_, size) in self.files.items()
-        )
+    def damaged(self, folder: Path) -> list[str]:
+        """Files that are not there as they were fetched.
+
+        A file is read where its size is right and its modification time is new: once, since the time is then noted.
+        What changes a file's bytes and keeps both is found by `verify` only, as `hotplug pull` runs it.
+        """
+        bad, checked = [], {}
+        for name, entry in self.files.items():
+            try:
+                status = (folder / name).stat()
+            except OSError:
+                bad.append(name)
+                continue
+            if status.st_size != entry.size:
+                bad.append(name)
+            elif status.st_mtime_ns != entry.mtime_ns:
+                if _sha256(folder / name) == entry.sha256:
+                    checked[name] = dataclasses.replace(entry, mtime_ns=status.st_mtime_ns)
+                else:
+                    bad.append(name)
+        if checked and not bad:
+            with contextlib.suppress(OSError):  # a cache that cannot be written is checked each time
+                dataclasses.replace(self, files=self.files | checked).write(folder)
+        return bad
 
 
 def verify_manifest(path: Path) -> int:
     """Files checked against the manifest of `path` or of a folder above it; 0 without one. Raises SourceError."""
-    for folder in (path, *path.parents)[:4]:
+    for folder in reversed((path, *path.parents)[:4]):  # a model may have a manifest.json of its own deeper down
         manifest = Manifest.read(folder) if folder.is_dir() else None
         if manifest is not None:
-            bad = [name for name, (digest, _) in manifest.files.items() if _sha256(folder / name) != digest]
+            bad = [name for name, entry in manifest.files.items() if _sha256(folder / name) != entry.sha256]
             _refuse(bad, folder)
             return len(manifest.files)
     return 0
@@ -72,8 +105,8 @@ def verify_hub_snapshot(path: Path) -> int:
 
 
 @contextmanager
-def storing(where: Path) -> Iterator[None]:
-    """Turn an OSError of writing below `where` into a SourceError that says what to do."""
+def storing(where: Path, *, variable: str = "HOTPLUG_CACHE") -> Iterator[None]:
+    """Turn an OSError of writing below `where`, which `variable` sets, into a SourceError that says what to do."""
     try:
         yield
     except OSError as e:
@@ -84,14 +117,15 @@ def storing(where: Path) -> Iterator[None]:
             "the disk is full" if full else "cannot store the model",
             where=str(where),
             why="" if full else f"{e.strerror or e}",
-            hint=f"{hint}, or set HOTPLUG_CACHE to another folder.",
+            hint=f"{hint}, or set {variable} to another folder.",
         ) from e
 
 
 def _refuse(bad: list[str], where: Path) -> None:
     if bad:
+        files = "1 file differs from its" if len(bad) == 1 else f"{len(bad)} files differ from their"
         raise SourceError(
-            f"{len(bad)} files differ from their recorded checksum", where=str(where),
+            f"{files} recorded checksum", where=str(where),
             why=", ".join(sorted(bad)), hint="Delete the folder and pull the model again.",
         )  # fmt: skip
 

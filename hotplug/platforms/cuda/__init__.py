@@ -35,18 +35,16 @@ class CudaPlatform:
 
     def probe(self) -> Sequence[DeviceInfo]:
         from hotplug.platforms.cuda.machine import LEAST
-        from hotplug.platforms.cuda.nvml import NO_LIBRARY, NOT_LOADED, Nvml, NvmlError
+        from hotplug.platforms.cuda.nvml import NoNvmlError, Nvml, NvmlError
 
         try:
             self._nvml = Nvml()
-        except OSError:  # no driver on this machine
+            self._gpus = self._nvml.gpus()
+        except NoNvmlError:  # `diagnose` says which part is missing
             return []
         except NvmlError as e:
-            if e.code in (NOT_LOADED, NO_LIBRARY):
-                return []
             hint = "After an upgrade of the driver, load it anew or restart the machine."
             raise PlatformError(f"the NVIDIA driver answers with an error ({e})", hint=hint) from e
-        self._gpus = self._nvml.gpus()
         return [
             DeviceInfo(index=gpu.index, name=gpu.name, arch=f"sm_{gpu.capability[0]}{gpu.capability[1]}",
                        cores=gpu.multiprocessors, details=f"driver {gpu.driver}")
@@ -55,14 +53,14 @@ class CudaPlatform:
 
     def diagnose(self) -> Sequence[str]:
         from hotplug.platforms.cuda.machine import LEAST, absence, faults
-        from hotplug.platforms.cuda.nvml import LIBRARY, Nvml, NvmlError
+        from hotplug.platforms.cuda.nvml import NoNvmlError, Nvml, NvmlError
 
         try:
             nvml = Nvml()
             usable = any(gpu.capability >= LEAST for gpu in nvml.gpus())
             return [*absence(nvml), *(faults(nvml.driver(), nvml.driver_cuda()) if usable else ())]
-        except OSError:
-            return [f"no NVIDIA driver: {LIBRARY} is not found"]
+        except NoNvmlError as e:
+            return [str(e)]
         except NvmlError as e:
             return [f"the NVIDIA driver answers with an error ({e}); is it loaded, and does it match its libraries?"]
 

@@ -1,28 +1,28 @@
-"""What NVML says of the GPUs: names, memory, compute capability. No CUDA context, no torch."""
+"""What NVML says of the GPUs: names, memory, compute capability. No CUDA context, no torch, safe before a fork.
+
+NVML is the driver's library; nvidia-ml-py (`pynvml`) calls it, and comes with the extra `cuda`.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-LIBRARY = "libnvidia-ml.so.1"
+from hotplug.vendor import PlatformError
+
+MISSING = "nvidia-ml-py, which asks the driver for its GPUs, is not installed; pip install 'hotplug[cuda]'"
+_NODES = ("/dev/nvidiactl", "/dev/dxg")
+"""Device nodes of the driver: on Linux, and on Linux inside Windows."""
 
 
-NOT_LOADED, NO_LIBRARY = 9, 12
-"""NVML's codes where there is no driver: the kernel module, or the library behind this one, is missing."""
+class NoNvmlError(Exception):
+    """There is no driver to ask, or nothing to ask it with; says which."""
 
 
 class NvmlError(Exception):
     """NVML is there but answers with an error."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,73 +34,69 @@ class Gpu:
     capability: tuple[int, int]
     multiprocessors: int
     driver: str
-    handle: int
+    handle: Any
 
 
 class Nvml:
-    """The library, initialized. Raises OSError where there is none, NvmlError where it fails."""
+    """The library, initialized. Raises NoNvmlError where there is none, NvmlError where it fails.
+
+    Raises PlatformError where nvidia-ml-py is missing and the driver is not: a GPU must not be overlooked.
+    """
 
     def __init__(self) -> None:
-        self._lib = ctypes.CDLL(LIBRARY)
-        self._call("nvmlInit_v2")
+        try:
+            import pynvml
+        except ImportError as e:
+            if any(Path(node).exists() for node in _NODES):
+                raise PlatformError("an NVIDIA driver is here", why=MISSING) from e
+            raise NoNvmlError(MISSING) from e
+        self._lib = pynvml
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as e:
+            if e.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+                raise NoNvmlError("no NVIDIA driver: its library NVML is not found") from e
+            if e.value == pynvml.NVML_ERROR_DRIVER_NOT_LOADED:
+                raise NoNvmlError(f"no NVIDIA driver: {e}") from e
+            raise NvmlError(f"nvmlInit: {e}") from e
 
-    def _call(self, name: str, *args: object) -> None:
-        code = getattr(self._lib, name)(*args)
-        if code:
-            self._lib.nvmlErrorString.restype = ctypes.c_char_p
-            raise NvmlError(f"{name}: {self._lib.nvmlErrorString(code).decode()}", code)
+    def _call(self, name: str, *args: Any) -> Any:
+        try:
+            return getattr(self._lib, name)(*args)
+        except self._lib.NVMLError as e:
+            raise NvmlError(f"{name}: {e}") from e
 
     def count(self) -> int:
         """GPUs of the machine, hidden ones too."""
-        count = ctypes.c_uint()
-        self._call("nvmlDeviceGetCount_v2", ctypes.byref(count))
-        return count.value
+        return int(self._call("nvmlDeviceGetCount"))
 
     def driver(self) -> str:
         """The driver's version."""
-        driver = ctypes.create_string_buffer(80)
-        self._call("nvmlSystemGetDriverVersion", driver, 80)
-        return driver.value.decode()
+        return str(self._call("nvmlSystemGetDriverVersion"))
 
     def driver_cuda(self) -> tuple[int, int]:
         """The newest CUDA version that the driver serves."""
-        version = ctypes.c_int()
-        self._call("nvmlSystemGetCudaDriverVersion_v2", ctypes.byref(version))
-        return version.value // 1000, version.value % 1000 // 10
+        version = self._call("nvmlSystemGetCudaDriverVersion_v2")
+        return version // 1000, version % 1000 // 10
 
     def gpus(self) -> list[Gpu]:
         """The GPUs that this process may use, in the order that CUDA numbers them."""
         driver = self.driver()
-        handles = [self._handle(i) for i in range(self.count())]
-        numbers = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), [self._uuid(h) for h in handles])
+        handles = [self._call("nvmlDeviceGetHandleByIndex", i) for i in range(self.count())]
+        uuids = [str(self._call("nvmlDeviceGetUUID", handle)) for handle in handles]
+        numbers = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids)
         return [self._gpu(i, handles[number], driver) for i, number in enumerate(numbers)]
 
-    def _handle(self, number: int) -> ctypes.c_void_p:
-        handle = ctypes.c_void_p()
-        self._call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(number), ctypes.byref(handle))
-        return handle
-
-    def _uuid(self, handle: ctypes.c_void_p) -> str:
-        text = ctypes.create_string_buffer(96)
-        self._call("nvmlDeviceGetUUID", handle, text, 96)
-        return text.value.decode()
-
-    def _gpu(self, index: int, handle: ctypes.c_void_p, driver: str) -> Gpu:
-        name = ctypes.create_string_buffer(96)
-        self._call("nvmlDeviceGetName", handle, name, 96)
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._call("nvmlDeviceGetCudaComputeCapability", handle, ctypes.byref(major), ctypes.byref(minor))
-        cores = ctypes.c_uint()
-        self._call("nvmlDeviceGetNumGpuCores", handle, ctypes.byref(cores))
-        per = 128 if major.value >= 8 and (major.value, minor.value) != (8, 0) else 64
-        return Gpu(index, name.value.decode(), (major.value, minor.value), cores.value // per, driver,
-                   handle.value or 0)  # fmt: skip
+    def _gpu(self, index: int, handle: Any, driver: str) -> Gpu:
+        major, minor = self._call("nvmlDeviceGetCudaComputeCapability", handle)
+        per = 128 if major >= 8 and (major, minor) != (8, 0) else 64
+        cores = self._call("nvmlDeviceGetNumGpuCores", handle)
+        return Gpu(index, str(self._call("nvmlDeviceGetName", handle)), (major, minor), cores // per, driver, handle)
 
     def memory(self, gpu: Gpu) -> tuple[int, int]:
         """(free, total) bytes."""
-        memory = _Memory()
-        self._call("nvmlDeviceGetMemoryInfo", ctypes.c_void_p(gpu.handle), ctypes.byref(memory))
-        return memory.free, memory.total
+        memory = self._call("nvmlDeviceGetMemoryInfo", gpu.handle)
+        return int(memory.free), int(memory.total)
 
 
 def visible(variable: str | None, uuids: list[str]) -> list[int]:

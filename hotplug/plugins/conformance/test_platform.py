@@ -13,11 +13,11 @@ from hotplug.plugins.conformance.target import Options, Target, find_target
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
     """The platform that the options name."""
     given = request.config.getoption
-    if not given("--platform"):
-        pytest.exit("give --platform NAME", returncode=4)
-    options = Options(quick=given("--conform-quick"), model=given("--conform-model"),
-                      absent=tuple(given("--conform-absent")))  # fmt: skip
-    return find_target(given("--platform"), options, tmp_path_factory.mktemp("conform"))
+    if not given("--hotplug-platform", default=None):
+        pytest.exit("give -p hotplug.plugins.conformance.pytest_plugin and --hotplug-platform NAME", returncode=4)
+    options = Options(quick=given("--hotplug-quick"), model=given("--hotplug-model"),
+                      absent=tuple(given("--hotplug-absent")))  # fmt: skip
+    return find_target(given("--hotplug-platform"), options, tmp_path_factory.mktemp("conform"))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)

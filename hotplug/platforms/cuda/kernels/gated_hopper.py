@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hotplug.platforms.cuda.kernels import gpu, pdl
+from hotplug.platforms.cuda.kernels.barrier import thread_barrier
 from hotplug.platforms.cuda.kernels.linear_hopper import gate_sums, tile_layout
 
 TOKENS, OUTPUTS, COLS, STAGES, WARPS = 128, 128, 64, 4, 8
@@ -77,7 +78,7 @@ def _gated(x, weight, out, bias, M, N, K: gl.constexpr, PROGRAMS: gl.constexpr, 
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()  # every thread sees the barriers before one is waited for
+    thread_barrier()  # every thread sees the barriers before one is waited for
 
     tiles = gl.cdiv(M, HIGH) * gl.cdiv(N, HIGH)
     count = gl.cdiv(tiles - gl.program_id(0), PROGRAMS) * steps
@@ -100,7 +101,7 @@ def _gated(x, weight, out, bias, M, N, K: gl.constexpr, PROGRAMS: gl.constexpr, 
             mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
             total = warpgroup_mma(ring_x.index(slot), both.index(slot).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_wait(1, deps=(total,))
-            gl.thread_barrier()  # every warp is done with the slot before
+            thread_barrier()  # every warp is done with the slot before
             unit = done - 1 + STAGES
             if (done > 0) & (unit < count):
                 if step == steps:
@@ -120,10 +121,10 @@ def _gated(x, weight, out, bias, M, N, K: gl.constexpr, PROGRAMS: gl.constexpr, 
             total += gl.load(bias + own).to(gl.float32)[None, :]
         gate, up = total.reshape([HIGH, 2, HIGH]).permute((0, 2, 1)).split()
         tma.store_wait(0)  # the tile before has left
-        gl.thread_barrier()
+        thread_barrier()
         result.store(gate_sums(gate, up, dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         tma.async_copy_shared_to_global(out, [own_row * HIGH, own_output * HIGH], result)
     tma.store_wait(0)
 

@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hotplug.platforms.cuda.kernels import pdl
+from hotplug.platforms.cuda.kernels.barrier import thread_barrier
 
 MOST_ROWS = 64
 """Rows of `x` that `stream` takes."""
@@ -108,7 +109,7 @@ def _stream(x, weight, bias, out, partial, counters, M, N, K: gl.constexpr, PROG
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()  # every thread sees the barriers before one is waited for
+    thread_barrier()  # every thread sees the barriers before one is waited for
 
     units = gl.cdiv(N, ROWS) * steps
     at = gl.program_id(0) * units // PROGRAMS
@@ -139,7 +140,7 @@ def _stream(x, weight, bias, out, partial, counters, M, N, K: gl.constexpr, PROG
                 total, total_up = warpgroup_mma_wait(2 if OVERLAP else 0, deps=(total, total_up))
             else:
                 total = warpgroup_mma_wait(1 if OVERLAP else 0, deps=(total,))
-            gl.thread_barrier()  # every warp is done with the slot
+            thread_barrier()  # every warp is done with the slot
             free = done - 1 if OVERLAP else done
             more = (free >= 0) & (free + STAGES < count)
             slot = (free + STAGES) % STAGES
@@ -161,7 +162,7 @@ def _stream(x, weight, bias, out, partial, counters, M, N, K: gl.constexpr, PROG
                 gl.store(place + ROWS * TOKENS, total_up)
             first = ((tile * steps + 1) * PROGRAMS - 1) // units
             parts = ((tile * steps + steps) * PROGRAMS - 1) // units - first + 1
-            gl.thread_barrier()  # every thread's part is written before it is counted
+            thread_barrier()  # every thread's part is written before it is counted
             last = gl.atomic_add(counters + tile, 1, sem="acq_rel") == parts - 1
             if last:
                 gl.store(counters + tile, 0)

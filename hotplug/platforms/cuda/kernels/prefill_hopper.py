@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hotplug.platforms.cuda.kernels import gpu
 from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
+from hotplug.platforms.cuda.kernels.barrier import thread_barrier
 from hotplug.platforms.cuda.kernels.decode_attention import decode
 from hotplug.platforms.cuda.kernels.gathered_attention import plain
 from hotplug.platforms.cuda.kernels.softmax import factors
@@ -203,13 +204,13 @@ def _clear(values, valid):
             row = i * step + gl.arange(0, step, gl.SliceLayout(1, lines))
             part.store(gl.where((row < valid)[:, None], part.load(lines), 0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
 def _release(bar):
     """Every warp is done with what the barrier guards."""
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(bar, count=1)
 
 
@@ -349,7 +350,7 @@ def _prefill_hopper(q, k_rows, v_rows, out, block_table, query_start, seq_lens, 
     k_empty = _barriers(STAGES, 2)
     v_empty = _barriers(STAGES, 2)
     fence_async_shared()
-    gl.thread_barrier()  # every thread sees the barriers before one is waited for
+    thread_barrier()  # every thread sees the barriers before one is waited for
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize([
         (_consume, (ring_q, ring_k, ring_v, bars, out, query_start, seq_lens, scale, out_token, out_head,
