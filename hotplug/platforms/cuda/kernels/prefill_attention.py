@@ -41,14 +41,16 @@ def config_for(dim: int, width: int, capability: tuple[int, int]) -> PrefillConf
 
 @triton.jit
 def _load(cache, rows, table, origin, tile, floor, length, kv_head, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-          SIZE: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr,
-          TMA: tl.constexpr):  # fmt: skip
+          SIZE: tl.constexpr, KEYS: tl.constexpr, COLS: tl.constexpr, WINDOWED: tl.constexpr,
+          MASKED: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """One tile of keys or values, [KEYS, COLS]; MASKED: zeros before `floor`, where no query of the tile sees anything
     and null entries may be, and from `length` on: cells there may hold anything, and nothing times NaN is NaN."""
     start = tile * KEYS
     position = start + tl.arange(0, KEYS)
     cols = tl.arange(0, COLS)
-    inside = (position >= floor) & (position < length)
+    inside = position < length
+    if WINDOWED:
+        inside &= position >= floor
     if TMA:
         row = origin + start if SIZE == 0 else tl.load(table + start // SIZE) * SIZE + start % SIZE
         found = rows.load([row, kv_head * DIM])
@@ -70,37 +72,37 @@ def _load(cache, rows, table, origin, tile, floor, length, kv_head, KV_HEADS: tl
 @triton.jit
 def _span(query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, begin, end, floor, length, scale,
           cap, window, best, total, mixed, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
-          KEYS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-          OVERLAP: tl.constexpr):  # fmt: skip
+          KEYS: tl.constexpr, COLS: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+          TMA: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The tiles begin .. end-1 of keys; every query sees all of them unless MASKED."""
     keys = tl.arange(0, KEYS)
     if OVERLAP and not MASKED:
         if begin < end:
             key = _load(k_cache, k_rows, table, origin, begin, floor, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
-                        False, TMA)  # fmt: skip
+                        WINDOWED, False, TMA)  # fmt: skip
             products = tl.dot(query, tl.trans(key), input_precision="ieee")
             for tile in range(begin, end - 1):
                 key = _load(k_cache, k_rows, table, origin, tile + 1, floor, length, kv_head, KV_HEADS, DIM, SIZE, KEYS,
-                            COLS, False, TMA)  # fmt: skip
+                            COLS, WINDOWED, False, TMA)  # fmt: skip
                 following = tl.dot(query, tl.trans(key), input_precision="ieee")
                 value = _load(v_cache, v_rows, table, origin, tile, floor, length, kv_head, KV_HEADS, DIM, SIZE, KEYS,
-                              COLS, False, TMA)  # fmt: skip
+                              COLS, WINDOWED, False, TMA)  # fmt: skip
                 best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False)
                 products = following
             value = _load(v_cache, v_rows, table, origin, end - 1, floor, length, kv_head, KV_HEADS, DIM, SIZE, KEYS,
-                          COLS, False, TMA)  # fmt: skip
+                          COLS, WINDOWED, False, TMA)  # fmt: skip
             best, total, mixed = accumulate(logits(products, scale, cap, CAPPED), value, best, total, mixed, False)
     else:
         for tile in range(begin, end):
             key = _load(k_cache, k_rows, table, origin, tile, floor, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
-                        MASKED and not TMA, TMA)  # fmt: skip
+                        WINDOWED, MASKED and not TMA, TMA)  # fmt: skip
             scores = logits(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
             if MASKED:
                 position = tile * KEYS + keys
                 visible = (position[None, :] <= place[:, None]) & (position[None, :] > place[:, None] - window)
                 scores = tl.where(visible, scores, float("-inf"))
             value = _load(v_cache, v_rows, table, origin, tile, floor, length, kv_head, KV_HEADS, DIM, SIZE, KEYS, COLS,
-                          MASKED, TMA)  # fmt: skip
+                          WINDOWED, MASKED, TMA)  # fmt: skip
             best, total, mixed = accumulate(scores, value, best, total, mixed, MASKED)
     return best, total, mixed
 
@@ -145,11 +147,11 @@ def _prefill(q, k_cache, v_cache, k_rows, v_rows, out, block_table, query_start,
         middle = tl.maximum(before + 1, 0) // KEYS
         best, total, mixed = _span(
             query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, 0, middle, floor, length, scale,
-            cap, window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, False, CAPPED, TMA, OVERLAP,
+            cap, window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, WINDOWED, False, CAPPED, TMA, OVERLAP,
         )  # fmt: skip
     best, total, mixed = _span(
         query, k_cache, v_cache, k_rows, v_rows, table, origin, place, kv_head, middle, last, floor, length, scale,
-        cap, window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, True, CAPPED, TMA, False,
+        cap, window, best, total, mixed, KV_HEADS, DIM, SIZE, KEYS, COLS, WINDOWED, True, CAPPED, TMA, False,
     )  # fmt: skip
     if SINKS:
         best, total, mixed = with_sink(best, total, mixed, tl.load(sinks + head).to(tl.float32) * 1.4426950408889634)

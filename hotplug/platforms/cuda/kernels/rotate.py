@@ -74,10 +74,10 @@ def _rope_kv_write(q, k, v, q_weight, k_weight, q_out, k_cache, v_cache, positio
             tl.store(k_cache + place, first, mask=mask)
             tl.store(k_cache + place + HALF, second, mask=mask)
         else:
-            _, value = finite_cells(value, value)
-            _, value2 = finite_cells(value2, value2)
-            tl.store(v_cache + place, value, mask=mask)
-            tl.store(v_cache + place + HALF, value2, mask=mask)
+            _, stored = finite_cells(value, value)
+            _, stored2 = finite_cells(value2, value2)
+            tl.store(v_cache + place, stored, mask=mask)
+            tl.store(v_cache + place + HALF, stored2, mask=mask)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float] | None, positions: Tensor,

@@ -245,8 +245,8 @@ def _finish(logits, stride, vocab, rows, temperature, top_k, top_p, min_p, filte
             token = tl.load(tokens + token)
         tl.store(out + entry, token.to(tl.int64))
     else:
-        token = tl.load(where + entry * chunks + tl.minimum(at, chunks - 1)).to(tl.int64)
-        tl.store(out + entry, tl.where(finite, token, NO_TOKEN))
+        best_token = tl.load(where + entry * chunks + tl.minimum(at, chunks - 1)).to(tl.int64)
+        tl.store(out + entry, tl.where(finite, best_token, NO_TOKEN))
 
 
 @cache

@@ -21,10 +21,13 @@ def factors(scale: float, soft_cap: float | None) -> tuple[float, float]:
 
 @triton.jit
 def finite_cells(key, value):
-    """Keys and values as caches hold them (`finite_values` of the op `kv_write`): a value that is not finite is 0, and
-    NaN in its key. Products by a weight of zero are zero then, in every kernel."""
-    lost = ~(tl.abs(value) < float("inf"))  # NaN is below nothing
-    return tl.where(lost, float("nan"), key), tl.where(lost, 0.0, value)
+    """Keys and values as caches hold them (`finite_values` of the op `kv_write`), in float32.
+
+    A value that is not finite is 0, and NaN in its key. A weight of zero times a value is zero then, in every kernel.
+    """
+    key, value = key.to(tl.float32), value.to(tl.float32)
+    finite = tl.abs(value) < float("inf")  # NaN is below nothing
+    return tl.where(finite, key, float("nan")), tl.where(finite, value, 0.0)
 
 
 @triton.jit
