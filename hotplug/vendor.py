@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hotplug.core.errors import HotplugError, PlatformError
     from hotplug.core.ops.attention import AttentionInputs, finite_values, gather_kv
     from hotplug.core.ops.registry import Bucket, Impl, Op, OpRegistry, SiteSpec, Verdict
+    from hotplug.core.ops.sampling import NO_TOKEN
     from hotplug.core.platform.base import (
         API_VERSION,
         CompileLimits,
@@ -45,6 +46,7 @@ _WHERE = {
     "hotplug.core.errors": ("HotplugError", "PlatformError"),
     "hotplug.core.ops.attention": ("AttentionInputs", "finite_values", "gather_kv"),
     "hotplug.core.ops.registry": ("Bucket", "Impl", "Op", "OpRegistry", "SiteSpec", "Verdict"),
+    "hotplug.core.ops.sampling": ("NO_TOKEN",),
     "hotplug.core.platform.base": (
         "API_VERSION", "CompileLimits", "DeviceInfo", "ExecMode", "Feature", "KVLayout", "Limits", "MemoryInfo",
         "Platform",
@@ -61,6 +63,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 __all__ = [
     "API_VERSION",
+    "NO_TOKEN",
     "AttentionInputs",
     "Bucket",
     "CompileLimits",

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+from hotplug.cli import display
 from hotplug.cli.main import app
 from hotplug.core.engine import bind as bind_module
 from hotplug.core.ops.registry import SiteSpec
@@ -257,6 +258,7 @@ def test_a_package_that_cannot_be_imported_is_named(machine: set[str], monkeypat
 def test_explain_lists_it_with_its_reason(tiny_model: Path, machine: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     platform = Interpreted(facts=facts("bfloat16"))
     monkeypatch.setattr(bind_module, "discover", lambda *_: candidates(platform))
+    monkeypatch.setattr(display, "selected", lambda *_: None)
     arguments = ["explain", str(tiny_model), "--load-format", "dummy", "--why", "layers.0.attn", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--device", "interpreted"])
     assert result.exit_code == 0, result.output

@@ -17,7 +17,7 @@ def has_chat_template(path: Path, override: str | None) -> bool:
         files = [path / "chat_template.jinja", *(path / "additional_chat_templates").glob("*.jinja")]
         return any(file.exists() for file in files) or bool(_settings(path).get("chat_template"))
     file = find_gguf(path)
-    return file is not None and "tokenizer.chat_template" in GgufFile(file).metadata
+    return file is not None and GgufFile(file).metadata.present("tokenizer.chat_template")
 
 
 def _settings(folder: Path) -> dict[str, object]:
