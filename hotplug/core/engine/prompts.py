@@ -81,7 +81,7 @@ def _one_or_rows(given: Any, where: str) -> list[Prompt] | None:
     if isinstance(ids := getattr(given, "ids", None), list):  # `tokenizers.Encoding`
         return [Prompt(token_ids=_integers(ids, f"{where}.ids"))]
     if _is_array(given):
-        array = _array(given)
+        array = _array(given, where)
         if array.ndim in (1, 2) and (array.dtype.kind in "iu" or not array.size):
             return [Prompt(token_ids=row.tolist()) for row in np.atleast_2d(array)]
         if array.ndim != 1 or array.dtype.kind not in "OU":  # which hold texts, or rows of several lengths
@@ -143,9 +143,14 @@ def _rows(given: Any, where: str, most: int | None = None) -> list[list[int]]:
 
 def _integers(given: Sequence[Any], where: str) -> list[int]:
     """A list of integers, of a sequence that is to hold nothing else."""
-    if set(map(type, given)) <= {int}:
-        return given if type(given) is list else list(given)
-    return [_integer(one, f"{where}[{i}]") for i, one in enumerate(given)]
+    plain = set(map(type, given)) <= {int}
+    found = list(given) if plain else [_integer(one, f"{where}[{i}]") for i, one in enumerate(given)]
+    if found and (min(found) < 0 or max(found) > checks.INT32):
+        at = next(i for i, one in enumerate(found) if not 0 <= one <= checks.INT32)
+        raise RequestError(
+            f"{where}[{at}] is {checks.shown(found[at])}: a token id is in the vocabulary", param="prompt"
+        )
+    return found
 
 
 def _integer(given: Any, where: str) -> int:
@@ -153,8 +158,8 @@ def _integer(given: Any, where: str) -> int:
     if _is_number(given) and not boolean:
         try:
             return operator.index(given)
-        except TypeError:
-            pass  # a float
+        except Exception:  # a float; a number of other people's
+            pass
     raise _refused(where, given, "token ids are integers")
 
 
@@ -172,9 +177,13 @@ def _is_array(given: Any) -> bool:
     return hasattr(given, "__array__") and hasattr(given, "shape") and hasattr(given, "dtype")
 
 
-def _array(given: Any) -> np.ndarray[Any, Any]:
+def _array(given: Any, where: str) -> np.ndarray[Any, Any]:
     detach = getattr(given, "detach", None)  # a tensor, which may be on a device
-    return np.asarray(detach().cpu() if callable(detach) else given)
+    try:
+        return np.asarray(detach().cpu() if callable(detach) else given)
+    except Exception as e:  # sparse, nested, without values, of a type that NumPy has not
+        raise RequestError(f"{where} is a {type(given).__name__} that gives no array", param="prompt",
+                           hint="Give token ids as integers.") from e  # fmt: skip
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -212,6 +221,10 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         raise RequestError(f"{where} has content {_shown(content)}, not text or a list of parts", param="messages")
     if isinstance(content, tuple):
         message["content"] = list(content)
+    for text in (message["role"], content, *(content if isinstance(content, list | tuple) else ())):
+        found = text.get("text") if isinstance(text, Mapping) else text
+        if isinstance(found, str):
+            _TEXT("messages", found)
     return message
 
 

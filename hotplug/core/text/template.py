@@ -16,10 +16,10 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from hotplug.core.errors import RequestError
 from hotplug.core.text.json_scan import escape_lone_surrogates
+from hotplug.core.text.sandbox import Sandbox
 
 _FAILURES = (Exception,)
 """What a template that meets messages it was not written for ends in: it is code that we did not write."""
@@ -37,7 +37,7 @@ def render(template: str, messages: list[dict[str, Any]], variables: dict[str, A
     """The prompt of a conversation. Raises RequestError (`messages`, or `chat_template` if it is no template)."""
     compiled = compile_template(template)
     try:
-        return compiled.render({**variables, "messages": messages})
+        return _environment().rendered(compiled, {**variables, "messages": messages})
     except _FAILURES as e:
         raise RequestError(f"the chat template cannot render these messages: {e}", param="messages") from e
 
@@ -84,10 +84,8 @@ def mentions(template: str, name: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
+def _environment() -> Sandbox:
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
