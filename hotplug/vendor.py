@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from hotplug.core.errors import HotplugError, PlatformError
     from hotplug.core.ops.attention import AttentionInputs, finite_values, gather_kv
     from hotplug.core.ops.registry import Bucket, Impl, Op, OpRegistry, SiteSpec, Verdict
-    from hotplug.core.ops.sampling import NO_TOKEN
     from hotplug.core.platform.base import (
         API_VERSION,
         CompileLimits,
@@ -40,13 +39,13 @@ if TYPE_CHECKING:
     )
     from hotplug.core.platform.program import StepProgram
     from hotplug.core.platform.tuning import TuningResult, TuningSummary
+    from hotplug.core.request import NO_TOKEN
     from hotplug.core.weights.source import cache_folder
 
 _WHERE = {
     "hotplug.core.errors": ("HotplugError", "PlatformError"),
     "hotplug.core.ops.attention": ("AttentionInputs", "finite_values", "gather_kv"),
     "hotplug.core.ops.registry": ("Bucket", "Impl", "Op", "OpRegistry", "SiteSpec", "Verdict"),
-    "hotplug.core.ops.sampling": ("NO_TOKEN",),
     "hotplug.core.platform.base": (
         "API_VERSION", "CompileLimits", "DeviceInfo", "ExecMode", "Feature", "KVLayout", "Limits", "MemoryInfo",
         "Platform",
@@ -57,6 +56,7 @@ _WHERE = {
     ),
     "hotplug.core.platform.program": ("StepProgram",),
     "hotplug.core.platform.tuning": ("TuningResult", "TuningSummary"),
+    "hotplug.core.request": ("NO_TOKEN",),
     "hotplug.core.weights.source": ("cache_folder",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -164,7 +164,7 @@ def test_steps_that_gathering_would_slow_go_to_the_kernel_over_blocks(lens: list
 def test_tiles_over_gathered_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathered_attention, "LEAST_QUERIES", 0)
     case = case_of(MIXED[3:])
-    chunks = gathered_attention.chunks_of(case.step, 16)
+    chunks = gathered_attention.chunks_of(case.step, 16, None)
     assert chunks is not None
     k, v = gathered_attention.gather(case.k_cache, case.v_cache, chunks)
     assert_close(k.cpu(), torch.cat(case.keys))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 
 from hotplug.core.ops import dense, sampling
 from hotplug.core.ops.builtin import builtin_registry
+from hotplug.core.request import NO_TOKEN
 from hotplug.platforms.cuda.kernels import KERNELS
 from hotplug.platforms.cuda.kernels.inputs import embed, prepare_step
 from hotplug.platforms.cuda.kernels.sample import _tokens, sample, sample_rows
@@ -130,16 +133,17 @@ def test_the_first_of_equal_best_tokens_is_greedy() -> None:
     whole = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     rows = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     tokens = sample_rows(logits.to(DEVICE), rows, one, whole, one, one, whole, whole.expand(3).contiguous())
-    assert tokens.tolist() == [4100, 17, 0]
+    assert tokens.tolist() == [4100, 17, NO_TOKEN]
 
 
-def test_scores_that_are_not_numbers_give_some_token_of_the_vocabulary() -> None:
-    """A padding row may hold anything; its token must still have an embedding."""
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rows_without_a_finite_best_score_give_no_token(value: float) -> None:
     args = draws(2, 300, 1.0, "kp")
-    logits = torch.full((2, 300), float("nan"))
+    one, every = torch.randn(2, 300), torch.full((2, 300), value)
+    one[:, 299] = value
     for warm in (torch.zeros(2), torch.ones(2)):
-        tokens = drawn((logits, warm, *args[2:]))
-        assert ((tokens >= 0) & (tokens < 300)).all()
+        assert drawn((every, warm, *args[2:])).tolist() == [NO_TOKEN, NO_TOKEN]
+        assert (drawn((one, warm, *args[2:])) == NO_TOKEN).all() == (value > 0 or math.isnan(value))
 
 
 def test_no_rows_give_no_tokens() -> None:

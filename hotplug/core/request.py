@@ -23,6 +23,8 @@ else:
     TokenIds = Any  # msgspec reads annotations, and knows no arrays
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+NO_TOKEN = -2
+"""What is sampled where no token can be chosen (`core.ops.sampling`). -1 stands for tokens not given or proposed."""
 
 MAX_N = 128
 """The most completions of one prompt."""

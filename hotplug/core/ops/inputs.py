@@ -41,7 +41,7 @@ def prepare_inputs(
     """Complete a step's inputs from the persistent batch.
 
     token_ids: [T] from the host; -1 takes the row's last sampled token, which only the device knows. Where there was
-    none (`sampling.NO_TOKEN`), any token of the vocabulary will do, here 0: the request has ended by then.
+    none (`NO_TOKEN`), any token of the vocabulary will do, here 0: the request has ended by then.
     rows: [R] batch rows; query_start: [R + 1]; start: [R] first position of each.
     last_tokens: [max_rows]; block_tables: [max_rows, max_blocks].
     Returns token_ids [T], positions [T], slots [T] and seq_lens [R], in the index dtype of `start`.

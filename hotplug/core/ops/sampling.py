@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from hotplug.core.ops.registry import Op
-
-NO_TOKEN = -2
-"""For a row that no token can be chosen for. -1 stands for tokens that are not given or not proposed."""
+from hotplug.core.request import NO_TOKEN
 
 
 def penalties(

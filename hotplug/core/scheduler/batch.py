@@ -11,7 +11,7 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from hotplug.core.ops.sampling import NO_TOKEN
+from hotplug.core.request import NO_TOKEN
 from hotplug.core.scheduler.plan import BoolArray, IntArray
 from hotplug.core.scheduler.sequence import Sequence
 

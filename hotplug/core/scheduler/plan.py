@@ -121,7 +121,7 @@ class StepResult:
     """What a step returned to the host, in the plan's order."""
 
     token_ids: IntArray
-    """[R] the last sampled token of each row, `NO_TOKEN` where there is none (`hotplug.core.ops.sampling`); undefined
+    """[R] the last sampled token of each row, `NO_TOKEN` where there is none; undefined
     where `plan.samples` is false."""
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row: log-probabilities of the sampled tokens, for rows that asked."""

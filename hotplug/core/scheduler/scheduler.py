@@ -35,8 +35,7 @@ from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError,
 from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.prefix import BlockHashes
-from hotplug.core.ops.sampling import NO_TOKEN
-from hotplug.core.request import EngineStats, Request, TokenDelta, TokenLogprobs
+from hotplug.core.request import NO_TOKEN, EngineStats, Request, TokenDelta, TokenLogprobs
 from hotplug.core.scheduler.batch import Batch
 from hotplug.core.scheduler.builder import StepBuilder
 from hotplug.core.scheduler.drafter import Speculation

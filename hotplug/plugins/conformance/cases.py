@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hotplug.core.ops.attention import AttentionInputs, kv_write
 from hotplug.core.ops.registry import Fact
-from hotplug.core.ops.sampling import NO_TOKEN
 from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.request import NO_TOKEN
 
 TORCH_DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn,
