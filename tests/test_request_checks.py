@@ -19,6 +19,7 @@ from hotplug.core.errors import RequestError
 from hotplug.core.request import (
     MAX_CACHE_SALT_CHARS,
     MAX_LOGIT_BIAS,
+    MAX_PROCESSORS,
     MAX_PROCESSORS_DEPTH,
     MAX_PROCESSORS_SIZE,
     MAX_STOP,
@@ -93,6 +94,7 @@ WRONG: list[tuple[str, Any]] = [
         "x", ["x"], {"x": 1}, {1: {}}, {"x": {1: 2}}, {"x": {"a": 2**63}}, {"x": {"a": [{"b": 2**64}]}},
         {"x": {"a": -(2**63) - 1}}, {"x": {"a": math.nan}}, {"x": {"a": math.inf}}, {"x": {"a": HALF}}, {HALF: {}},
         {"x": {HALF: 1}}, {"x": {"a": object()}}, {"x": {"a": b"x"}}, {"x": {"a": {1, 2}}}, {"x": {"a": Text(HALF)}},
+        {str(i): {} for i in range(MAX_PROCESSORS + 1)}, {**{str(i): {} for i in range(MAX_PROCESSORS - 1)}, "x": 1},
         {"x": {"a": nested(MAX_PROCESSORS_DEPTH)}}, {"x": {"a": nested(100_000)}},
         {"x": {"a": [0] * MAX_PROCESSORS_SIZE}}, {"x": {"a": "a" * MAX_PROCESSORS_SIZE}},
         {str(i): {} for i in range(MAX_PROCESSORS_SIZE)}, {"x": {"a": np.zeros(3)}}, {"x": {"a": Decimal(1)}})],

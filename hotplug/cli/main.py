@@ -6,6 +6,7 @@ so that `--help` and `devices` answer at once (bar: 1 s cold, tests/test_cli.py)
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,10 @@ class Commands(TyperGroup):
             fail(error)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            fail(HotplugError("what the command prints cannot be written", why=str(error.strerror)))
 
 
 def fail(error: HotplugError) -> None:

@@ -7,12 +7,12 @@ This module knows nothing of HTTP, scheduling or devices.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
 from hotplug.core import checks
+from hotplug.core.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_CACHE_SALT_CHARS = 1024
 MAX_ID_CHARS = 1024
+MAX_PROCESSORS = 64
 MAX_PROCESSORS_DEPTH = 64
 MAX_PROCESSORS_SIZE = 65_536
 """Characters and values in all of `logits_processors`."""
@@ -62,7 +63,11 @@ _TEMPERATURE = checks.number(0.0, 100.0)
 
 
 def _processors(name: str, value: Any) -> Any:
-    if not isinstance(value, Mapping) or not all(isinstance(one, Mapping) for one in islice(value.values(), 1000)):
+    if not isinstance(value, Mapping):
+        checks.refuse(name, "arguments by the name of a processor", value)
+    if len(value) > MAX_PROCESSORS:
+        raise RequestError(f"{name} takes at most {MAX_PROCESSORS} processors, got {len(value)}", param=name)
+    if not all(isinstance(one, Mapping) for one in value.values()):
         checks.refuse(name, "arguments by the name of a processor", value)
     return _PROCESSORS(name, value) or None
 
