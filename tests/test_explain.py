@@ -12,6 +12,7 @@ import torch
 from fake_platforms import FakePlatform, candidates, limits
 from typer.testing import CliRunner
 
+from hotplug.cli import display
 from hotplug.cli.main import app
 from hotplug.cli.plan_view import short
 from hotplug.core.engine import bind as bind_module
@@ -39,6 +40,7 @@ def two_platforms(*_: Any) -> Any:
 @pytest.fixture
 def explain(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(bind_module, "discover", two_platforms)
+    monkeypatch.setattr(display, "selected", lambda *_: None)
 
     def run(*args: str, device: str = "acme", code: int = 0) -> str:
         chosen = ("--device", device) if device else ()

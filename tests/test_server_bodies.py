@@ -225,7 +225,7 @@ def test_errors_are_short_whatever_was_sent(client):
         ("prompt", [[1]] * 2049),
         ("prompt", ["a"] * 200_000),
         ("prompt", [True] * 100_000),
-        ("stop", ["x"] * 17),
+        ("stop", ["x"] * 65),
         ("stop", "x" * 1025),
         ("stop", ["x" * 1025]),
         ("cache_salt", "x" * 1025),

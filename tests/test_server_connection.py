@@ -316,7 +316,9 @@ def test_a_body_that_trickles_in_is_given_up(hasty):
             while not done.wait(0.1):
                 connection.send(b" ")
 
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n" + b"Content-Length: 1000000\r\n\r\n"
+        )
         thread = threading.Thread(target=trickle)
         thread.start()
         try:

@@ -155,7 +155,7 @@ def test_phases_are_timed_by_name() -> None:
 def test_a_tokenizer_is_loaded_while_the_engine_starts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = threading.Event()
 
-    def load(path: Path, template: Path | None) -> str:
+    def load(path: Path, template: Path | None, **_: object) -> str:
         loaded.set()
         return "the tokenizer"
 

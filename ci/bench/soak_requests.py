@@ -18,7 +18,7 @@ BAD: Sequence[tuple[dict[str, Any] | str, int]] = (
     ({"prompt": "a", "logit_bias": {"99999999": 1}}, 400),
     ({"prompt": [2**31]}, 400),
     ({"prompt": ""}, 400),
-    ({"prompt": [5] * 100_000}, 413),
+    ({"prompt": [5] * 100_000}, 400),
     ({"prompt": "a", "model": "another"}, 404),
 )
 """Bodies that are refused, over a right `model`, and the status that says so."""
