@@ -95,6 +95,7 @@ def test_the_right_platform_passes_every_check(tmp_path: Path) -> None:
     assert outcomes(examine(right.Right, tmp_path)) == expected
 
 
+@pytest.mark.slow
 def test_the_cpu_platform_passes_every_check(tmp_path: Path) -> None:
     expected = {check.name: "passed" for check in CHECKS}
     if native.refusal() is not None:

@@ -463,6 +463,7 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
         library.load().use("avx9")
 
 
+@pytest.mark.slow
 @needs_library
 def test_a_compiler_without_amx_builds_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = tmp_path / "old"

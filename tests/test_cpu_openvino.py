@@ -232,6 +232,7 @@ def variant(tmp_path: Path, changes: dict[str, Any]) -> Path:
         return small_model(tmp_path)
 
 
+@pytest.mark.slow
 @needs_openvino
 def test_smollm2(smollm2_path: Path, cache: Path) -> None:
     same_tokens(smollm2_path, PROMPTS[:3])

@@ -162,6 +162,7 @@ def greedy(core: EngineCore) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="tests/gpu runs the real platform")
 @pytest.mark.filterwarnings("ignore:.*call sites run a plain-PyTorch reference")
 def test_greedy_tokens_are_those_of_the_references(tmp_path: Path) -> None:

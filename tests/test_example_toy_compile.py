@@ -64,6 +64,7 @@ def test_its_greedy_tokens_are_the_cpu_platforms_and_a_second_start_compiles_not
     assert found["first"]["recompiles"] == found["second"]["recompiles"] == 0
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(installed: Path) -> None:
     done = run_python(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE / "tests"), cwd=installed)
     assert "6 passed" in done.stdout, done.stdout + done.stderr

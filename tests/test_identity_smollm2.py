@@ -63,6 +63,7 @@ def test_with_a_token_budget_of_64(smollm2_path, expected):
     assert tokens(llm) == expected
 
 
+@pytest.mark.slow
 def test_with_a_pool_so_small_that_requests_are_preempted(smollm2_path, expected):
     # about 24 blocks of 16 tokens for sequences of 5 to 9 blocks each
     llm = engine(smollm2_path, max_num_seqs=16, max_model_len=256, kv_cache_memory=25 * 16 * 46080)
@@ -70,12 +71,14 @@ def test_with_a_pool_so_small_that_requests_are_preempted(smollm2_path, expected
     assert llm.core.stats().preemptions > 0
 
 
+@pytest.mark.slow
 def test_with_speculation(smollm2_path, expected):
     llm = engine(smollm2_path, max_num_seqs=16, speculative="ngram", speculative_max_requests=16)
     assert tokens(llm) == expected
     assert llm.core.stats().confirmed_tokens > 100
 
 
+@pytest.mark.slow
 def test_seeded_sampling_repeats_itself_across_batch_compositions(smollm2_path):
     llm = engine(smollm2_path, max_num_seqs=16)
     params = [SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=i, max_tokens=24) for i in range(len(PROMPTS))]

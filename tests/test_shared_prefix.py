@@ -133,6 +133,7 @@ def test_who_goes_away_costs_those_that_wait_less_than_a_block(options: dict[str
     assert computed <= least_tokens(list(engine.requests.values()), options["block_size"]) + lost
 
 
+@pytest.mark.slow
 @CHECKS
 @given(options(), st.integers(0, 2**16), st.integers(0, 40), st.sampled_from([0, 12]))
 def test_a_pool_that_is_too_small_neither_stops_nor_changes_an_output(
