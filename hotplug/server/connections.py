@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if sys.platform != "win32":
     import resource
 
 if TYPE_CHECKING:
-    from hotplug.server.connection import Connection
+    import asyncio
 
 KEEP_ALIVE = 75.0
 """Seconds an idle connection stays open: longer than the clients' own limits, so that they close first."""
@@ -63,7 +63,25 @@ class SparseLog:
         _logger.warning("%s%s", text, f" (and {untold} more since the last such line)" if untold else "")
 
 
-Waiting = dict["Connection", float]
+class Connection(Protocol):
+    """What the tables hold (`hotplug.server.connection`)."""
+
+    loop: asyncio.AbstractEventLoop
+    waiting_in: Waiting | None
+    """The table that it is in; `Connections` sets it."""
+
+    def head_timed_out(self, seconds: float) -> None:
+        """Its request's headers have not come within so many seconds."""
+        ...
+
+    def check_body(self, now: float, since: float, seconds: float) -> None:
+        """Refuse a body that has stalled for so many seconds, or trickles since a time."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Waiting = dict[Connection, float]
 """Connections in the order in which they entered, and when that was (seconds of the event loop's clock)."""
 
 
