@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import msgspec
 
 from hotplug.core import checks
-from hotplug.core.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +65,7 @@ def _processors(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         checks.refuse(name, "arguments by the name of a processor", value)
     if len(value) > MAX_PROCESSORS:
-        raise RequestError(f"{name} takes at most {MAX_PROCESSORS} processors, got {len(value)}", param=name)
+        checks.refuse(name, f"at most {MAX_PROCESSORS} processors", value)
     if not all(isinstance(one, Mapping) for one in value.values()):
         checks.refuse(name, "arguments by the name of a processor", value)
     return _PROCESSORS(name, value) or None
