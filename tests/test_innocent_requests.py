@@ -51,6 +51,7 @@ ASKED: list[dict[str, Any]] = [
     *[{"request_id": value} for value in (HALF, 5, "a" * 100_000)],
     {"params": "greedy"}, {"params": {"n": 2}},
     *[{"params": SamplingParams(**values)} for values in (
+        {"stop_token_ids": list(range(VOCAB)), "min_tokens": 4},
         {"stop_token_ids": [VOCAB]}, {"logit_bias": {VOCAB: 1.0}}, {"logit_bias": {2**31 - 1: 1.0}},
         {"min_tokens": CONTEXT - 1}, {"min_tokens": 2**31 - 1}, {"min_tokens": CONTEXT, "max_tokens": CONTEXT},
         {"logits_processors": {"none": {"a": 1}}}, {"n": 3, "stop_token_ids": [2**31 - 1]})],

@@ -217,6 +217,30 @@ def test_the_observer_is_told_once_a_step(tokenizer: Tokenizer) -> None:
     assert calls == [("inter_tokens", [2.5, 2.5])]
 
 
+def test_the_observer_is_told_of_every_end(tokenizer: Tokenizer) -> None:
+    ends: list[str] = []
+
+    class Observer:
+        def finished(self, reason: str, *_: Any) -> None:
+            ends.append(reason)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: None
+
+    streams, observer = Streams(0), Observer()
+    given_up, failed = (
+        Submission(name, [2], SamplingParams(n=2), tokenizer, EOS, tags=streams.tags) for name in ("a", "b")
+    )
+    for submission in (given_up, failed):
+        streams.open(submission)
+    streams.close(given_up, observer)  # type: ignore[arg-type]
+    error = TokenDelta(failed.requests[0].id, [], "error", error="no scores", tag=failed.requests[0].tag)
+    streams.take(step([], [], [error]), 1.0, observer)  # type: ignore[arg-type]
+    streams.refuse(failed.requests[1].tag, QueueFullError("full", retry_after=1))
+    streams.close(failed, observer)  # type: ignore[arg-type]
+    assert ends == ["abort", "abort", "error"]
+
+
 def test_the_prompts_log_probabilities_come_with_the_first_of_several_completions_alone(tokenizer: Tokenizer) -> None:
     params = SamplingParams(n=3, seed=2**63 - 1, prompt_logprobs=2)
     requests = Submission("r", [2], params, tokenizer, EOS).requests

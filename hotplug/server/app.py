@@ -15,7 +15,7 @@ from hotplug.server import chat, completions, errors, intake, routes, schemas
 from hotplug.server.config import ServerConfig
 from hotplug.server.figures import Figures
 from hotplug.server.gate import Gate
-from hotplug.server.inflight import InFlight, InFlightRequests
+from hotplug.server.inflight import InFlight
 from hotplug.server.metrics import EngineMetrics
 from hotplug.server.parsing import find_parsers
 from hotplug.server.service import Service
@@ -75,8 +75,7 @@ def create_app(
     intake.install(app, schemas.BODIES)
     errors.install(app)
     app.state.in_flight = InFlight()
-    app.add_middleware(InFlightRequests, in_flight=app.state.in_flight)
-    app.add_middleware(Gate, llm=llm, config=config)
+    app.add_middleware(Gate, llm=llm, config=config, in_flight=app.state.in_flight)
     if spans is not None:
         app.add_middleware(TracedRequests, spans=spans)
     return app

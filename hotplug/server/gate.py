@@ -20,6 +20,7 @@ from hotplug.server.errors import AuthenticationError, error_response
 
 if TYPE_CHECKING:
     from hotplug.core.engine.async_llm import AsyncLLM
+    from hotplug.server.inflight import InFlight
 
 DIRECT_SEND = "hotplug.send"
 """Key of a request's scope: the `send` that streamed events take, past the routing's wrappers, which look for the start
@@ -48,10 +49,11 @@ _READ = tuple(name.replace("_", "-").encode() for name in _Headers._fields)
 
 
 class Gate:
-    """Refuses a request before its body is read."""
+    """Refuses a request before its body is read; the others are in flight until they are answered."""
 
-    def __init__(self, app: ASGIApp, llm: AsyncLLM, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, llm: AsyncLLM, config: ServerConfig, in_flight: InFlight) -> None:
         self._app = app
+        self._in_flight = in_flight
         self._llm = llm
         self._keys = tuple(key.encode() for key in config.api_key)
         self._max_body = parse_bytes(config.max_body_size)
@@ -128,7 +130,7 @@ class Gate:
             return message
 
         try:
-            await self._app(scope, bounded, send)
+            await self._in_flight.run(self._app, scope, bounded, send)
         finally:
             self._body_room += held
 

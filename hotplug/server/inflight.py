@@ -1,6 +1,6 @@
 """Requests that are being answered, and how they end when the server does before they do.
 
-`InFlightRequests` is an ASGI middleware inside of `Gate`: what is refused there is never in flight.
+`Gate` answers through `InFlight.run`: what it refuses is never in flight.
 """
 
 from __future__ import annotations
@@ -86,17 +86,3 @@ async def _end(request: _Request, scope: Scope, receive: Receive) -> None:
 
 def _is_event_stream(start: Message) -> bool:
     return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"])
-
-
-class InFlightRequests:
-    """The middleware that keeps `InFlight`."""
-
-    def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
-        self._app = app
-        self._in_flight = in_flight
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self._in_flight.run(self._app, scope, receive, send)
-        else:
-            await self._app(scope, receive, send)

@@ -239,7 +239,7 @@ class AsyncLLM:
                 running -= chunk.finish_reason is not None
                 yield chunk
         finally:
-            self._queue(self._streams.close(submission))
+            self._queue(self._streams.close(submission, self.observer))
 
     def _new_id(self, given: str | None = None) -> str:
         """An id that no other request has, or an abort of one would end the other."""

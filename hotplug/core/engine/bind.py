@@ -24,10 +24,10 @@ from hotplug.core.models.loader import build_model
 from hotplug.core.models.split import local_config
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
-from hotplug.core.ops.registry import Observe
+from hotplug.core.ops.registry import Observe, OpRegistry
 from hotplug.core.ops.trace import Tracer, synchronizer
 from hotplug.core.parallel.comm import register_collectives
-from hotplug.core.platform.base import ExecMode, Limits
+from hotplug.core.platform.base import ExecMode, Limits, Platform
 from hotplug.core.platform.discovery import Candidate, discover
 from hotplug.core.platform.features import Resolved, resolve
 from hotplug.core.platform.optional import HasRuntime
@@ -159,33 +159,16 @@ def bind(
     model_config = local_config(model_config, ranks)
     max_model_len = _max_model_len(config, model_config)
 
-    registry = builtin_registry()
-    for op in extension.ops:
-        registry.define(op)
-    if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, StoredScheme):
-        registry.define(asked.scheme.op)  # that of stored groups is built in
-    selection.platform.register(registry)
-    if ranks > 1:
-        register_collectives(registry, selection.platform, ranks)
+    registry = _registry(selection.platform, extension, asked, ranks)
     weights = asked or preferred_format(limits, registry, checkpoint, dtype=resolved.dtype, arch=selection.device.arch,
                                         torn=group_faults(checkpoint.config, ranks))  # fmt: skip
     device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
     tracer = Tracer(synchronizer(selection.platform, selection.device, device)) if config.trace_ops else None
-    plan = Plan(
-        registry,
-        arch=selection.device.arch,
-        force=config.force,
-        accelerator=limits.accelerator,
-        observe=tracer.observe if observe is None and tracer is not None else observe,
-    )
-    kv_shape = KVShape(
-        model_config.num_layers,
-        model_config.num_kv_heads,
-        model_config.head_dim,
-        resolved.block_size,
-        resolved.kv_layout,
-        TORCH_DTYPES[resolved.kv_dtype],
-    )
+    observe = tracer.observe if observe is None and tracer is not None else observe
+    plan = Plan(registry, arch=selection.device.arch, force=config.force, accelerator=limits.accelerator,
+                observe=observe)  # fmt: skip
+    kv_shape = KVShape(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, resolved.block_size,
+                       resolved.kv_layout, TORCH_DTYPES[resolved.kv_dtype])  # fmt: skip
     reach = min(max_model_len, _room(config, model_config, kv_shape, resolved, max_model_len, sharing))
     if not meta:
         kv_memory.check_context(config, limits, selection.platform.memory(selection.device), kv_shape, reach, sharing)
@@ -207,16 +190,7 @@ def bind(
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
         model = build_model(model_config, context, extension.models)
     whole = compiled_by(selection.platform, plan.choices) if resolved.exec_mode is ExecMode.COMPILE else {}
-    with MemoryGuard("making room for the rows of a step", selection, memory_guard.ROWS):
-        batch = Batch(
-            plan,
-            max_rows=resolved.max_num_seqs,
-            max_len=reach,
-            block_size=resolved.block_size,
-            index_dtype=TORCH_DTYPES[limits.index_dtype],
-            device=device,
-            pin=selection.platform.pinned if isinstance(selection.platform, HasRuntime) and not meta else None,
-        )
+    batch = _batch(plan, selection, limits, resolved, device, reach)
     with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
         sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors,
                           speculates=resolved.speculates)  # fmt: skip
@@ -246,6 +220,36 @@ def bind(
         sharing,
         whole,
     )
+
+
+def _registry(platform: Platform, extension: Extension, asked: WeightFormat | None, ranks: int) -> OpRegistry:
+    """The built-in ops, those of the packages, and the platform's kernels."""
+    registry = builtin_registry()
+    for op in extension.ops:
+        registry.define(op)
+    if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, StoredScheme):
+        registry.define(asked.scheme.op)  # that of stored groups is built in
+    platform.register(registry)
+    if ranks > 1:
+        register_collectives(registry, platform, ranks)
+    return registry
+
+
+def _batch(
+    plan: Plan, selection: Selection, limits: Limits, resolved: Resolved, device: torch.device, reach: int
+) -> Batch:
+    """The rows of a step, each of up to `reach` tokens. Raises OutOfMemoryError."""
+    platform = selection.platform
+    with MemoryGuard("making room for the rows of a step", selection, memory_guard.ROWS):
+        return Batch(
+            plan,
+            max_rows=resolved.max_num_seqs,
+            max_len=reach,
+            block_size=resolved.block_size,
+            index_dtype=TORCH_DTYPES[limits.index_dtype],
+            device=device,
+            pin=platform.pinned if isinstance(platform, HasRuntime) and device.type != "meta" else None,
+        )
 
 
 def _bind_swap(plan: Plan, shape: KVShape, resolved: Resolved) -> BlockCopy:

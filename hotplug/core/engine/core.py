@@ -250,6 +250,11 @@ class EngineCore(RankCore):
         ):
             if least < 0 or most >= self.vocab_size:
                 raise RequestError(f"{param} has a token id outside the vocabulary of {self.vocab_size}", param=param)
+        if sampling.min_tokens:
+            ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else request.eos_token_ids)}
+            if len(ends) >= self.vocab_size:  # all ids are in the vocabulary, here
+                raise RequestError("min_tokens leaves no token: every token of the vocabulary ends the request",
+                                   param="min_tokens", hint="Lower it to 0, or name fewer stop_token_ids.")  # fmt: skip
         for param in ("logprobs", "prompt_logprobs"):
             wanted = getattr(sampling, param)
             if wanted is not None and wanted > self.vocab_size:

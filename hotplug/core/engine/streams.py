@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from hotplug.core.engine.observer import EngineObserver
 from hotplug.core.engine.outputs import Completion, CompletionChunk
 from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import EngineDeadError, HotplugError
-from hotplug.core.request import TokenDelta
+from hotplug.core.request import FinishReason, TokenDelta
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT
 
 _logger = logging.getLogger(__name__)
@@ -68,9 +69,12 @@ class Streams:
             self._streams[request.tag] = _Stream(request.id, submission, completion, mailbox)
         return mailbox
 
-    def close(self, submission: Submission) -> list[str]:
+    def close(self, submission: Submission, observer: EngineObserver | None = None) -> list[str]:
         """Nobody reads a submission any more; returns the ids of its requests that have not ended."""
-        return [r.id for r in submission.requests if self._streams.pop(r.tag, None) is not None]
+        left = [stream for r in submission.requests if (stream := self._streams.pop(r.tag, None)) is not None]
+        for stream in left:
+            _tell_end(stream, "abort", time.monotonic(), observer)
+        return [stream.request_id for stream in left]
 
     def refuse(self, tag: int, error: HotplugError) -> None:
         """The engine did not take a request."""
@@ -103,7 +107,7 @@ class Streams:
             try:
                 text = completion.push_token(token)
             except Exception as e:
-                ended.append(self._broken(tag, stream, e))
+                ended.append(self._broken(tag, stream, e, now, observer))
                 continue
             if completion.finished:
                 chunk = CompletionChunk(stream.index, text, [token], None, "stop", completion.stopped)
@@ -122,11 +126,12 @@ class Streams:
                 if self._push(stream, delta, now, observer):
                     ended.append(stream.request_id)
             except Exception as e:
-                ended.append(self._broken(delta.tag, stream, e))
+                ended.append(self._broken(delta.tag, stream, e, now, observer))
         return ended
 
-    def _broken(self, tag: int, stream: _Stream, error: Exception) -> str:
+    def _broken(self, tag: int, stream: _Stream, error: Exception, now: float, observer: EngineObserver | None) -> str:
         """End a request whose tokens cannot be made into text, and nobody else's; returns its id."""
+        _tell_end(stream, "error", now, observer)
         _logger.error("request %s ends: its tokens cannot be made into text", stream.request_id, exc_info=error)
         self.refuse(tag, HotplugError("the output cannot be made into text", why=f"{type(error).__name__}: {error}"))
         return stream.request_id
@@ -134,6 +139,7 @@ class Streams:
     def _push(self, stream: _Stream, delta: TokenDelta, now: float, observer: EngineObserver | None) -> bool:
         """Hand out what is more than one token. Whether the request ended here, and maybe not in the engine."""
         if delta.finish_reason == "error":
+            _tell_end(stream, "error", now, observer)
             self.refuse(delta.tag, HotplugError(delta.error))
             return True
         chunk = stream.completion.push(delta)
@@ -153,7 +159,12 @@ class Streams:
         self, tag: int, stream: _Stream, chunk: CompletionChunk, now: float, observer: EngineObserver | None
     ) -> None:
         del self._streams[tag]
-        if observer is not None and chunk.finish_reason is not None:
-            submission, completion = stream.submission, stream.completion
-            prompt_tokens, seconds = len(submission.prompt_token_ids), now - submission.arrival
-            observer.finished(chunk.finish_reason, prompt_tokens, completion.num_tokens, seconds)
+        if chunk.finish_reason is not None:
+            _tell_end(stream, chunk.finish_reason, now, observer)
+
+
+def _tell_end(stream: _Stream, reason: FinishReason, now: float, observer: EngineObserver | None) -> None:
+    if observer is not None:
+        submission = stream.submission
+        seconds = now - submission.arrival
+        observer.finished(reason, len(submission.prompt_token_ids), stream.completion.num_tokens, seconds)

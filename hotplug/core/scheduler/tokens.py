@@ -57,7 +57,10 @@ class StepTokens:
 
 
 def token_array(token_ids: Sequence[int] | npt.NDArray[np.integer]) -> IntArray:
-    """Token ids of a prompt as [n] int32, not copied if they are. Raises RequestError for what is no such thing."""
+    """Token ids of a prompt as [n] int32, not copied if they are. Whether a vocabulary has them is not looked at.
+
+    Raises RequestError for what is no such thing, and for a negative id, which an index would take from the end.
+    """
     try:
         array = np.asarray(token_ids)
     except Exception as e:  # lists of several lengths, tensors of a device, objects that refuse
@@ -68,7 +71,7 @@ def token_array(token_ids: Sequence[int] | npt.NDArray[np.integer]) -> IntArray:
         return np.empty(0, np.int32)
     if array.dtype != np.int32:
         # Integers that no 64-bit type holds become objects or floats.
-        if array.dtype.kind not in "iu" or array.min() < -(2**31) or array.max() >= 2**31:
-            raise RequestError("a token id of the prompt is not a 32-bit integer", param="prompt")
+        if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= 2**31:
+            raise RequestError("a token id of the prompt is negative or not a 32-bit integer", param="prompt")
         array = array.astype(np.int32)
     return array
