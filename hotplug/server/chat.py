@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
 from hotplug.server.body import encode
-from hotplug.server.intake import beside, body_of, documented
+from hotplug.server.intake import BodyRoute, beside, body_of, documented
 from hotplug.server.parsing import ChoiceParser, render_call
 from hotplug.server.schemas import ChatBody
 from hotplug.server.service import Service, service_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hotplug.core.request import SamplingParams, TokenLogprobs
     from hotplug.core.text.tokenizer import Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=None, openapi_extra=documented(ChatBody))

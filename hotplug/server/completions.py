@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
 from hotplug.server.body import encode
-from hotplug.server.intake import beside, body_of, documented
+from hotplug.server.intake import BodyRoute, beside, body_of, documented
 from hotplug.server.offsets import Offsets, name, offsets_in
 from hotplug.server.offsets import alternatives as named
 from hotplug.server.schemas import CompletionBody, check_token_ids
@@ -35,7 +35,7 @@ SCORE_SIZE = 64
 _CONTEXT = 64
 """Tokens of a prompt that its output's text may depend on, and more."""
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

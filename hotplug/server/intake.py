@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -67,6 +68,15 @@ def parse(model: type[B], data: bytes) -> B:
         raise RequestError(message, param=param) from None
     body.size = len(data)
     return body
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes the request and makes the response: what FastAPI would do between, reading a body
+    and finding dependencies, there is nothing to do for."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
 
 
 def documented(model: type[Body]) -> dict[str, Any]:
