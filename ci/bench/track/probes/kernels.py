@@ -1,0 +1,82 @@
+"""Products and attention of the CPU's native library, called by themselves as a step does."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from track.probes.places import CannotError, find
+
+COLS, OUTS = 576, 3072
+"""SmolLM2-135M's gate and up."""
+COLD_BYTES = 64 << 20
+"""Weights that few rows go through, more than a core's caches hold: in a step each is read once."""
+LINEAR = {"kernel-linear-1": (1, 300), "kernel-linear-16": (16, 150), "kernel-linear-128": (128, 25)}
+"""Rows, and calls of a run."""
+ATTENTION = {"kernel-attention-16": ([(1, 200)] * 16, 4), "kernel-attention-prompt": ([(256, 512)], 1)}
+"""New and all tokens of each request, and rounds over the layers."""
+LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 30, 9, 3, 64, 16
+
+
+class Kernels:
+    """Each kernel is made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Callable[[], object], int]] = {}
+
+    def microseconds(self, probe: str) -> float:
+        """Of a call, the mean of a run. Raises CannotError where this tree has no such kernel."""
+        if probe not in self._made:
+            self._made[probe] = _linear(probe) if probe in LINEAR else _attention(probe)
+        call, calls = self._made[probe]
+        for _ in range(3):
+            call()  # threads that have gone to sleep wake up
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - begin) / calls * 1e6
+
+
+def _linear(probe: str) -> tuple[Callable[[], object], int]:
+    import gguf
+    import torch
+
+    module = "hotplug.platforms.cpu.native.linear"
+    pack, linear, packed = (find(name, module) for name in ("pack", "linear", "Packed"))
+    rows, calls = LINEAR[probe]
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(OUTS, COLS, generator=draw).numpy()
+    first = pack("Q4_1", gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q4_1), OUTS, COLS)
+    copies = 1 if rows > 16 else COLD_BYTES // first.tiles.nbytes
+    turn = itertools.cycle([packed("Q4_1", OUTS, COLS, first.tiles.clone()) for _ in range(copies)])
+    x = torch.randn(rows, COLS, generator=draw)
+    return lambda: linear(x, next(turn)), calls
+
+
+def _attention(probe: str) -> tuple[Callable[[], object], int]:
+    """A call is one layer's; caches of all layers are gone through in turn."""
+    import torch
+    from cpu_attention import step_of
+
+    attention: Any = find("attention", "hotplug.platforms.cpu.native.attention")
+    lens, rounds = ATTENTION[probe]
+    step, blocks = step_of(lens, BLOCK, 0)
+    draw = torch.Generator().manual_seed(0)
+    caches = torch.randn(LAYERS, 2, blocks, BLOCK, KV_HEADS, DIM, generator=draw)
+    q = torch.randn(sum(n for n, _ in lens), HEADS, DIM, generator=draw)
+    turn = itertools.cycle(range(LAYERS))
+
+    def call() -> object:
+        layer = next(turn)
+        if layer == 0:
+            step.prepared = None
+        return attention(q, caches[layer][0], caches[layer][1], step, DIM**-0.5, None, "NHD")
+
+    try:
+        call()
+    except TypeError as e:
+        raise CannotError(f"attention has other arguments here: {e}") from e
+    next(turn)
+    return call, LAYERS * rounds

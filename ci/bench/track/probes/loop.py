@@ -1,0 +1,120 @@
+"""The engine process' loop with all requests decoding, on a device that computes nothing; a run is some steps of it.
+
+It is hotplug's own loop: plan, prepare, launch, wait, update, send. Another process takes the messages and throws them
+away. This probe reaches into the engine, so it looks its parts up where they are or were (`places`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import zmq
+
+from track.probes.places import attribute, find
+
+STEPS = {"loop-64": (64, 160), "loop-256": (256, 60), "loop-1024": (1024, 20)}
+"""Requests, and steps of a run."""
+SETTLE = 40
+"""Steps before the first run: sizes are recorded, buffers grow."""
+PROMPT, MOST_TOKENS, BLOCK_BYTES = 64, 7900, 16 * 4096
+
+SWALLOW = """
+import os, sys, zmq
+socket = zmq.Context().socket(zmq.PULL)
+socket.bind(sys.argv[1])
+poller = zmq.Poller()
+poller.register(socket, zmq.POLLIN)
+parent = os.getppid()
+while os.getppid() == parent:
+    if poller.poll(1000):
+        socket.recv_multipart(copy=False)
+"""
+"""A process that takes messages until its parent is gone."""
+
+
+class _EnoughError(Exception):
+    """Leaves the loop."""
+
+
+class Loop:
+    """One engine with all of its requests decoding."""
+
+    def __init__(self, model: str, rows: int, tokens: int) -> None:
+        engine = "hotplug.core.engine"
+        config = find("EngineConfig", "hotplug.core.config")
+        link = find("Link", f"{engine}.link")(tempfile.mkdtemp())
+        context = zmq.Context()
+        inbox = context.socket(zmq.PULL)
+        inbox.bind(link.inbox)
+        self._drain = subprocess.Popen([sys.executable, "-c", SWALLOW, link.outbox(0)])
+        clients = find("Clients", f"{engine}.clients")(context, link)
+        blocks = rows * (-(-(PROMPT + 16 + tokens) // 16) + 1)
+        options = config(model=model, device="null_device", load_format="dummy", max_num_seqs=rows,
+                         max_num_batched_tokens=8192, kv_cache_memory=(blocks + 64) * BLOCK_BYTES)  # fmt: skip
+        self._engine = find("EngineProcess", f"{engine}.process")(options, inbox, clients)
+        core: Any = attribute(self._engine, "_core", "core")
+        self.plan_hash: str | None = core.plan_hash
+        self._step, self._left = core.step, 0
+        self._begin = self._end = 0.0
+        core.step = self._timed
+        for request in _requests(rows, tokens):
+            core.add(request)
+        while core.stats().waiting or core.stats().generated_tokens <= rows:
+            self.milliseconds(1)
+        self.milliseconds(SETTLE)
+
+    def _timed(self) -> Any:
+        """Stands in for `core.step`: leaves the loop after the run's last step."""
+        result = self._step()
+        self._end = time.perf_counter()
+        if not self._begin:
+            self._begin = self._end
+        elif self._left == 1:
+            raise _EnoughError
+        else:
+            self._left -= 1
+        return result
+
+    def milliseconds(self, steps: int) -> float:
+        """A step, the mean of `steps` of them."""
+        self._begin, self._left = 0.0, steps
+        try:
+            self._engine.run()
+        except _EnoughError:
+            return (self._end - self._begin) / steps * 1e3
+        raise RuntimeError("the loop ended by itself")
+
+
+def _requests(rows: int, tokens: int) -> list[Any]:
+    """Random prompts of staggered lengths, so that rows do not all need a block in the same step."""
+    request, params = (find(name, "hotplug.core.request") for name in ("Request", "SamplingParams"))
+    sampling = params(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    return [
+        request(id=f"request-{i}", prompt_token_ids=[1000 + (i * 7919 + j) % 40000 for j in range(PROMPT + i % 16)],
+                sampling=sampling)
+        for i in range(rows)
+    ]  # fmt: skip
+
+
+class Loops:
+    """An engine for each probe, made when it is first asked for."""
+
+    plan_hash: str | None = None
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._made: dict[str, Loop] = {}
+
+    def measure(self, probe: str) -> dict[str, float]:
+        rows, steps = STEPS[probe]
+        if probe not in self._made:
+            self._made[probe] = Loop(self._model, rows, min(MOST_TOKENS, SETTLE + 10 + steps * 70))
+        return {probe: self._made[probe].milliseconds(steps)}
+
+
+def start(options: dict[str, Any]) -> Loops:
+    return Loops(options["null_model"])
