@@ -85,6 +85,17 @@ bench-host: $(STAMP) ## the host's own cost on a device that computes nothing, o
 	$(BIN)/python ci/bench/host.py $(ARGS)
 .PHONY: bench-host
 
+bench-check: $(STAMP) ## HEAD (default: the files as they are) beside BASE (default: origin/main): what got slower; exit 1 then
+	$(BIN)/hotplug bench track --check $(if $(BASE),--base $(BASE)) $(if $(HEAD),--head $(HEAD)) $(ARGS)
+.PHONY: bench-check
+
+counts: $(STAMP) native ## record in ci/counts.json what the counted scenarios take: calls, allocations, bytes, instructions
+	PYTHONPATH=ci/bench $(BIN)/python -m track.counts --write
+
+counts-check: $(STAMP) native ## the same, compared with what is recorded
+	PYTHONPATH=ci/bench $(BIN)/python -m track.counts --check
+.PHONY: counts counts-check
+
 bench-peers: ## environments of the peers that bench-cpu measures (ARGS= for some of them: llama openvino vllm)
 	PYTHON=$(PYTHON) ci/bench/peers.sh $(ARGS)
 

@@ -1,6 +1,7 @@
 """`hotplug bench latency|throughput|serve`: figures as a table and as JSON, with the plan they belong to.
 
-The measurements are in `bench_engine.py` and `bench_serve.py`.
+The measurements are in `bench_engine.py` and `bench_serve.py`. `hotplug bench track|report`, the performance history of
+a checkout's commits, are tools of the checkout (`bench_track.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import hotplug
+from hotplug.cli.bench_track import report, track
 from hotplug.cli.display import err, fetch_model, out, print_json
 from hotplug.cli.options import SectionedCommand, takes
 from hotplug.core.config import EngineConfig
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
     from hotplug.core.engine.timeline import Timeline
 
 app = typer.Typer(rich_markup_mode=None, help="Measure latency, throughput, or a running server.", no_args_is_help=True)
+
+_TOOL = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Of a command that hands all of its arguments, `--help` among them, to a tool of the checkout."""
+app.command("track", context_settings=_TOOL, add_help_option=False)(track)
+app.command("report", context_settings=_TOOL, add_help_option=False)(report)
 
 InputLen = Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")]
 OutputLen = Annotated[int, typer.Option(min=1, help="Tokens to generate a request; end of sequence is ignored.")]

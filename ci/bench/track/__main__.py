@@ -1,11 +1,11 @@
 """`hotplug bench track` and `make bench-check`: measure commits beside each other, keep what is found, say what moved.
 
-    hotplug bench track                      the work tree beside origin/main, into the history
-    hotplug bench track --check              the same, and exit status 1 where a figure got worse
-    hotplug bench track --base A --head B    any two commits
-    hotplug bench track --noise 10           a commit ten times beside itself: the noise floor that judges the others
-    hotplug bench track --last 30            each of the last 30 states of the branch, beside the oldest of them
-    hotplug bench track --export FILE        the history as JSON lines; --import FILE takes such a file in
+hotplug bench track                      the work tree beside origin/main, into the history
+hotplug bench track --check              the same, and exit status 1 where a figure got worse
+hotplug bench track --base A --head B    any two commits
+hotplug bench track --noise 10           a commit ten times beside itself: the noise floor that judges the others
+hotplug bench track --last 30            each of the last 30 states of the branch, beside the oldest of them
+hotplug bench track --export FILE        the history as JSON lines; --import FILE takes such a file in
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 
 from track import detect, machine, records, table, trees
 from track.compare import Bench, Figures
+from track.detect import Floor
 from track.records import Against, Record
 from track.sides import Models
 from track.store import History
-from track.suite import Probe, figures, select
+from track.suite import figures, select
 from track.trees import WORK_TREE, Commit, Tree, TreeError
 
 ROOT = Path(__file__).parents[3]
@@ -122,7 +123,7 @@ class Tool:
             with self._tree(commit, "head") as head, self._tree(commit, "base") as base:
                 self._compared(head, base, judged=False)
             print(f"noise: {number + 1} of {runs}", file=sys.stderr, flush=True)
-        floors = detect.floors(self.history.records(), self.machine)
+        floors = self.floors()
         print(table.of_floors(floors))
         return 0
 
@@ -138,12 +139,17 @@ class Tool:
                 print(f"{number} of {len(commits)}: {_short(commit)}", file=sys.stderr, flush=True)
         return 0
 
+    def floors(self) -> dict[str, Floor]:
+        """What judges a round of this tier on this machine class."""
+        samples = {figure.name: 2 * self.bench.quads(probe) for probe in self.probes for figure in probe.figures}
+        return detect.floors(self.history.records(self.machine), self.machine, samples)
+
     def _tree(self, commit: Commit, role: str) -> Any:
         return trees.laid_out(self.root, self.cache, commit, role)
 
     def _compared(self, head: Tree, base: Tree, judged: bool = True) -> dict[str, Figures]:
         at = datetime.now(UTC)
-        floors = detect.floors(self.history.records(), self.machine) if judged else {}
+        floors = self.floors() if judged else {}
         found = self.bench.compare(head, base, self.probes, floors)
         self.history.add(self._records(head.commit, base.commit, found, at))
         return found

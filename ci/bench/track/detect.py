@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,11 +82,17 @@ class Floor:
     runs: int
 
 
-def floors(history: Iterable[Record], machine: str) -> dict[str, Floor]:
-    """Of each figure, from the runs of a commit against itself on this machine class."""
+def floors(history: Iterable[Record], machine: str, samples: Mapping[str, int]) -> dict[str, Floor]:
+    """Of each figure, from the runs of a commit against itself on this machine class.
+
+    `samples` are those that a figure has in the round to be judged: runs with more of them scatter less and are left
+    out.
+    """
     effects: dict[str, list[float]] = {}
     for record in history:
-        if record.machine == machine and record.against is not None and record.against.commit == record.commit:
+        if record.machine != machine or record.against is None or record.against.commit != record.commit:
+            continue
+        if len(record.samples) <= samples.get(record.figure, 0):
             effects.setdefault(record.figure, []).append(effect(record.samples, record.against.samples).log)
     return {
         name: Floor(math.sqrt(sum(e * e for e in found) / len(found)), len(found))

@@ -39,6 +39,14 @@ class Load:
         """The median of `CHATS` streamed chats, one after another."""
         return self._loop.run_until_complete(self._chats())
 
+    def stream_bytes(self) -> int:
+        """Of the body of one streamed completion."""
+        return self._loop.run_until_complete(self._stream())
+
+    async def _stream(self) -> int:
+        (connection,) = await self._connected(1)
+        return await connection.stream(completion(next(self._turn)), TOKENS)
+
     async def _connected(self, count: int) -> list[Connection]:
         while len(self._connections) < count:
             self._connections.append(await Connection.open(self._host, self._port))
@@ -134,5 +142,7 @@ def chat(number: int) -> bytes:
 def _request(path: str, fields: dict[str, Any]) -> bytes:
     body = json.dumps({"model": "bench", "temperature": 0.0, "ignore_eos": True, "stream": True,
                        "stream_options": {"include_usage": True}, **fields}).encode()  # fmt: skip
-    head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body

@@ -186,5 +186,3 @@ class ServerSide(_Processes):
         self._load.close()
         self._served.stop()
         super().close()
-
-

@@ -56,8 +56,8 @@ class History:
         row = (r.run, r.figure, r.unit, r.better, json.dumps(r.versions), r.plan_hash, r.commit, date, r.subject,
                r.parent, r.peer, against, r.not_measured)  # fmt: skip
         made = self._db.execute(
-            'INSERT OR IGNORE INTO figure (run, name, unit, better, versions, plan_hash, "commit", commit_date, subject,'
-            " parent, peer, against, not_measured) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            'INSERT OR IGNORE INTO figure (run, name, unit, better, versions, plan_hash, "commit", commit_date,'
+            " subject, parent, peer, against, not_measured) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row,
         )
         if not made.rowcount:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -36,6 +37,10 @@ while os.getppid() == parent:
 """A process that takes messages until its parent is gone."""
 
 
+def _swallow(address: str) -> None:
+    subprocess.Popen([sys.executable, "-c", SWALLOW, address])
+
+
 class _EnoughError(Exception):
     """Leaves the loop."""
 
@@ -43,14 +48,15 @@ class _EnoughError(Exception):
 class Loop:
     """One engine with all of its requests decoding."""
 
-    def __init__(self, model: str, rows: int, tokens: int) -> None:
+    def __init__(self, model: str, rows: int, tokens: int, drain: Callable[[str], object] = _swallow) -> None:
+        """`drain` takes the messages that come to an address."""
         engine = "hotplug.core.engine"
         config = find("EngineConfig", "hotplug.core.config")
         link = find("Link", f"{engine}.link")(tempfile.mkdtemp())
         context = zmq.Context()
         inbox = context.socket(zmq.PULL)
         inbox.bind(link.inbox)
-        self._drain = subprocess.Popen([sys.executable, "-c", SWALLOW, link.outbox(0)])
+        drain(link.outbox(0))
         clients = find("Clients", f"{engine}.clients")(context, link)
         blocks = rows * (-(-(PROMPT + 16 + tokens) // 16) + 1)
         options = config(model=model, device="null_device", load_format="dummy", max_num_seqs=rows,

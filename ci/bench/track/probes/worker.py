@@ -12,10 +12,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
-MODULES = {"cpu": "cpu", "loop": "loop", "gpu-llama8b": "gpu", "gpu-llama1b": "gpu", "stand-in": "stand_in"}
+MODULES = {"cpu": "cpu", "loop": "loop", "gpu-llama8b": "gpu", "gpu-llama1b": "gpu"}
 
 
 class Probes(Protocol):
@@ -52,9 +53,12 @@ def main() -> None:
         gc.freeze()  # a full collection of what has started would fall into some samples and not into others
         return {"plan_hash": probes[0].plan_hash}
 
+    def measure(name: str) -> dict[str, Any]:
+        return {"values": probes[0].measure(name)}
+
     answer(start)
-    for line in sys.stdin:
-        answer(lambda name=line.strip(): {"values": probes[0].measure(name)})
+    for name in map(str.strip, sys.stdin):
+        answer(partial(measure, name))
 
 
 if __name__ == "__main__":
