@@ -146,14 +146,18 @@ class StartSide(_Processes):
     def measure(self, probe: str) -> dict[str, float]:
         self.log.seek(0)
         begin = time.perf_counter()
-        with subprocess.Popen(self._command, cwd=self.tree.path, env=self.environment, stdout=subprocess.PIPE,
-                              stderr=self.log, text=True) as process:  # fmt: skip
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            seconds = time.perf_counter() - begin
+        process = subprocess.Popen(self._command, cwd=self.tree.path, env=self.environment, stdout=subprocess.PIPE,
+                                   stderr=self.log, text=True)  # fmt: skip
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - begin
+        process.stdout.close()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         if not line:
             raise CannotError(f"the process ended with {process.returncode}: {self.last_words()}")
-        return {"start": seconds, "rss": json.loads(line)["rss_mib"]}
+        taken = usage.ru_utime + usage.ru_stime
+        return {"start": seconds, "start-cpu": taken, "rss": json.loads(line)["rss_mib"]}
 
 
 class ServerSide(_Processes):
