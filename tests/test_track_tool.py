@@ -144,7 +144,7 @@ def test_trees_take_turns_and_pairs_are_kept_as_they_were_taken(
 ) -> None:
     one = repository.commit("one")
     use("--base", one, "--head", one)
-    turns = [role for probe, role in StandIn.taken if probe == "stream"][4:]
+    turns = [role for probe, role in StandIn.taken if probe == "stream"][4:]  # those that warm up are first
     assert turns[:8] == ["base", "head", "head", "base", "head", "base", "base", "head"]
     quads = next(probe.full for probe in suite.PROBES if probe.name == "stream")
     assert len(turns) == 4 * quads

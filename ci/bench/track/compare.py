@@ -1,11 +1,13 @@
 """Two trees compared: their processes run the same small probes in turns; what stands out is measured again.
 
 A family's processes of both trees are there at the same time, and one of them works at a time, so that a pair of
-samples is a fraction of a second apart. What passes its threshold is measured once more in fresh processes.
+samples is a fraction of a second apart; starts, which take seconds, are made side by side instead. What passes its
+threshold is measured once more in fresh processes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ from track.sides import Models, Side, open_side
 from track.suite import FAMILIES, Probe, figures
 from track.trees import Tree
 
-PAUSE = 0.01
+PAUSE = 0.004
 """Seconds between two samples, after which the other tree's threads sleep."""
 
 Open = Callable[[Tree, str, Models], Side]
@@ -130,13 +132,24 @@ class Bench:
     def _quad(self, sides: Mapping[str, Side], probe: Probe, turned: bool, found: Round) -> None:
         order = ("head", "base", "base", "head") if turned else ("base", "head", "head", "base")
         taken: dict[str, list[dict[str, float]]] = {"head": [], "base": []}
-        for role in order:
-            time.sleep(PAUSE)
-            taken[role].append(sides[role].measure(probe.name))
+        for pair in (order[:2], order[2:]):
+            for role, values in zip(pair, self._pair([sides[role] for role in pair], probe), strict=True):
+                taken[role].append(values)
         for figure in probe.figures:
             samples = found.samples.setdefault(figure.name, Samples())
             samples.head += [values[figure.name] for values in taken["head"]]
             samples.base += [values[figure.name] for values in taken["base"]]
+
+    def _pair(self, sides: Sequence[Side], probe: Probe) -> list[dict[str, float]]:
+        """One after the other, or at the same time."""
+        if probe.together and len(os.sched_getaffinity(0)) > 1:
+            with ThreadPoolExecutor(len(sides)) as pool:
+                return list(pool.map(lambda side: side.measure(probe.name), sides))
+        found = []
+        for side in sides:
+            time.sleep(PAUSE)
+            found.append(side.measure(probe.name))
+        return found
 
     def compare(self, head: Tree, base: Tree, probes: Sequence[Probe], floors: Mapping[str, Floor]
                 ) -> dict[str, Figures]:  # fmt: skip

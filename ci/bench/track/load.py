@@ -14,9 +14,9 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
-CLIENTS, TOKENS, PROMPT = 64, 64, 32
+CLIENTS, TOKENS, PROMPT = 64, 32, 32
 """Of the streams."""
-CHATS, CHAT_TOKENS = 40, 4
+CHATS, CHAT_TOKENS = 12, 4
 END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 

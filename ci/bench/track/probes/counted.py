@@ -14,27 +14,27 @@ from typing import Any
 
 import zmq
 
+from track.probes.loop import WARM, Loop
 from track.probes.places import attribute, find
 
-STEPS = 64
-"""A multiple of a block's tokens, so that every row gets as many blocks."""
+RUN = 61
+STEPS = WARM + RUN
+"""Of a run: a multiple of a block's tokens, so that every row gets as many blocks in each."""
 
 
 def loop(model: str) -> dict[str, float]:
     """Steady decode of 64 requests on the null device."""
-    from track.probes.loop import Loop
-
     received = _Received()
     one = Loop(model, 64, 600, drain=received.begin)
     gc.collect()
     gc.disable()
-    one.milliseconds(STEPS)
+    one.milliseconds(RUN)
     before, sent = sys.getallocatedblocks(), received.settled()
-    one.milliseconds(STEPS)
+    one.milliseconds(RUN)
     kept, sent = sys.getallocatedblocks() - before, received.settled() - sent
     calls = _Calls()
     sys.setprofile(calls)
-    one.milliseconds(STEPS)
+    one.milliseconds(RUN)
     sys.setprofile(None)
     return {
         "loop.python_calls_a_step": calls.python / STEPS,

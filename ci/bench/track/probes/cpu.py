@@ -28,9 +28,9 @@ class Cpu:
         self._draw = random.Random(0)
         self._kernels = Kernels()
         self._probes: dict[str, Callable[[], float]] = {
-            "cpu-one": lambda: self._rate([self._ids(8)], 33),
+            "cpu-one": lambda: self._rate([self._ids(8)], 17),
             "cpu-prompt": lambda: self._seconds([self._ids(1024)], 1) * 1e3,
-            "cpu-16": lambda: self._rate([self._ids(16) for _ in range(16)], 17),
+            "cpu-16": lambda: self._rate([self._ids(16) for _ in range(16)], 9),
             "cpu-prefix": self._prefix,
         }
 

@@ -13,10 +13,10 @@ COLS, OUTS = 576, 3072
 """SmolLM2-135M's gate and up."""
 COLD_BYTES = 64 << 20
 """Weights that few rows go through, more than a core's caches hold: in a step each is read once."""
-LINEAR = {"kernel-linear-1": (1, 300), "kernel-linear-16": (16, 150), "kernel-linear-128": (128, 25)}
+LINEAR = {"kernel-linear-1": (1, 60), "kernel-linear-16": (16, 25), "kernel-linear-128": (128, 8)}
 """Rows, and calls of a run."""
-ATTENTION = {"kernel-attention-16": ([(1, 200)] * 16, 4), "kernel-attention-prompt": ([(256, 512)], 1)}
-"""New and all tokens of each request, and rounds over the layers."""
+ATTENTION = {"kernel-attention-16": ([(1, 200)] * 16, 30), "kernel-attention-prompt": ([(256, 512)], 10)}
+"""New and all tokens of each request, and calls of a run."""
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 30, 9, 3, 64, 16
 
 
@@ -61,7 +61,7 @@ def _attention(probe: str) -> tuple[Callable[[], object], int]:
     from cpu_attention import step_of
 
     attention: Any = find("attention", "hotplug.platforms.cpu.native.attention")
-    lens, rounds = ATTENTION[probe]
+    lens, calls = ATTENTION[probe]
     step, blocks = step_of(lens, BLOCK, 0)
     draw = torch.Generator().manual_seed(0)
     caches = torch.randn(LAYERS, 2, blocks, BLOCK, KV_HEADS, DIM, generator=draw)
@@ -78,5 +78,4 @@ def _attention(probe: str) -> tuple[Callable[[], object], int]:
         call()
     except TypeError as e:
         raise CannotError(f"attention has other arguments here: {e}") from e
-    next(turn)
-    return call, LAYERS * rounds
+    return call, calls

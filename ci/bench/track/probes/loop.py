@@ -17,11 +17,14 @@ import zmq
 
 from track.probes.places import attribute, find
 
-STEPS = {"loop-64": (64, 160), "loop-256": (256, 60), "loop-1024": (1024, 20)}
+STEPS = {"loop-64": (64, 40), "loop-256": (256, 16), "loop-1024": (1024, 6)}
 """Requests, and steps of a run."""
+WARM = 3
+"""Steps of a run before those that are timed: the other tree's run has emptied the caches."""
+MOST_RUNS = 150
 SETTLE = 40
 """Steps before the first run: sizes are recorded, buffers grow."""
-PROMPT, MOST_TOKENS, BLOCK_BYTES = 64, 7900, 16 * 4096
+PROMPT, MOST_TOKENS, BLOCK_BYTES = 64, 8000, 16 * 4096
 
 SWALLOW = """
 import os, sys, zmq
@@ -64,7 +67,8 @@ class Loop:
         self._engine = find("EngineProcess", f"{engine}.process")(options, inbox, clients)
         core: Any = attribute(self._engine, "_core", "core")
         self.plan_hash: str | None = core.plan_hash
-        self._step, self._left = core.step, 0
+        self._step = core.step
+        self._steps = self._left = 0
         self._begin = self._end = 0.0
         core.step = self._timed
         for request in _requests(rows, tokens):
@@ -77,17 +81,16 @@ class Loop:
         """Stands in for `core.step`: leaves the loop after the run's last step."""
         result = self._step()
         self._end = time.perf_counter()
-        if not self._begin:
+        if self._left == self._steps:
             self._begin = self._end
-        elif self._left == 1:
+        elif not self._left:
             raise _EnoughError
-        else:
-            self._left -= 1
+        self._left -= 1
         return result
 
     def milliseconds(self, steps: int) -> float:
         """A step, the mean of `steps` of them."""
-        self._begin, self._left = 0.0, steps
+        self._steps, self._left = steps, WARM + steps
         try:
             self._engine.run()
         except _EnoughError:
@@ -118,7 +121,7 @@ class Loops:
     def measure(self, probe: str) -> dict[str, float]:
         rows, steps = STEPS[probe]
         if probe not in self._made:
-            self._made[probe] = Loop(self._model, rows, min(MOST_TOKENS, SETTLE + 10 + steps * 70))
+            self._made[probe] = Loop(self._model, rows, min(MOST_TOKENS, SETTLE + 10 + (WARM + steps) * MOST_RUNS))
         return {probe: self._made[probe].milliseconds(steps)}
 
 
