@@ -6,8 +6,11 @@ Most tests measure stand-ins: a commit's file `speed.json` says which values its
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,6 +154,25 @@ def test_trees_take_turns_and_pairs_are_kept_as_they_were_taken(
     (record,) = [r for r in stored(tmp_path) if r.figure == "stream"]
     assert record.against is not None and len(record.samples) == len(record.against.samples) == 2 * quads
     assert record.plan_hash == "plan" and record.machine == machine.machine_class(machine.facts())
+
+
+def test_what_takes_seconds_is_run_in_both_trees_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    class Slow:
+        plan_hash = None
+
+        def measure(self, probe: str) -> dict[str, float]:
+            both.wait()
+            return {"start": 1.0, "start-cpu": 1.0, "rss": 500.0}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    (probe,) = [probe for probe in suite.PROBES if probe.together]
+    sides_of_it = [Slow(), Slow()]
+    assert len(Bench(MODELS)._pair(sides_of_it, probe)) == 2
 
 
 def test_without_a_noise_floor_nothing_is_judged_and_the_way_to_one_is_told(
@@ -319,3 +341,28 @@ def test_cells_of_the_gpu_are_those_of_its_benchmark(monkeypatch: pytest.MonkeyP
 
 def test_the_threshold_is_of_the_figures_that_were_measured() -> None:
     assert detect.threshold(10, 3) < detect.threshold(10, 16)
+
+
+def test_the_command_line_runs_the_checkouts_tool(tmp_path: Path) -> None:
+    own = ["--history", str(tmp_path / "history.sqlite"), "--figures", "no-such-figure"]
+    done = command("track", *own, folder=tmp_path)
+    assert done.returncode == tool.UNUSABLE and "'no-such-figure'" in done.stderr
+    assert "--noise RUNS" in command("track", "--help", folder=tmp_path).stdout
+
+
+def test_without_a_checkout_the_command_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotplug.cli import bench_track
+    from hotplug.core.errors import ConfigError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_track.hotplug, "__file__", str(tmp_path / "site-packages" / "hotplug" / "__init__.py"))
+    with pytest.raises(ConfigError, match="Clone the repository"):
+        bench_track.checkout()
+    monkeypatch.chdir(tool.ROOT / "docs")
+    assert bench_track.checkout() == tool.ROOT
+
+
+def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "hotplug.cli", "bench", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(tool.ROOT)}
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)

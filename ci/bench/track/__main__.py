@@ -11,6 +11,7 @@ hotplug bench track --export FILE        the history as JSON lines; --import FIL
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import uuid
 from collections.abc import Mapping
@@ -183,4 +184,5 @@ def _null_model() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers and trees go too
     sys.exit(main())
