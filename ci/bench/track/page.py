@@ -70,19 +70,18 @@ class MachineView:
     @property
     def title(self) -> str:
         """The first facts that are short, which say what a reader would call the machine."""
-        facts = [_fact(v) if isinstance(v, str) else f"{name} {v}" for name, v in self._plain_facts]
-        told = ", ".join([f for f in facts if 0 < len(f) <= 48][:3])
-        return told or self.machine.id
-
-    @property
-    def _plain_facts(self) -> list[tuple[str, Any]]:
-        return [
-            (name.replace("_", " "), v) for name, v in self.machine.facts.items() if isinstance(v, str | int | float)
-        ]
+        told = []
+        for name, value in self.machine.facts.items():
+            text = _fact(name, value)
+            if isinstance(value, str) and 0 < len(text) <= 80:
+                told.append(text)
+            elif isinstance(value, int | float):
+                told.append(f"{_fact_name(name)} {text}")
+        return ", ".join(told[:3]) or self.machine.id
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        return [(name.replace("_", " "), _fact(value)) for name, value in self.machine.facts.items()]
+        return [(_fact_name(name), _fact(name, value)) for name, value in self.machine.facts.items()]
 
     @property
     def figures(self) -> list[FigureView]:
@@ -105,12 +104,16 @@ class MachineView:
         return plot.commit_ticks(self.machine.commits)
 
 
-def _fact(value: Any) -> str:
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int | float):
-        return number(value) if value >= 1000 else f"{value:g}"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _fact_name(name: str) -> str:
+    return name.removesuffix("_gib").replace("_", " ")
+
+
+def _fact(name: str, value: Any) -> str:
+    """A fact in words; the names of amounts of memory end with their unit."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    unit = f"{SPACE}GiB" if name.endswith("_gib") else ""
+    return f"{value}{unit}"
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def _tick_label(value: float, step: float, kind: str) -> str:
 def commit_ticks(commits: Sequence[Commit]) -> list[Tick]:
     """At most `LABELS` commits, evenly apart, the first and the last among them."""
     count = min(LABELS, len(commits))
-    places = [round(i * (len(commits) - 1) / max(count - 1, 1)) for i in range(count)]
+    places = [i * (len(commits) - 1) // max(count - 1, 1) for i in range(count)]
     return [Tick(p, commits[p].id[:7], f"{commits[p].date:%d %b}") for p in places]
 
 

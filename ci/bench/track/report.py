@@ -6,6 +6,7 @@ FILE is the history that `hotplug bench track` keeps, or JSON lines as it export
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -25,9 +26,10 @@ def read(path: Path) -> list[records.Record]:
     with path.open("rb") as file:
         is_sqlite = file.read(len(SQLITE)) == SQLITE
     if is_sqlite:
-        from track import store  # its tables
+        from track.store import History
 
-        return store.read(path)
+        with contextlib.closing(History(path)) as history:
+            return history.records()
     return records.read(path)
 
 

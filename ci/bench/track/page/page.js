@@ -168,7 +168,7 @@
     const held = rows($(".commits", section(chart)));
     const size = last - first + 1;
     const number = Math.min(5, size);
-    const places = [...new Set(Array.from({ length: number }, (_, i) => first + Math.round((i * (size - 1)) / Math.max(number - 1, 1))))];
+    const places = [...new Set(Array.from({ length: number }, (_, i) => first + Math.floor((i * (size - 1)) / Math.max(number - 1, 1))))];
     $(".commits-axis", chart).replaceChildren(...places.filter((x) => held.has(x)).map((x) => {
       const span = document.createElement("span");
       const at = (x - first + 0.5) / size;
