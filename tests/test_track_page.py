@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+import track
 from track import kernel_history, page, plot, records, report
 from track.kernel_history import Origin, Snapshot
 from track.series import Machine, machines
@@ -263,8 +264,14 @@ def test_a_thousand_commits_of_25_figures_are_bounded_in_size_and_time(tmp_path)
 
 @pytest.fixture
 def detector(monkeypatch):
-    """Stands in for the detector, which is tested by itself."""
-    monkeypatch.setitem(sys.modules, "track.detect", SimpleNamespace(change_points=middle))
+    """Stands in for the detector and the suite, which are tested by themselves."""
+    loop = SimpleNamespace(figures=[SimpleNamespace(name="loop-0", title="a loop of requests")])
+    for name, module in {
+        "detect": SimpleNamespace(change_points=middle),
+        "suite": SimpleNamespace(PROBES=[loop]),
+    }.items():
+        monkeypatch.setitem(sys.modules, f"track.{name}", module)
+        monkeypatch.setattr(track, name, module, raising=False)
 
 
 def test_the_command_writes_the_page_of_a_file_of_lines(tmp_path, detector, capsys):
@@ -272,6 +279,7 @@ def test_the_command_writes_the_page_of_a_file_of_lines(tmp_path, detector, caps
     out = tmp_path / "new" / "page.html"
     assert report.main(["--history", str(tmp_path / "history.jsonl"), "--out", str(out)]) == 0
     assert "Change point 1 at c10" in out.read_text()
+    assert '<p class="title">a loop of requests</p>' in out.read_text()
     assert "40 records" in capsys.readouterr().out
 
 

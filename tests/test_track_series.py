@@ -110,6 +110,17 @@ def test_runs_of_a_commit_are_pooled_and_ratios_are_to_the_latest_base():
     assert point.ratio.middle == pytest.approx((1.2 * 1.4) ** 0.5)
 
 
+def test_a_commit_beside_itself_is_no_ratio():
+    runs = [
+        record(1, [12.0, 12.0], base=[10.0, 10.0], base_of="c0", at=0),
+        record(1, [12.0, 12.0], base=[12.0, 12.0], base_of="c1", at=1),
+    ]
+    (point,) = only(runs).series[0].points
+    assert (point.samples, point.base) == (4, "c0")
+    assert point.ratio.middle == pytest.approx(1.2)
+    assert only(runs[1:]).series[0].points[0].ratio is None
+
+
 def test_a_later_run_that_failed_hides_no_figure():
     (point,) = only([record(1, [10.0]), record(1, [], not_measured="killed", at=1)]).series[0].points
     assert point.value.middle == 10

@@ -7,8 +7,8 @@ file once. Text of commits, machines and peers is escaped by the template.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ DASH = "\N{EN DASH}"
 ABSENT = "\N{EM DASH}"
 
 
-def render(machines: Sequence[Machine], kernels: Sequence[History], made: datetime) -> str:
-    """The page. `made` is when, for its foot; the rest follows from the histories alone."""
+def render(
+    machines: Sequence[Machine], kernels: Sequence[History], made: datetime, titles: Mapping[str, str] | None = None
+) -> str:
+    """The page. `made` is when, for its foot; `titles` say what a figure is, by its name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -37,7 +39,7 @@ def render(machines: Sequence[Machine], kernels: Sequence[History], made: dateti
         lstrip_blocks=True,
     )
     environment.filters |= {"day": _day, "short": short, "percent": percent}
-    views = [MachineView(m, n) for n, m in enumerate(machines)]
+    views = [MachineView(m, n, titles or {}) for n, m in enumerate(machines)]
     return environment.get_template("page.html").render(
         machines=views,
         titles=[view.title for view in views],
@@ -66,6 +68,7 @@ class MachineView:
 
     machine: Machine
     number: int
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -85,7 +88,10 @@ class MachineView:
 
     @property
     def figures(self) -> list[FigureView]:
-        return [FigureView(s, self.machine.commits, f"m{self.number}f{n}") for n, s in enumerate(self.machine.series)]
+        return [
+            FigureView(s, self.machine.commits, f"m{self.number}f{n}", self.titles.get(s.figure, ""))
+            for n, s in enumerate(self.machine.series)
+        ]
 
     @property
     def commits(self) -> list[tuple[int, Commit]]:
@@ -123,6 +129,8 @@ class FigureView:
     series: Series
     commits: tuple[Commit, ...]
     id: str
+    title: str = ""
+    """What is measured, in words."""
 
     @property
     def charts(self) -> list[plot.Chart]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,11 +33,17 @@ def read(path: Path) -> list[records.Record]:
     return records.read(path)
 
 
-def write(history: list[records.Record], change_points: series.ChangePoints, checkout: Path, out: Path) -> None:
-    """The page of a history, with the kernels' records of a checkout, as one file."""
+def write(
+    history: list[records.Record],
+    change_points: series.ChangePoints,
+    checkout: Path,
+    out: Path,
+    titles: Mapping[str, str] | None = None,
+) -> None:
+    """The page of a history, with the kernels' records of a checkout, as one file. `titles`: figure -> what it is."""
     machines = series.machines(history, change_points)
     kernels = kernel_history.histories(kernel_history.read(checkout))
-    text = page.render(machines, kernels, datetime.now(UTC))
+    text = page.render(machines, kernels, datetime.now(UTC), titles)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
 
@@ -48,11 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--history", type=Path, default=CHECKOUT / HISTORY, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=CHECKOUT / OUT, help="default: %(default)s")
     asked = parser.parse_args(arguments)
-    from track.detect import change_points  # loads the library that finds them
+    from track import detect, suite  # the detector loads a library
 
+    titles = {figure.name: figure.title for probe in suite.PROBES for figure in probe.figures}
     try:
         history = read(asked.history)
-        write(history, change_points, CHECKOUT, asked.out)
+        write(history, detect.change_points, CHECKOUT, asked.out, titles)
     except FileNotFoundError as error:
         print(f"{error.filename} does not exist; `hotplug bench track` makes a history", file=sys.stderr)
         return 1

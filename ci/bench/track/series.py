@@ -209,12 +209,11 @@ def _point(position: int, runs: list[Record]) -> Point:
     if not measured:
         return Point(position, runs=len(runs), not_measured=runs[-1].not_measured)
     samples = [s for r in measured for s in r.samples]
-    base = measured[-1].against.commit if measured[-1].against is not None else None
+    # A commit beside itself shows the machine's noise, and is no ratio to a base.
+    beside = [(r, r.against) for r in measured if r.against is not None and r.against.commit != r.commit]
+    base = beside[-1][1].commit if beside else None
     pairs = [
-        pair
-        for r in measured
-        if r.against is not None and r.against.commit == base
-        for pair in zip(r.samples, r.against.samples, strict=True)
+        pair for r, against in beside if against.commit == base for pair in zip(r.samples, against.samples, strict=True)
     ]
     return Point(position, interval(samples), ratio(pairs), base, len(samples), len(measured))
 
