@@ -47,8 +47,8 @@ class Browser:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._log = (folder / "browser.log").open("wb")
         command = [find(), *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
+        self._log = (folder / "browser.log").open("wb")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         self._loop = asyncio.new_event_loop()
         self._session: aiohttp.ClientSession | None = None

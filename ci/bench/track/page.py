@@ -7,7 +7,7 @@ file once. Text of commits, machines and peers is escaped by the template.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -230,7 +230,7 @@ class Row:
         return "" if self.point.ratio is None else _interval(self.point.ratio, lambda v: percent(v - 1))
 
 
-def _interval(value: Interval, words: Any) -> str:
+def _interval(value: Interval, words: Callable[[float], str]) -> str:
     if value.low is None or value.high is None:
         return ""
     return f"{words(value.low)} {DASH} {words(value.high)}"
