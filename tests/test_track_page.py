@@ -298,3 +298,15 @@ def test_a_wrong_line_is_told_with_its_number(tmp_path, detector, capsys):
 def test_minus_is_a_minus_sign():
     machine = only([record(n, [0.9, 0.9], base=[1.0, 1.0]) for n in range(2)])
     assert any(t.label.startswith(MINUS) for t in plot.ratio_chart(machine.series[0], 2).ticks)
+
+
+def test_the_command_reads_the_history_that_the_tracker_keeps(tmp_path, detector):
+    store = pytest.importorskip("track.store")
+    made = long_history(20, 2)
+    kept = store.History(tmp_path / "history.sqlite")
+    kept.add(made)
+    kept.close()
+    assert report.read(tmp_path / "history.sqlite") == made
+    asked = ["--history", str(tmp_path / "history.sqlite"), "--out", str(tmp_path / "page.html")]
+    assert report.main(asked) == 0
+    assert "Change point 1 at c10" in (tmp_path / "page.html").read_text()
