@@ -4,61 +4,17 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import numpy as np
 import pytest
-from track.records import Against, Record
+from track.records import Record
 from track.series import Machine, interval, machines, ratio
 from track.units import MINUS, SPACE, number, percent, quantity
-
-START = datetime(2026, 11, 1, tzinfo=UTC)
-
-
-def record(
-    commit: int | None,
-    samples: Sequence[float],
-    *,
-    base: Sequence[float] | None = None,
-    base_of: str = "base",
-    at: int = 0,
-    **fields: object,
-) -> Record:
-    """A record of commit number `commit`, a child of the one before it, or of a peer."""
-    about = (
-        {}
-        if commit is None
-        else {
-            "commit": f"c{commit}",
-            "commit_date": START + timedelta(hours=commit),
-            "subject": f"Change {commit}",
-            "parent": f"c{commit - 1}",
-        }
-    )
-    given = {
-        "run": f"run{commit}-{at}",
-        "machine": "one",
-        "machine_facts": {"cpu": "a processor", "cores": 2},
-        "versions": {"python": "3.11.7"},
-        "at": START + timedelta(days=30, minutes=at),
-        "figure": "cpu-one",
-        "unit": "tok/s",
-        "better": "higher",
-        "samples": tuple(samples),
-        "against": None if base is None else Against(commit=base_of, samples=tuple(base)),
-    }
-    made = Record(**(about | given | fields))
-    made.check()
-    return made
+from track_histories import START, no_change, record
 
 
-def none(values: list[float]) -> list[int]:
-    """A detector that finds no change."""
-    return []
-
-
-def only(records: list[Record], change_points=none) -> Machine:
+def only(records: list[Record], change_points=no_change) -> Machine:
     (machine,) = machines(records, change_points)
     return machine
 
@@ -107,7 +63,7 @@ def test_there_is_no_ratio_to_zero():
 
 
 def test_an_empty_history_has_no_machine():
-    assert machines([], none) == []
+    assert machines([], no_change) == []
 
 
 def test_one_commit_is_a_series_of_one_point():
@@ -136,7 +92,7 @@ def test_a_figure_that_was_not_measured_is_a_gap_with_its_reason():
 
 def test_machine_classes_stay_apart_and_the_latest_comes_first():
     records = [record(0, [80.0]), record(1, [81.0]), record(1, [160.0], machine="two", at=5)]
-    first, second = machines(records, none)
+    first, second = machines(records, no_change)
     assert (first.id, second.id) == ("two", "one")
     assert [c.id for c in first.commits] == ["c1"]
     assert first.series[0].points[0].value.middle == 160
@@ -152,6 +108,17 @@ def test_runs_of_a_commit_are_pooled_and_ratios_are_to_the_latest_base():
     (point,) = only(runs).series[0].points
     assert (point.value.middle, point.samples, point.runs, point.base) == (12, 6, 3, "new")
     assert point.ratio.middle == pytest.approx((1.2 * 1.4) ** 0.5)
+
+
+def test_a_commit_beside_itself_is_no_ratio():
+    runs = [
+        record(1, [12.0, 12.0], base=[10.0, 10.0], base_of="c0", at=0),
+        record(1, [12.0, 12.0], base=[12.0, 12.0], base_of="c1", at=1),
+    ]
+    (point,) = only(runs).series[0].points
+    assert (point.samples, point.base) == (4, "c0")
+    assert point.ratio.middle == pytest.approx(1.2)
+    assert only(runs[1:]).series[0].points[0].ratio is None
 
 
 def test_a_later_run_that_failed_hides_no_figure():

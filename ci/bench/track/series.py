@@ -20,6 +20,8 @@ from track.records import Record
 
 RESAMPLES = 1000
 """Bootstrap resamples of an interval: its ends then repeat to about a tenth of the interval's width."""
+ENDS = (RESAMPLES * 25 // 1000, RESAMPLES * 975 // 1000 - 1)
+"""Of the sorted medians of resamples, those that 2.5 % are below and 2.5 % above."""
 
 ChangePoints = Callable[[list[float]], list[int]]
 """Positive values in the order of commits -> the indices at which a new level begins, ascending."""
@@ -117,7 +119,7 @@ class Machine:
     commits: tuple[Commit, ...]
     """Parents before children, else by date."""
     series: tuple[Series, ...]
-    """In the order in which figures first appear."""
+    """In the latest run's order; figures that it has not follow."""
     last: datetime = field(compare=False)
     """When its last run began."""
 
@@ -141,7 +143,7 @@ def _machine(name: str, records: list[Record], change_points: ChangePoints) -> M
     commits = _commits(records)
     positions = {commit.id: position for position, commit in enumerate(commits)}
     figures: dict[str, list[Record]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda r: (r.peer is None, r.at), reverse=True):  # stable within a run
         figures.setdefault(record.figure, []).append(record)
     series = tuple(_series(group, positions, change_points) for group in figures.values())
     return Machine(name, latest.machine_facts, commits, series, latest.at)
@@ -207,12 +209,11 @@ def _point(position: int, runs: list[Record]) -> Point:
     if not measured:
         return Point(position, runs=len(runs), not_measured=runs[-1].not_measured)
     samples = [s for r in measured for s in r.samples]
-    base = measured[-1].against.commit if measured[-1].against is not None else None
+    # A commit beside itself shows the machine's noise, and is no ratio to a base.
+    beside = [(r, r.against) for r in measured if r.against is not None and r.against.commit != r.commit]
+    base = beside[-1][1].commit if beside else None
     pairs = [
-        pair
-        for r in measured
-        if r.against is not None and r.against.commit == base
-        for pair in zip(r.samples, r.against.samples, strict=True)
+        pair for r, against in beside if against.commit == base for pair in zip(r.samples, against.samples, strict=True)
     ]
     return Point(position, interval(samples), ratio(pairs), base, len(samples), len(measured))
 
@@ -223,11 +224,13 @@ def _point(position: int, runs: list[Record]) -> Point:
 def interval(samples: Sequence[float]) -> Interval:
     """The median of samples (at least one) with its 95 % percentile bootstrap interval."""
     values = np.sort(np.asarray(samples, dtype=np.float64))
-    if len(values) == 1:
-        return Interval(float(values[0]), None, None)
-    lower, upper = _middles(len(values))
-    low, high = np.percentile((values[lower] + values[upper]) / 2, [2.5, 97.5])
-    return Interval(float(np.median(values)), float(low), float(high))
+    count = len(values)
+    middle = float(values[(count - 1) // 2] + values[count // 2]) / 2
+    if count == 1:
+        return Interval(middle, None, None)
+    lower, upper = _middles(count)
+    medians = np.partition((values[lower] + values[upper]) / 2, ENDS)
+    return Interval(middle, *(float(medians[end]) for end in ENDS))
 
 
 @functools.cache
