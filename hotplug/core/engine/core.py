@@ -22,6 +22,7 @@ from hotplug.core.engine.executables import (
     compiled,
     compiled_shapes,
     graph_memory,
+    short_prompts,
 )
 from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
@@ -176,6 +177,7 @@ class EngineCore(RankCore):
                 policy=bound.policy,
                 chunked_prefill=config.enable_chunked_prefill,
                 mixed_steps=bound.limits.mixed_steps,
+                short_prompts=short_prompts(bound),
                 max_queue=config.max_queue,
                 seed=config.seed,
                 speculation=_speculation(bound),
