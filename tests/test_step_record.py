@@ -94,8 +94,14 @@ def test_the_nearest_counts_and_of_equals_the_users_own(tiny_model: Path) -> Non
 
 
 def test_the_fewest_requests_that_are_all_but_the_fastest_are_taken() -> None:
-    found = record(1, (8, 64, 90.0), (16, 64, 99.5), (32, 64, 100.0), (16, 32, 99.2))
-    assert (found.best.requests, found.best.tokens) == (16, 32)
+    found = record(1, (8, 64, 90.0), (16, 64, 99.5), (32, 64, 100.0))
+    assert (found.best.requests, found.best.tokens) == (16, 64)
+
+
+def test_of_as_many_requests_those_tokens_are_taken_at_which_gaps_are_shortest() -> None:
+    rates = ((64, 99.5, 3.0), (48, 99.6, 2.0), (32, 100.0, 4.0))
+    found = StepRecord("m", 1, [Measured(16, tokens, rate, gap) for tokens, rate, gap in rates])
+    assert found.best.tokens == 48
 
 
 def test_what_is_asked_for_wins(tiny_model: Path) -> None:
