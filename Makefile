@@ -76,8 +76,9 @@ format: $(STAMP) ## let ruff format and repair what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(STAMP) ## write docs/ops.md anew
+docs: $(STAMP) ## write docs/ops.md and ROADMAP.md anew
 	$(BIN)/python ci/docs/ops.py
+	$(BIN)/python ci/docs/roadmap.py
 
 bench-cpu: $(STAMP) native ## hotplug and its peers on this processor, one table (ARGS= for engines and repeats)
 	$(BIN)/python ci/bench/cpu.py $(ARGS)
