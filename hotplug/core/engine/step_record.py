@@ -57,7 +57,9 @@ class StepRecord:
     def best(self) -> Measured:
         """The fewest requests whose rate is all but the best, with the tokens at which gaps are shortest."""
         least = CLOSE_ENOUGH * max(one.output_tokens_per_s for one in self.measured)
-        return min((m for m in self.measured if m.output_tokens_per_s >= least), key=lambda m: (m.requests, m.gap_p99_ms))
+        return min(
+            (m for m in self.measured if m.output_tokens_per_s >= least), key=lambda m: (m.requests, m.gap_p99_ms)
+        )
 
 
 @dataclass(frozen=True, slots=True)
