@@ -36,8 +36,9 @@ native: $(NATIVE)/libhotplug_cpu.so ## build the C++ kernels of the CPU platform
 serve: $(STAMP) native ## fetch the default model if needed and serve it (MODEL= HOST= PORT= ARGS=)
 	$(BIN)/hotplug serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
+# A process for each core, up to four, and one thread in each; a file's tests stay together, as they share engines.
 test: $(STAMP) native ## the test suite (ARGS= for pytest)
-	$(BIN)/pytest -q -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m 'not slow' -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) native ## the long runs, which `make test` leaves out
 	$(BIN)/pytest -q -m slow $(ARGS)
@@ -75,8 +76,9 @@ format: $(STAMP) ## let ruff format and repair what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(STAMP) ## write docs/ops.md anew
+docs: $(STAMP) ## write docs/ops.md and ROADMAP.md anew
 	$(BIN)/python ci/docs/ops.py
+	$(BIN)/python ci/docs/roadmap.py
 
 bench-cpu: $(STAMP) native ## hotplug and its peers on this processor, one table (ARGS= for engines and repeats)
 	$(BIN)/python ci/bench/cpu.py $(ARGS)

@@ -7,12 +7,21 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import interpreter
 import pytest
 from reference_model import write_hf_folder
 
 interpreter.use_where_no_gpu()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[Any]:
+    """Escape half surrogate pairs in what a test has logged or printed, which its process sends as UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ class Server:
     def front_ends(self) -> list[psutil.Process]:
         """Those that answer: the process itself where there is one."""
         forked = [p for p in self._children() if "forkserver" in " ".join(p.cmdline())]
-        return [p for f in forked for p in f.children() if p.status() != psutil.STATUS_ZOMBIE] or self.processes[:1]
+        return [p for f in forked for p in f.children() if is_alive(p)] or self.processes[:1]
 
     def cpu_seconds(self) -> float:
         """Processor time of all processes so far."""
@@ -189,7 +189,15 @@ def limit_descriptors(number: int) -> Callable[[], None]:
 def left(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Those of `processes` that still run after `seconds`."""
     _, alive = psutil.wait_procs(processes, seconds)
-    return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in alive if is_alive(p)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; it may end meanwhile."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -41,21 +41,3 @@ def test_the_page_of_operations_is_what_the_code_says() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text() == module.page(), "run `make docs`"
-
-
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
-def test_files_and_links_that_a_page_names_exist(page: Path) -> None:
-    text = page.read_text()
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
-    named = [n for n in re.findall(r"`((?:hotplug|tests|ci|docs)/[\w./-]+)`", text) if n not in FILES]
-    missing = [n for n in links if "://" not in n and not (page.parent / n).exists()]
-    missing += [n for n in named if not (DOCS.parent / n).exists()]
-    assert missing == []
-
-
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
-def test_anchors_of_a_page_lead_to_a_heading(page: Path) -> None:
-    text = page.read_text()
-    headings = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-")
-                for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}  # fmt: skip
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings

@@ -10,7 +10,7 @@ from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError,
 from hotplug.core.request import Request, SamplingParams, TokenLogprobs
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 from hotplug.core.scheduler.policy import PRIORITY
-from hotplug.core.scheduler.scheduler import SchedulerConfig
+from hotplug.core.scheduler.scheduler import SchedulerConfig, ShortPrompts
 
 
 def entries(plan: StepPlan | None) -> list[tuple[int, int, int]]:
@@ -57,6 +57,51 @@ def test_decodes_come_first_then_partial_prefills_then_new_requests() -> None:
     plan = engine.step()
     assert entries(plan) == [(0, 5, 1), (1, 15, 5), (2, 0, 5)]
     assert plan is not None and plan.num_decodes == 1
+
+
+SHORT = ShortPrompts(tokens=8, chunks=2)
+
+
+def test_beside_decodes_a_prompt_comes_in_short_parts() -> None:
+    engine = FakeEngine(max_num_batched_tokens=64, short_prompts=SHORT)
+    engine.add(prompt(4), max_tokens=9)
+    engine.step()
+    engine.add(prompt(20, first=2))
+    assert [entries(engine.step())[1:] for _ in range(3)] == [[(1, 0, 8)], [(1, 8, 8)], [(1, 16, 4)]]
+
+
+def test_beside_decodes_a_step_takes_few_prompts_together() -> None:
+    engine = FakeEngine(max_num_seqs=6, max_num_batched_tokens=64, short_prompts=SHORT)
+    engine.add(prompt(4), max_tokens=9)
+    engine.step()
+    for first in (2, 3, 4, 5):
+        engine.add(prompt(3, first=first))
+    assert entries(engine.step())[1:] == [(1, 0, 3), (2, 0, 3)]
+    assert entries(engine.step())[3:] == [(3, 0, 3), (4, 0, 3)]
+
+
+def test_a_prompt_with_no_decode_beside_it_is_not_split_for_anybody() -> None:
+    engine = FakeEngine(max_num_batched_tokens=64, short_prompts=SHORT)
+    engine.add(prompt(20))
+    assert entries(engine.step()) == [(0, 0, 20)]
+
+
+def test_where_many_prompts_wait_throughput_comes_first() -> None:
+    engine = FakeEngine(max_num_seqs=6, max_num_batched_tokens=64, short_prompts=SHORT)
+    engine.add(prompt(4), max_tokens=9)
+    engine.step()
+    for first in (2, 3, 4):
+        engine.add(prompt(11, first=first))  # one more than four short steps hold
+    assert entries(engine.step())[1:] == [(1, 0, 11), (2, 0, 11), (3, 0, 11)]
+
+
+def test_prompts_that_have_no_row_hurry_nobody() -> None:
+    engine = FakeEngine(max_num_seqs=2, max_num_batched_tokens=64, short_prompts=SHORT)
+    engine.add(prompt(4), max_tokens=9)
+    engine.step()
+    for first in (2, 3, 4):
+        engine.add(prompt(20, first=first))
+    assert entries(engine.step())[1:] == [(1, 0, 8)]
 
 
 def test_without_chunking_a_prompt_waits_for_a_step_that_takes_it_whole() -> None:

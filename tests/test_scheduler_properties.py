@@ -13,6 +13,7 @@ from scheduler_fakes import EOS, VOCAB, FakeConnector, FakeEngine
 from hotplug.core.errors import QueueFullError, RequestError
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.policy import FCFS, PRIORITY
+from hotplug.core.scheduler.scheduler import ShortPrompts
 
 CHECKS = settings(
     deadline=None, max_examples=500, derandomize=True,
@@ -61,6 +62,7 @@ def engines(draw: st.DrawFn) -> FakeEngine:
         policy=draw(st.sampled_from([FCFS, PRIORITY])),
         chunked_prefill=chunked,
         mixed_steps=mixed,
+        short_prompts=draw(st.none() | st.builds(ShortPrompts, st.integers(1, 24), st.integers(1, 3))),
         max_prefill_requests=draw(st.none() | st.integers(1, 3)) if not mixed else None,
         max_queue=draw(st.sampled_from([100, 3, 0])),
         speculation=speculation,

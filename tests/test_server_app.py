@@ -150,6 +150,21 @@ def test_bad_completion_field_is_refused_by_name(client, field, value):
     assert refusal(client.post("/v1/completions", {**TEXT, field: value}), 400)["param"] == field
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("store", True),
+        ("web_search_options", {}),
+        ("moderation", {"model": "m"}),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "alloy", "format": "wav"}),
+    ],
+)
+def test_services_around_a_model_are_refused_by_name(client, field, value):
+    assert refusal(client.post("/v1/chat/completions", {**CHAT, field: value}), 400)["param"] == field
+
+
 def test_missing_field_is_refused_by_name(client):
     assert refusal(client.post("/v1/completions", {"prompt": "hi"}), 400)["param"] == "model"
 

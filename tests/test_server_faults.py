@@ -218,7 +218,7 @@ def test_a_front_end_that_cannot_start_ends_the_server_with_its_reason(tiny_mode
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the server", "to all processes"])
 def test_a_signal_lets_running_requests_of_all_front_ends_finish(tiny_model, to_all):
     with live_server(tiny_model, frontends=2) as server:
-        streams = [stream(server, front_end, max_tokens=200) for front_end in server.front_ends]
+        streams = [stream(server, front_end, max_tokens=1000) for front_end in server.front_ends]
         processes = server.processes
         (os.killpg if to_all else os.kill)(server.process.pid, signal.SIGINT if to_all else signal.SIGTERM)
         for each in streams:

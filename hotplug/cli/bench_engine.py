@@ -35,18 +35,21 @@ def random_prompts(vocab_size: int, count: int, length: int, seed: int) -> list[
     return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
 
 
-def measure(core: EngineCore, prompts: Sequence[list[int]], output_len: int, timeline: Timeline | None = None) -> Run:
-    """Run prompts at once to `output_len` greedy tokens each. Raises RequestError if they do not fit.
+def measure(
+    core: EngineCore, prompts: Sequence[list[int]], output_len: int | Sequence[int], timeline: Timeline | None = None
+) -> Run:
+    """Run prompts at once to `output_len` greedy tokens, of all or of each. Raises RequestError if they do not fit.
 
     `timeline` records the run; it costs some microseconds a step and half of one a token.
     """
     core.timer.recorder = timeline
-    sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+    lengths = [output_len] * len(prompts) if isinstance(output_len, int) else output_len
     last: dict[str, float] = {}
     gaps: list[float] = []
     ttft = tokens = 0.0
     start = time.perf_counter()
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
         request = Request(id=f"bench-{i}", prompt_token_ids=prompt, sampling=sampling, arrival=time.monotonic())
         if timeline is not None:
             timeline.added(request.id, len(prompt))

@@ -51,7 +51,7 @@ def _report(engine: EngineConfig) -> dict[str, Any]:
 def _print(report: dict[str, Any]) -> None:
     from rich.markup import escape
 
-    device, kv = report["device"], report["kv"]
+    device, kv, step = report["device"], report["kv"], report["step"]
     console = out()
     for name, value in (
         ("model", f"{report['model']} ({report['architecture']})"),
@@ -59,6 +59,7 @@ def _print(report: dict[str, Any]) -> None:
         ("because", report["selected_because"]),
         ("dtype", f"{report['dtype']}, torch {report['torch']}"),
         ("exec", f"{report['exec']}: {report['exec_because']}"),
+        ("step", f"{step['requests']:,} requests, {step['tokens']:,} tokens: {step['because']}"),
         *([("ranks", f"{report['ranks']}, sites and sizes are those of one")] if report["ranks"] > 1 else []),
         ("weights", f"{report['quantization']}: {report['quantization_because']}"),
         ("kv cache", f"{kv['dtype']} {kv['layout']}, blocks of {kv['block_size']} tokens, {kv['block_bytes']:,} bytes"),

@@ -1,4 +1,5 @@
-"""`hotplug tune`: measure a platform's kernels, or its execution modes, for a model, and keep what is fastest."""
+"""`hotplug tune`: measure a platform's kernels, its execution modes or its sizes of steps for a model, and keep the
+fastest."""
 
 from __future__ import annotations
 
@@ -34,9 +35,22 @@ def tune(
     modes: Annotated[
         bool, typer.Option("--modes", help="Measure execution modes instead; --exec auto takes the fastest then.")
     ] = False,
+    defaults: Annotated[
+        bool,
+        typer.Option(
+            "--defaults", help="Measure instead how many requests a step had best hold; that many are the default then."
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry a kernel and shape.")] = False,
 ) -> None:
     """Measure kernel configurations on a device at a model's shapes, and keep the fastest in a data file."""
+    if modes and defaults:
+        raise ConfigError("--modes and --defaults are measured one after the other", hint="Leave one out.")
+    if defaults:
+        if seconds is not None:
+            raise ConfigError("--seconds is for kernels, and does not go with --defaults")
+        _tune_defaults(engine, output, json=json)
+        return
     if modes:
         if seconds is not None or output is not None:
             raise ConfigError("--seconds and --output are for kernels, and do not go with --modes")
@@ -91,6 +105,26 @@ def _tune_modes(engine: EngineConfig, *, json: bool) -> None:
         print_json({"schema": 1, "file": str(path), "fastest": record.order[0], "modes": figures, "failed": failed})
         return
     console.print(_escaped(f"{record.order[0]} is fastest; --exec auto takes it from now on: {path}"))
+
+
+def _tune_defaults(engine: EngineConfig, output: Path | None, *, json: bool) -> None:
+    fetch_model(engine)
+    from hotplug.cli.tune_steps import tune_steps
+
+    console = err() if json else out()
+
+    def report(requests: int, tokens: int, found: str) -> None:
+        console.print(_escaped(f"{requests:>6,} requests, {tokens:>6,} tokens  {found}"))
+
+    path, record = tune_steps(engine, report, output)
+    best = record.best
+    if json:
+        measured = [dataclasses.asdict(one) for one in record.measured]
+        print_json({"schema": 1, "file": str(path), "requests": best.requests, "tokens": best.tokens,
+                    "measured": measured})  # fmt: skip
+        return
+    console.print(_escaped(f"{best.requests:,} requests and {best.tokens:,} tokens are the defaults for models near "
+                           f"{record.weight_bytes / 1e9:.1f} GB from now on: {path}"))  # fmt: skip
 
 
 def distinct(choices: Iterable[Choice]) -> list[SiteSpec]:

@@ -122,7 +122,10 @@ def render_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs]) ->
 
 
 class ChatEvents:
-    """Frames the chunks of a chat completion. The first event of each choice carries the role."""
+    """Frames the chunks of a chat completion. The first event of each choice carries the role.
+
+    Tokens that make no character yet are an event too, with an empty content, unless the text is told apart.
+    """
 
     def __init__(
         self,
@@ -152,7 +155,7 @@ class ChatEvents:
         if self._parsers is not None:
             return opening + self._parsed(chunk, self._parsers[chunk.index])
         if chunk.finish_reason is None and not chunk.logprobs:
-            if not chunk.text:
+            if opening and not chunk.text:
                 return opening
             return opening + self._text_heads[chunk.index] + encode(chunk.text) + self._text_tail
         choice = {

@@ -161,8 +161,8 @@ class Choice:
         positions = [*(prompt_logprobs or ()), *output.logprobs]
         return self._render(self._prompt.text + output.text, positions, output, len(prompt_logprobs or ()))
 
-    def part(self, chunk: CompletionChunk) -> dict[str, Any] | None:
-        """One streamed piece; None when there is nothing to show yet. The first one echoes the prompt."""
+    def part(self, chunk: CompletionChunk) -> dict[str, Any]:
+        """One streamed piece. The first one echoes the prompt."""
         text = chunk.text
         positions: list[TokenLogprobs | None] = [*(chunk.logprobs or ())]
         of_prompt = 0
@@ -171,8 +171,6 @@ class Choice:
             text = self._prompt.text + text
             of_prompt = len(chunk.prompt_logprobs or ())
             positions = [*(chunk.prompt_logprobs or ()), *positions]
-        if not (text or positions or chunk.finish_reason):
-            return None
         return self._render(text, positions, chunk, of_prompt)
 
     def _render(
@@ -217,7 +215,7 @@ class Choice:
 
 
 class CompletionEvents:
-    """Frames the chunks of a completion."""
+    """Frames the chunks of a completion. Tokens that make no character yet are an event too, with an empty text."""
 
     def __init__(self, labels: dict[str, Any], usage: Usage, choices: list[Choice], include_usage: bool) -> None:
         self._labels = labels
@@ -233,11 +231,8 @@ class CompletionEvents:
         self._usage.add(chunk)
         choice = self._choices[chunk.index]
         if choice.opened and chunk.finish_reason is None and not chunk.logprobs:
-            if not chunk.text:
-                return b""
             return self._text_heads[chunk.index] + encode(chunk.text) + self._text_tail
-        part = choice.part(chunk)
-        return b"" if part is None else self._head + encode(part) + self._tail
+        return self._head + encode(choice.part(chunk)) + self._tail
 
     def end(self) -> bytes:
         if not self._include_usage:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from hotplug.core.errors import RequestError
 from hotplug.server import json_text

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import zmq
 from hotplug.core import checks
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import main_script, messages, process
+from hotplug.core.engine.chunks import Chunks
 from hotplug.core.engine.forks import OwnProcess
 from hotplug.core.engine.link import Link
 from hotplug.core.engine.observer import EngineObserver
@@ -95,6 +97,8 @@ class AsyncLLM:
         self._watch = Watch(config.max_queue, 1 if link is None else link.clients)
         self._outgoing: list[Request | str] = []
         """Requests to be added and ids to be aborted, in order; sent together when the event loop is through."""
+        self._turn = False
+        """Whether a request was sent in this turn of the event loop."""
         self._ids = itertools.count()
         self._plan = PlanQuestion(self._ask_plan)
         self._settled = asyncio.Event()  # ready, or failed
@@ -199,11 +203,11 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncGenerator[CompletionChunk, None]:
-        """Chunks of all completions of a prompt, as they come; what comes while nobody reads is merged. Closing the
-        generator aborts the request. A prompt is given as for `LLM.stream`; `request_id` becomes part of the id
-        that the engine's log shows.
+        """Chunks of all completions of a prompt, as they come; what comes while nobody reads is merged. The request
+        goes to the engine at once; closing the generator, or dropping it, aborts it. A prompt is given as for
+        `LLM.stream`; `request_id` becomes part of the id that the engine's log shows.
 
-        Raises RequestError, QueueFullError, NotReadyError or EngineDeadError; so does its first chunk.
+        Raises RequestError, QueueFullError, NotReadyError or EngineDeadError; so does the wait for its first chunk.
         """
         self._require_ready()
         prompt, (params,) = read_prompt(prompt_token_ids), read_params(params, 1)
@@ -217,6 +221,7 @@ class AsyncLLM:
         """The whole output of one prompt, given as for `LLM.stream`. Raises as `stream` does."""
         self._require_ready()
         one, (params,) = read_prompt(prompt), read_params(params, 1)
+        self._watch.check_room(len(self._streams), params.n)
         submission = Submission(
             self._new_id(), one.encoded(self.tokenizer.encode), params, self.tokenizer, self._eos,
             cache_salt=one.cache_salt, tags=self._streams.tags,
@@ -227,19 +232,23 @@ class AsyncLLM:
                 output.add(chunk)
         return output
 
-    async def _run(self, submission: Submission) -> AsyncGenerator[CompletionChunk, None]:
-        self._require_ready()
-        running = len(submission.requests)
-        self._watch.check_room(len(self._streams), running)
+    def _run(self, submission: Submission) -> Chunks:
+        """Give a submission to the engine."""
         mailbox = self._streams.open(submission)
         self._queue(submission.requests)
-        try:
-            while running:
-                chunk = await mailbox.get()
-                running -= chunk.finish_reason is not None
-                yield chunk
-        finally:
-            self._queue(self._streams.close(submission, self.observer))
+        if not self._turn:  # the first of this turn of the event loop goes at once, others together
+            self._turn = True
+            self._flush()
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        close = partial(self._abandon, submission)
+        return Chunks(mailbox, len(submission.requests), close)
+
+    def _abandon(self, submission: Submission) -> None:
+        """Nobody reads a submission any more."""
+        self._queue(self._streams.close(submission, self.observer))
+
+    def _end_turn(self) -> None:
+        self._turn = False
 
     def _new_id(self, given: str | None = None) -> str:
         """An id that no other request has, or an abort of one would end the other."""
@@ -278,7 +287,7 @@ class AsyncLLM:
 
     def _flush(self) -> None:
         outgoing, self._outgoing = self._outgoing, []
-        if self._closing:
+        if self._closing or not outgoing:
             return
         for kind, items in itertools.groupby(outgoing, type):
             if kind is str:

@@ -13,9 +13,10 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig, parse_bytes
-from hotplug.core.engine import mode_record
+from hotplug.core.engine import mode_record, step_record
 from hotplug.core.engine.compile_check import compiled_by
 from hotplug.core.engine.ranks import check_ranks, group_faults, place
+from hotplug.core.engine.step_record import StepSize
 from hotplug.core.engine.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
@@ -29,7 +30,7 @@ from hotplug.core.ops.trace import Tracer, synchronizer
 from hotplug.core.parallel.comm import register_collectives
 from hotplug.core.platform.base import ExecMode, Limits, Platform
 from hotplug.core.platform.discovery import Candidate, discover
-from hotplug.core.platform.features import Resolved, resolve
+from hotplug.core.platform.features import Resolved, compute_dtype, resolve
 from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.stored import StoredScheme
@@ -68,6 +69,8 @@ class Bound:
     resolved: Resolved
     mode_reason: str
     """Why steps run in `resolved.exec_mode`."""
+    step_reason: str
+    """Why a step holds as many requests and tokens as `resolved` says."""
     checkpoint: Checkpoint
     weights: WeightFormat
     max_model_len: int
@@ -109,6 +112,11 @@ class Bound:
             "quantization_because": self.weights.reason,
             "exec": str(self.resolved.exec_mode),
             "exec_because": self.mode_reason,
+            "step": {
+                "requests": self.resolved.max_num_seqs,
+                "tokens": self.resolved.max_num_batched_tokens,
+                "because": self.step_reason,
+            },
             "ranks": self.context.ranks,
             "kv": {
                 "dtype": self.resolved.kv_dtype,
@@ -153,8 +161,9 @@ def bind(
     model_config = checkpoint.config
     asked = asked_format(config, extension, checkpoint)
     mode = mode_record.choose(config, selection, model_config, limits.exec_modes)
+    step = _step_size(config, selection, limits, model_config)
     resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype,
-                       fastest=mode.mode)  # fmt: skip
+                       fastest=mode.mode, step_requests=step.requests, step_tokens=step.tokens)  # fmt: skip
     check_ranks(config, model_config, extension.models, asked, first, observed=observe is not None)
     model_config = local_config(model_config, ranks)
     max_model_len = _max_model_len(config, model_config)
@@ -203,6 +212,7 @@ def bind(
         limits,
         resolved,
         mode.reason,
+        step.reason,
         checkpoint,
         weights,
         max_model_len,
@@ -220,6 +230,11 @@ def bind(
         sharing,
         whole,
     )
+
+
+def _step_size(config: EngineConfig, selection: Selection, limits: Limits, model: ModelConfig) -> StepSize:
+    dtype = TORCH_DTYPES[compute_dtype(config, limits, model.dtype)]
+    return step_record.choose(config, selection, model, dtype.itemsize)
 
 
 def _registry(platform: Platform, extension: Extension, asked: WeightFormat | None, ranks: int) -> OpRegistry:

@@ -22,6 +22,7 @@ from hotplug.core.engine.executables import (
     compiled,
     compiled_shapes,
     graph_memory,
+    short_prompts,
 )
 from hotplug.core.engine.phases import Phases
 from hotplug.core.engine.swap import make_space, make_swap
@@ -176,6 +177,7 @@ class EngineCore(RankCore):
                 policy=bound.policy,
                 chunked_prefill=config.enable_chunked_prefill,
                 mixed_steps=bound.limits.mixed_steps,
+                short_prompts=short_prompts(bound),
                 max_queue=config.max_queue,
                 seed=config.seed,
                 speculation=_speculation(bound),
@@ -325,6 +327,8 @@ class EngineCore(RankCore):
     def _step(self) -> StepTokens:
         timer = self.timer
         timer.begin()
+        if self._in_flight and self._in_flight[0][0].has_chunks and self._in_flight[0][1].done:
+            return self._take()  # a first token is there: whoever waits for it does not wait for the next launch
         plan = self._scheduler.schedule()
         timer.lap(PLAN)
         if plan is not None:
@@ -337,11 +341,15 @@ class EngineCore(RankCore):
                 return StepTokens()
         if not self._in_flight:
             return StepTokens()
+        return self._take()
+
+    def _take(self) -> StepTokens:
+        """The results of the oldest step in flight, once they are there."""
         oldest, handle = self._in_flight.popleft()
         result = handle.result()
-        timer.lap(WAIT)
+        self.timer.lap(WAIT)
         gained = self._scheduler.update(oldest, result)
-        timer.lap(UPDATE)
+        self.timer.lap(UPDATE)
         if not self.has_work:  # nobody knows when the next step will be
             self._runner.save(self._scheduler.take_saves())
         return gained

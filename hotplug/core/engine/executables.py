@@ -15,13 +15,13 @@ from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.optional import HasCapture, HasCompile
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
 from hotplug.core.runner.capture import CapturedSteps, decode_shapes, decode_shapes_on_use
-from hotplug.core.runner.capture_prompts import PromptShape, prompt_shapes
+from hotplug.core.runner.capture_prompts import CHUNKS, PromptShape, prompt_shapes
 from hotplug.core.runner.compile import Compiled, CompiledSteps, StepBounds, checked_shapes
 from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.program import ModelProgram, StepProgram
 from hotplug.core.runner.static import StaticInputs, StepShape
-from hotplug.core.scheduler.scheduler import MOST_SCORED
+from hotplug.core.scheduler.scheduler import MOST_SCORED, ShortPrompts
 from hotplug.core.weights.source import cache_folder
 
 
@@ -62,6 +62,12 @@ def captured_prompts(bound: Bound) -> list[PromptShape]:
         return []
     most = min(bound.limits.capture_prompt_tokens, bound.resolved.max_num_batched_tokens, bound.context.max_position)
     return prompt_shapes(bound.batch.spare_row, most)
+
+
+def short_prompts(bound: Bound) -> ShortPrompts | None:
+    """The most of prompts that a recorded step holds; None where none is recorded with prompts."""
+    shapes = captured_prompts(bound)
+    return ShortPrompts(shapes[-1].tokens, CHUNKS) if shapes else None
 
 
 def captured(

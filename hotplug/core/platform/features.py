@@ -30,11 +30,19 @@ class Resolved:
 
 
 def resolve(
-    config: EngineConfig, limits: Limits, *, platform: str, checkpoint_dtype: str, fastest: ExecMode | None = None
+    config: EngineConfig,
+    limits: Limits,
+    *,
+    platform: str,
+    checkpoint_dtype: str,
+    fastest: ExecMode | None = None,
+    step_requests: int | None = None,
+    step_tokens: int | None = None,
 ) -> Resolved:
     """Settle dtypes, block size and execution mode. Raises FeatureError with every reason at once.
 
-    `fastest` is the mode that `exec=auto` takes; None is the first of the platform's.
+    `fastest` is the mode that `exec=auto` takes; None is the first of the platform's. `step_requests` and
+    `step_tokens` stand in for those of the limits.
     """
     reasons: list[str] = []
     built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
@@ -43,7 +51,7 @@ def resolve(
     asked = "eager" if config.trace_ops else config.exec
     mode = ExecMode(asked) if asked != "auto" else fastest or (built or [ExecMode.EAGER])[0]
     limits = limits.within(mode)
-    dtype = _compute_dtype(config, limits, checkpoint_dtype)
+    dtype = compute_dtype(config, limits, checkpoint_dtype)
     if dtype not in limits.dtypes:
         reasons.append(f"dtype {dtype} is not among {', '.join(limits.dtypes)}")
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
@@ -75,7 +83,7 @@ def resolve(
     if reasons:
         raise FeatureError("the platform does not serve this configuration", where=f"platform {platform}",
                            why=reasons, hint="Change these options or choose another --device.")  # fmt: skip
-    seqs, tokens = _step_size(config, limits)
+    seqs, tokens = _step_size(config, step_requests or limits.step_requests, step_tokens or limits.step_tokens)
     return Resolved(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, kv_layout=limits.kv_layouts[0],
                     exec_mode=mode, static_steps=_static(mode, limits), max_num_seqs=seqs,
                     max_num_batched_tokens=tokens, speculates=Feature.SPECULATIVE in limits.features)  # fmt: skip
@@ -85,18 +93,19 @@ def _static(mode: ExecMode, limits: Limits) -> bool:
     return mode is ExecMode.CAPTURE or (mode is ExecMode.COMPILE and not limits.compiled.dynamic)
 
 
-def _step_size(config: EngineConfig, limits: Limits) -> tuple[int, int]:
+def _step_size(config: EngineConfig, requests: int, step_tokens: int) -> tuple[int, int]:
     """(requests, tokens) that a step may hold; what the user set bounds what he left open."""
     seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
     if seqs is None:
-        seqs = limits.step_requests if tokens is None else min(limits.step_requests, tokens)
+        seqs = requests if tokens is None else min(requests, tokens)
     if tokens is None:
-        tokens = max(limits.step_tokens, seqs)
+        tokens = max(step_tokens, seqs)
     check_budget(tokens, seqs)
     return seqs, tokens
 
 
-def _compute_dtype(config: EngineConfig, limits: Limits, checkpoint_dtype: str) -> str:
+def compute_dtype(config: EngineConfig, limits: Limits, checkpoint_dtype: str) -> str:
+    """The dtype that `dtype` stands for, or asks for."""
     if config.dtype != "auto":
         return config.dtype
     if limits.auto_dtype is not None:

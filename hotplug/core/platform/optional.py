@@ -166,6 +166,15 @@ class HasWeights(Protocol):
 
 
 @runtime_checkable
+class HasStepSizes(Protocol):
+    """Sizes of steps that were measured for models on the vendor's devices. Default: `Limits.step_requests` and
+    `step_tokens` serve every model."""
+
+    def step_sizes(self, device: DeviceInfo) -> Path | None:
+        """A file for this kind of device, as `hotplug tune --defaults --output` writes it, or None."""
+
+
+@runtime_checkable
 class HasTuning(Protocol):
     """Measure configurations of the platform's kernels on a device and keep the fastest, for `hotplug tune`."""
 

@@ -26,13 +26,19 @@ class StepBuilder:
         """Tokens of the budget used so far."""
         self.num_scored = len(decode_rows)
         """Requests so far, a verification counted once for each of its tokens: what makes the step's scores."""
+        self.chunk_tokens = 0
+        """Tokens of prompt chunks so far."""
         self.admitted: list[Admission] = []
         self.loads: list[tuple[int, Any]] = []
         self.swap_in: list[tuple[int, int]] = []
 
     @property
+    def num_chunks(self) -> int:
+        return len(self._rows) - self._num_verifies
+
+    @property
     def has_prefill(self) -> bool:
-        return len(self._rows) > self._num_verifies
+        return self.num_chunks > 0
 
     def add_verification(self, row: int, start: int, tokens: IntArray) -> None:
         """A row's last token, at position `start`, and proposals: [k + 1] `tokens`. Before the first chunk."""
@@ -44,6 +50,7 @@ class StepBuilder:
     def add_chunk(self, row: int, start: int, end: int, *, last: bool) -> None:
         """Positions [start, end) of a row's prefill; the `last` chunk samples a token."""
         self._add(row, start, end - start, samples=last)
+        self.chunk_tokens += end - start
         self.num_scored += 1
 
     def _add(self, row: int, start: int, num_tokens: int, *, samples: bool) -> None:

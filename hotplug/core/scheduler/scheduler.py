@@ -25,7 +25,7 @@ import time
 import typing
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -55,6 +55,17 @@ MOST_SCORED = 64
 """Tokens with scores that a step may have however few requests may run: bounds the memory that proposals take."""
 
 
+class ShortPrompts(NamedTuple):
+    """The most of prompts that a step may hold for the device to start it at once, as it does a step of decodes."""
+
+    tokens: int
+    chunks: int
+
+
+PATIENCE = 4
+"""Steps of short prompts that new prompts may need before throughput counts for more than the tokens of others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """What bounds a step. Raises ConfigError for combinations that could not make progress."""
@@ -68,6 +79,9 @@ class SchedulerConfig:
     """Whether a step may hold prefills and decodes; False for devices that cannot mix them."""
     max_prefill_requests: int | None = None
     """Requests that a step with prefills may hold, decodes counted; None = no such bound."""
+    short_prompts: ShortPrompts | None = None
+    """A step with decodes holds no more of prompts, unless more waits than a few such steps take; None: no such bound.
+    So a long prompt comes in parts that are over soon, and those who decode get their next token then."""
     max_queue: int = 4096
     """Requests that may wait beyond those that a free row awaits."""
     seed: int = 0
@@ -126,6 +140,7 @@ class Scheduler:
         self._most_scored = config.max_prefill_requests or max(config.max_num_seqs, MOST_SCORED)
         self._batch = Batch(config.max_num_seqs, self.max_model_len)
         self._waiting = WaitingQueue()
+        self._no_bound = ShortPrompts(config.max_num_batched_tokens, self._most_scored)
         self._requests: dict[str, Sequence] = {}
         self._prefilling: list[int] = []
         self._released: list[int] = []
@@ -239,7 +254,8 @@ class Scheduler:
 
     def _plan(self, *, decode: bool, prefill: bool) -> StepPlan | None:
         saves = self.take_saves()  # what this step fills is saved before the next one
-        rows, ends, n, drafts = self._running_work(decode, prefill)
+        bound = self._prompt_bound(decode)
+        rows, ends, n, drafts = self._running_work(decode, prefill, bound)
         start = self._batch.computed[rows]
         self.kv.extend(rows, ends)
         builder = StepBuilder(rows[:n], start[:n])
@@ -251,7 +267,7 @@ class Scheduler:
                 self._batch.computed[row] = high
                 self._add_chunk(builder, row, low, high)
         if prefill:
-            self._admit(builder)
+            self._admit(builder, bound)
         if not builder.num_tokens:
             self._saves = saves
             return None
@@ -264,7 +280,18 @@ class Scheduler:
         self._stats.steps += 1
         return plan
 
-    def _running_work(self, decode: bool, prefill: bool) -> tuple[IntArray, IntArray, int, dict[int, IntArray]]:
+    def _prompt_bound(self, decode: bool) -> ShortPrompts:
+        """What a step may hold of prompts, within the budget of all."""
+        short, batch = self.config.short_prompts, self._batch
+        if short is None or not decode or not self.config.chunked_prefill or batch.num_running == len(self._prefilling):
+            return self._no_bound
+        waits = sum(int(batch.prefill[row] - batch.computed[row]) for row in self._prefilling)
+        waits += self._waiting.tokens_of(batch.num_free)
+        return short if waits <= PATIENCE * short.tokens else self._no_bound
+
+    def _running_work(
+        self, decode: bool, prefill: bool, bound: ShortPrompts
+    ) -> tuple[IntArray, IntArray, int, dict[int, IntArray]]:
         """What running rows do in this step: decodes, verifications, chunks. Preempts until their blocks fit.
 
         Returns (rows [n], tokens each has computed after the step [n], number of decodes, proposals by row).
@@ -279,9 +306,9 @@ class Scheduler:
             ends = batch.computed[rows] + np.int32(1)
             if prefill and self._prefilling:
                 more = sum(map(len, drafts.values()))
-                budget = self.config.max_num_batched_tokens - num_decodes - more
+                budget = min(self.config.max_num_batched_tokens - num_decodes - more, bound.tokens)
                 chunks = []
-                for row in self._prefilling[: max(self._most_scored - num_decodes - more, 0)]:
+                for row in self._prefilling[: max(min(self._most_scored - num_decodes - more, bound.chunks), 0)]:
                     n = min(budget, int(batch.prefill[row] - batch.computed[row]))
                     if n > 0:
                         budget -= n
@@ -308,11 +335,12 @@ class Scheduler:
         batch.computed[row] += 1
         batch.verifying[row] = True
 
-    def _admit(self, builder: StepBuilder) -> None:
+    def _admit(self, builder: StepBuilder, bound: ShortPrompts) -> None:
         """Start waiting requests, best first, while rows, budget and blocks last and no prefill is unfinished."""
         chunk = self.config.max_num_batched_tokens
         while (
-            (budget := chunk - builder.num_tokens) > 0
+            (budget := min(chunk - builder.num_tokens, bound.tokens - builder.chunk_tokens)) > 0
+            and builder.num_chunks < bound.chunks
             and not self._prefilling  # it may be about to compute what they share
             and self._batch.num_free
             and builder.num_scored < self._most_scored

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from hotplug.vendor import DeviceInfo, ExecMode, Feature, KVLayout, Limits, MemoryInfo, PlatformError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from hotplug.platforms.cuda.compile import Compiler
@@ -89,6 +88,12 @@ class CudaPlatform:
         if wrong:
             raise PlatformError(f"{device.name} is here, but what is installed cannot use it",
                                 where=f"platform {self.name}", why=wrong)  # fmt: skip
+
+    def step_sizes(self, device: DeviceInfo) -> Path | None:
+        from hotplug.platforms.cuda.tuning import file_name
+
+        file = Path(__file__).parent / "step_sizes" / file_name(device.name)
+        return file if file.exists() else None
 
     def memory(self, device: DeviceInfo) -> MemoryInfo:
         assert self._nvml is not None
