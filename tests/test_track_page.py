@@ -301,7 +301,8 @@ def test_minus_is_a_minus_sign():
 
 
 def test_the_command_reads_the_history_that_the_tracker_keeps(tmp_path, detector):
-    store = pytest.importorskip("track.store")
+    from track import store
+
     made = long_history(20, 2)
     kept = store.History(tmp_path / "history.sqlite")
     kept.add(made)
