@@ -139,7 +139,11 @@ def prepare() -> Path:
 
 
 class Worker:
-    """An engine's process. Raises RuntimeError, with its last words, where it ends or hangs instead of answering."""
+    """An engine's process. Raises RuntimeError, with its last words, where it ends or hangs instead of answering.
+
+    Between its answers it is stopped with all of its processes: some wait for work in a loop, on a core that another
+    engine is measured on.
+    """
 
     LIMIT = 400.0
     """Seconds that an answer may take."""
@@ -169,6 +173,7 @@ class Worker:
 
     def _ask(self, document: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(document) + "\n")
         self._process.stdin.flush()
         return self._read()
@@ -184,12 +189,17 @@ class Worker:
             self._log.seek(0)
             words = [text.strip() for text in self._log.read().splitlines() if text.strip()]
             raise RuntimeError(f"{self._peer.name} ended with code {code}: {words[-1][:200] if words else 'no word'}")
+        self._signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def stop(self) -> None:
+    def _signal(self, what: signal.Signals) -> None:
+        """To the process and those that it has started."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # engines have processes of their own
+            os.killpg(self._process.pid, what)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
 

@@ -29,7 +29,7 @@ make_one() {
         # vLLM's CPU build draws a torchvision that does not go with its torch, and needs none for text.
         ".peers/$1/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
         # The allocator that its page on CPUs recommends, unpacked here alone. Not every system has Debian's packages.
-        if command -v apt-get dpkg-deb >/dev/null; then
+        if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
             (cd ".peers/$1" && apt-get download -q libtcmalloc-minimal4 >/dev/null 2>&1 &&
                 dpkg-deb -x libtcmalloc-minimal4_*.deb tcmalloc) || echo "no TCMalloc for vLLM: it runs without" >&2
         fi

@@ -33,8 +33,8 @@ ENGINES = ("hotplug", "vLLM")
 CHAT, HTTP = "chat", "http"
 CHAT_REQUESTS, TINY_REQUESTS, TINY_TOKENS, TINY_VOCABULARY = 500, 8, 12, 256
 TINY_MODEL = {
-    **MODELS["llama1b"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152, "torch_dtype": "float32",
+    **MODELS["llama1b"], "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 49152, "torch_dtype": "float32",
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 PER_TOKEN = ("decode1",)

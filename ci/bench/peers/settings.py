@@ -56,8 +56,8 @@ class Absent:
 
 def tcmalloc() -> str:
     """The TCMalloc library that `make bench-peers` unpacked beside vLLM, or the system's; empty where none is."""
-    places = (ENVIRONMENTS / "vllm" / "tcmalloc", Path("/usr/lib"))
-    found = [str(path) for place in places for path in sorted(place.rglob("libtcmalloc_minimal.so.4"))]
+    unpacked = (ENVIRONMENTS / "vllm" / "tcmalloc").rglob("libtcmalloc_minimal.so.4")
+    found = [str(path) for path in (*unpacked, *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))]
     return found[0] if found else ""
 
 
