@@ -19,9 +19,15 @@ from peers import gpu, load
 from peers.chat_load import Asked, batch, requests
 from peers.gpu import Cells
 from peers.gpu_settings import GPU, offline_options, server_command
-from peers.records import read
+from peers.records import ROOT, Run, read
 from peers.servers import CannotError, served, with_path
 from peers.settings import DEFAULTS, GPU_NOT_RUN, TUNED
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run({"cpu": "x"})
+
 
 # --- the plan -------------------------------------------------------------------------------------
 
@@ -170,6 +176,17 @@ def test_both_engines_get_the_same_limits_and_their_own_recommended_setting(engi
     command = server_command(engine, "python", "/m", 8192, TUNED, tiny=False)
     assert set(GPU[engine][TUNED].server) <= set(command)
     assert GPU[engine][TUNED].source != "-"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [([], "/ours"), (["--vllm-site", "/site"], "/site"), (["--vllm-python", "/other/python"], "")],
+)
+def test_vllm_sees_none_of_our_packages_where_it_is_apart(monkeypatch, run, arguments, path):
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    bench = gpu.Bench(run, compare_gpu.parser().parse_args(arguments))
+    assert bench._where("vLLM")[1]["PYTHONPATH"] == path
+    assert bench._where("hotplug")[1]["PYTHONPATH"].split(":") == [str(ROOT), "/ours"]
 
 
 def test_a_server_that_ends_before_it_is_ready_says_its_last_words():

@@ -189,10 +189,12 @@ class Bench:
         """The interpreter and the environment that have an engine."""
         if engine == "hotplug":
             return sys.executable, with_path(str(ROOT))
-        environment = with_path(self._options.vllm_site)
-        if self._options.dry_run:
-            environment = {**environment, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": self._options.vllm_site}
-        return self._options.vllm_python, environment
+        o = self._options
+        apart = o.vllm_site or o.vllm_python != sys.executable  # then no package of hotplug's may hide one of vLLM's
+        environment = {**os.environ, **({"PYTHONPATH": o.vllm_site} if apart else {})}
+        if o.dry_run:
+            environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        return o.vllm_python, environment
 
     def _offline(self, engine: str, cells: Cells, folder: str, setting: str) -> None:
         process = None
