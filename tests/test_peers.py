@@ -203,7 +203,7 @@ def test_a_stale_page_fails_the_check_and_is_written(monkeypatch, tmp_path: Path
 def test_each_row_of_an_engine_gets_its_form_of_the_weights():
     found = {(e.weights, e.setting): e.peer for engine in engines([0, 1]) for e in measure.entries(engine, Path("/m"))
              if engine.name in ("hotplug", "vLLM", "llama.cpp")}  # fmt: skip
-    assert found["Q4_0", DEFAULTS].options["model"] == "/m/Q4_0/model.gguf"
+    assert found["Q4_0", TUNED].options["model"] == "/m/Q4_0/model.gguf"
     assert found["bfloat16", TUNED].options["model"] == "/m/hf"
     assert found["bfloat16", TUNED].variables["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
     ours = measure.entries(engines([0])[0], Path("/m"))
@@ -231,7 +231,9 @@ def test_an_engine_and_the_reference_are_measured_in_turns_and_failures_have_the
     wanted[1].peer = replace(tiny.peer, options={"model": "/nowhere"})
     wanted[2].peer = replace(tiny.peer, environment="no-such-peer")
     source = Source(lambda text: [5 + len(word) % 200 for word in text.split(" ")])
-    rows = measure.Bench(run, source, lambda: replace(tiny, values={}), repeat=2, starts=0).measure(peer, wanted)
+    rows = measure.Bench(run, source, lambda: replace(tiny, values={}), repeat=2, starts=0, seconds=0.0).measure(
+        peer, wanted
+    )
     by = {(r["weights"], r["figure"]): r for r in rows}
     assert len(by) == 3 * len(measure.FIGURES)
     for figure in measure.FIGURES:

@@ -1,6 +1,6 @@
 """hotplug beside its peers on this processor: each at its defaults and at a tuned setting, raw rows and the table.
 
-    python ci/bench/compare_cpu.py [ENGINE ...] [--repeat 3] [--starts 2] [--isa avx2] [--out FILE]
+    python ci/bench/compare_cpu.py [ENGINE ...] [--repeat 5] [--seconds 90] [--starts 2] [--isa avx2] [--out FILE]
 
 Same weights, same token ids, one client that counts the tokens itself. The rows go to FILE, in place of those of the
 same engines there; the table goes to the same name with `.md`. `peers/settings.py` says what is set and which page
@@ -30,7 +30,8 @@ OUT = ROOT / ".bench" / "compare-cpu.jsonl"
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("engines", nargs="*", metavar="ENGINE", help="those whose names begin so; default: all")
-    made.add_argument("--repeat", type=int, default=3, help="measured runs, after a short one that warms up")
+    made.add_argument("--repeat", type=int, default=5, help="most rounds, after a short one that warms up")
+    made.add_argument("--seconds", type=float, default=90.0, help="no round of an engine begins later, but the second")
     made.add_argument("--starts", type=int, default=2, help="starts of an engine after its first")
     made.add_argument("--isa", choices=["avx2"], help="hold every engine to this instruction set")
     made.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"default: {OUT.relative_to(ROOT)}")
@@ -47,7 +48,8 @@ def main() -> None:
     folder = prepare()
     facts = machine_facts() | ({"held_to": options.isa} if options.isa else {})
     source = Source(load_tokenizer(folder / "Q4_1" / "model.gguf").encode)
-    bench = Bench(Run(facts), source, reference(known[0], folder, options.isa), options.repeat, options.starts)
+    ours = reference(known[0], folder, options.isa)
+    bench = Bench(Run(facts), source, ours, options.repeat, options.starts, options.seconds)
     rows = []
     for engine in wanted:
         begin = time.perf_counter()

@@ -31,6 +31,7 @@ _NAMES = dict(
         ("cpu-first", "cpu-one", "cpu-16", "cpu-prefix", "cpu-prompt"), strict=True)
 )  # fmt: skip
 WARM_UP_TOKENS = 4
+LEAST_ROUNDS = 2
 LONG_START = 15.0
 """Seconds: an engine that takes longer is started once, and that start is the figure."""
 
@@ -80,10 +81,15 @@ def _model(module: str, weights: str, folder: Path) -> dict[str, str]:
 class Bench:
     """One invocation: every engine's rows, in turns with the reference."""
 
-    def __init__(self, run: Run, source: Source, reference: Callable[[], Entry], repeat: int, starts: int) -> None:
-        """`reference` makes hotplug's entry at its defaults, `starts` is how often an engine is started besides."""
+    def __init__(
+        self, run: Run, source: Source, reference: Callable[[], Entry], repeat: int, starts: int, seconds: float
+    ) -> None:
+        """`reference` makes hotplug's entry at its defaults, `starts` is how often an engine is started besides.
+
+        Rounds of an engine's rows are `repeat`, or fewer, but two, where `seconds` are over.
+        """
         self._run, self._source, self._reference = run, source, reference
-        self._repeat, self._starts = repeat, starts
+        self._repeat, self._starts, self._seconds = repeat, starts, seconds
 
     def measure(self, engine: Engine, wanted: Sequence[Entry]) -> list[Row]:
         """The engine's rows. One that fails has its reason in the rows of the figures that it lacks."""
@@ -110,7 +116,10 @@ class Bench:
         try:
             for index in range(len(entries)):
                 attempt(index, lambda index=index: self._begin(index, entries[index], workers))
+            begin = time.perf_counter()
             for number in range(self._repeat):
+                if number >= LEAST_ROUNDS and time.perf_counter() - begin > self._seconds:
+                    break
                 for workload in WORKLOADS:
                     for index in list(workers):
                         attempt(index, lambda index=index, workload=workload, number=number: self._one(

@@ -61,86 +61,97 @@ def tcmalloc() -> str:
     return found[0] if found else ""
 
 
-def engines(cores: list[int]) -> tuple[Engine, ...]:
-    """What is measured on a machine where these physical cores, one processor of each, may be used."""
-    count = len(cores)
-    preload = tcmalloc()
-    return (
-        Engine(
-            "hotplug", "hotplug", "",
-            {"Q4_1": (DEFAULTS, TUNED), "Q4_0": (DEFAULTS,), "Q8_0": (DEFAULTS,), "float32": (DEFAULTS,)},
-            (
-                Setting(DEFAULTS),
-                Setting(
-                    TUNED,
-                    {"max_num_seqs": 16, "max_model_len": 2048, "max_num_batched_tokens": 2048,
-                     "kv_cache_memory": "256MiB"},
-                    said="16 requests, 2,048 tokens of context and of a step, 256 MiB of KV cache",
-                    source="docs/cpu.md, \"Memory and start\"",
-                ),
-            ),
+HOTPLUG = Engine(
+    "hotplug", "hotplug", "",
+    {"Q4_1": (DEFAULTS, TUNED), "Q4_0": (DEFAULTS,), "Q8_0": (DEFAULTS,), "float32": (DEFAULTS,)},
+    (
+        Setting(DEFAULTS),
+        Setting(
+            TUNED,
+            {"max_num_seqs": 16, "max_model_len": 2048, "max_num_batched_tokens": 2048, "kv_cache_memory": "256MiB"},
+            said="the load's limits: 16 requests, 2,048 tokens of context and of a step, 256 MiB of KV cache",
+            source="docs/cpu.md, \"Memory and start\"",
         ),
-        Engine(
-            "llama.cpp", "llama_cpp", "llama",
-            {"Q4_1": (DEFAULTS, TUNED), "Q4_0": (DEFAULTS, TUNED), "Q8_0": (DEFAULTS,), "F16": (DEFAULTS,)},
-            (
-                Setting(
-                    DEFAULTS, {"threads": count},
-                    said="what its own programs start with: a thread a core, batches of 2,048, micro-batches of 512, "
-                         "flash attention left to it",
-                ),
-                Setting(
-                    TUNED, {"threads": count, "micro_batch": 2048, "flash_attention": True},
-                    said="a thread a physical core, flash attention on, micro-batches of 2,048",
-                    source="docs/development/token_generation_performance_tips.md (threads); tools/server/README.md "
-                           "(--flash-attn, --ubatch-size)",
-                ),
-            ),
+    ),
+)  # fmt: skip
+OPENVINO = Engine(
+    "OpenVINO GenAI", "openvino", "openvino",
+    {"Q4_1": (DEFAULTS, TUNED), "F16": (TUNED,)},
+    (
+        Setting(DEFAULTS),
+        Setting(
+            TUNED,
+            {"scheduler": {"max_num_batched_tokens": 2048, "max_num_seqs": 16, "cache_size": 1,
+                           "enable_prefix_caching": True},
+             "properties": {"PERFORMANCE_HINT": "LATENCY"}},
+            said="steps of 2,048 tokens, 1 GB of cache made at the start, prefix caching, the hint LATENCY",
+            source="OpenVINO Model Server, \"Efficient LLM Serving\"; OpenVINO, \"Performance Hints and Thread "
+                   "Scheduling\"",
         ),
-        Engine(
-            "OpenVINO GenAI", "openvino", "openvino",
-            {"Q4_1": (DEFAULTS, TUNED), "F16": (TUNED,)},
-            (
-                Setting(DEFAULTS),
-                Setting(
-                    TUNED,
-                    {"scheduler": {"max_num_batched_tokens": 2048, "max_num_seqs": 16, "cache_size": 1,
-                                   "enable_prefix_caching": True},
-                     "properties": {"PERFORMANCE_HINT": "LATENCY"}},
-                    said="steps of 2,048 tokens, 1 GB of cache made at the start, prefix caching, the hint LATENCY",
-                    source="OpenVINO Model Server, \"Efficient LLM Serving\"; OpenVINO, \"Performance Hints and Thread "
-                           "Scheduling\"",
-                ),
-            ),
+    ),
+)  # fmt: skip
+TRANSFORMERS = Engine(
+    "transformers", "transformers", "",
+    {"float32": (DEFAULTS,), "bfloat16": (TUNED,)},
+    (
+        Setting(DEFAULTS, {"dtype": "auto"}, said="`generate` with nothing but the model"),
+        Setting(
+            TUNED, {"dtype": "bfloat16", "continuous": True},
+            said="bfloat16, continuous batching (`generate_batch`) with paged SDPA attention",
+            source="transformers, \"Continuous batching\"",
         ),
-        Engine(
-            "vLLM", "vllm", "vllm",
-            {"float32": (DEFAULTS,), "bfloat16": (TUNED,)},
-            (
-                Setting(DEFAULTS, {"dtype": "float32"}, {"VLLM_CPU_KVCACHE_SPACE": "1"},
-                        said="nothing but the model and the checkpoint's type; 1 GiB of cache, so that engines fit "
-                             "beside each other"),
-                Setting(
-                    TUNED, {"dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 16},
-                    {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-                     **({"LD_PRELOAD": preload} if preload else {})},
-                    said="bfloat16, a thread bound to each physical core, TCMalloc where `make bench-peers` could "
-                         "unpack it, 16 requests of 2,048 tokens",
-                    source="vLLM, \"CPU\" (Performance tips, Related runtime environment variables)",
-                ),
+    ),
+)  # fmt: skip
+
+
+def llama_cpp(cores: int) -> Engine:
+    """llama.cpp on so many physical cores."""
+    return Engine(
+        "llama.cpp", "llama_cpp", "llama",
+        {"Q4_1": (DEFAULTS, TUNED), "Q4_0": (TUNED,), "F16": (TUNED,)},
+        (
+            Setting(
+                DEFAULTS, {"threads": cores},
+                said="what its own programs start with: a thread a core, batches of 2,048, micro-batches of 512, "
+                     "flash attention left to it",
             ),
-        ),
-        Engine(
-            "transformers", "transformers", "",
-            {"float32": (DEFAULTS,), "bfloat16": (TUNED,)},
-            (
-                Setting(DEFAULTS, {"dtype": "auto"}, said="`generate` with nothing but the model"),
-                Setting(TUNED, {"dtype": "bfloat16", "continuous": True},
-                        said="bfloat16, continuous batching (`generate_batch`) with paged SDPA attention",
-                        source="transformers, \"Continuous batching\""),
+            Setting(
+                TUNED, {"threads": cores, "micro_batch": 2048, "flash_attention": True},
+                said="a thread a physical core, flash attention on, micro-batches of 2,048",
+                source="docs/development/token_generation_performance_tips.md (threads); tools/server/README.md "
+                       "(--flash-attn, --ubatch-size)",
             ),
         ),
     )  # fmt: skip
+
+
+def vllm(cores: list[int]) -> Engine:
+    """vLLM's CPU build, bound to one processor of each physical core."""
+    space, preload = {"VLLM_CPU_KVCACHE_SPACE": "1"}, tcmalloc()
+    return Engine(
+        "vLLM", "vllm", "vllm",
+        {"float32": (DEFAULTS,), "bfloat16": (TUNED,)},
+        (
+            Setting(
+                DEFAULTS, {"dtype": "float32"}, space,
+                said="nothing but the model and the checkpoint's type; 1 GiB of cache, so that engines fit beside "
+                     "each other",
+            ),
+            Setting(
+                TUNED, {"dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 16},
+                {**space, "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+                 **({"LD_PRELOAD": preload} if preload else {})},
+                said="bfloat16, a thread bound to each physical core, TCMalloc where `make bench-peers` could unpack "
+                     "it, 16 requests of 2,048 tokens",
+                source="vLLM, \"CPU\" (Performance tips, Related runtime environment variables)",
+            ),
+        ),
+    )  # fmt: skip
+
+
+def engines(cores: list[int]) -> tuple[Engine, ...]:
+    """What is measured on a machine where these physical cores, one processor of each, may be used."""
+    return HOTPLUG, llama_cpp(len(cores)), OPENVINO, vllm(cores), TRANSFORMERS
 
 
 NOT_RUN = (
