@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,12 @@ def test_engines_that_are_not_run_say_what_was_tried_and_why():
     assert {absent.name for absent in NOT_RUN} == {"SGLang's CPU build", "TGI's CPU build"}
     assert {absent.name for absent in GPU_NOT_RUN} == {"TensorRT-LLM", "SGLang", "LMDeploy"}
     assert all(absent.tried and absent.reason for absent in (*NOT_RUN, *GPU_NOT_RUN))
+
+
+def test_an_environment_of_an_unknown_peer_is_refused_by_name():
+    done = subprocess.run([records.ROOT / "ci" / "bench" / "peers.sh", "openvino", "nobody"], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert (done.returncode, "no peer is named nobody" in done.stderr) == (2, True)
 
 
 # --- rows -----------------------------------------------------------------------------------------
