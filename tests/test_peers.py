@@ -100,7 +100,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
 
-def test_the_cpus_table_has_medians_the_best_peer_and_the_lead_of_the_defaults(run):
+def test_the_cpus_table_has_medians_and_the_best_peer(run):
     rows = [
         row(run, "transformers", "cpu-one", 20.0), row(run, "transformers", "cpu-first", 150.0, better="lower"),
         row(run, "hotplug", "cpu-one", 50.0, 60.0, 900.0), row(run, "hotplug", "cpu-first", 100.0, better="lower"),
@@ -109,10 +109,23 @@ def test_the_cpus_table_has_medians_the_best_peer_and_the_lead_of_the_defaults(r
     ]  # fmt: skip
     found = cells(tables.cpu_table(rows))
     assert found[0] == ["engine", "weights", "setting", "W1 first token, ms", "W1 tok/s"]
-    assert [line[0] for line in found[2:-2]] == ["hotplug", "hotplug", "llama.cpp", "transformers"]
+    assert [line[0] for line in found[2:-1]] == ["hotplug", "hotplug", "llama.cpp", "transformers"]
     assert found[2][3:] == ["100", "60"]
-    assert found[-2][3:] == ["150", "30"]
-    assert found[-1] == ["hotplug, defaults, over it", "Q4_1", "", "1.50x", "2.00x"]
+    assert found[-1] == ["best of the peers", "", "", "150", "30"]
+
+
+def test_hotplugs_lead_is_that_of_the_rounds_in_turns_whatever_their_own_speed(run):
+    """The second round ran at half the speed, for both."""
+    make = {"engine": "vLLM", "weights": "float32", "setting": TUNED, "unit": "x"}
+    rows = [
+        run.row(**make, figure="cpu-one", better="higher", samples=[20.0, 10.0, 18.0], against=[40.0, 20.0, 40.0]),
+        run.row(**make, figure="cpu-first", better="lower", samples=[200.0, 400.0], against=[100.0, 200.0]),
+        run.row(**make, figure="start", better="lower", samples=[90.0], against=[2.0, 4.0]),
+        row(run, "hotplug", "cpu-one", 40.0),
+    ]  # fmt: skip
+    [title, _, *lines] = cells(tables.lead_table(rows))
+    assert title[3:] == ["W1 first token", "W1 tok/s", "start"]
+    assert lines == [["vLLM", "float32", TUNED, "2.00x", "2.00x", "30.00x"]]
 
 
 def test_what_was_not_run_is_listed_once_with_its_reason(run):

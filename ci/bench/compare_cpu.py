@@ -19,7 +19,7 @@ from cpu_engines.workloads import Source
 from peers.measure import Bench, entries, reference
 from peers.records import ROOT, Run, machine_facts, merge
 from peers.settings import engines
-from peers.tables import cpu_table, not_run
+from peers.tables import cpu_table, lead_table, not_run
 
 from hotplug.core.text.tokenizer import load_tokenizer
 from hotplug.platforms.cpu.cores import physical_cores
@@ -55,7 +55,7 @@ def main() -> None:
         begin = time.perf_counter()
         rows = merge(options.out, bench.measure(engine, entries(engine, folder, options.isa)))
         print(f"{engine.name} took {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    text = f"{cpu_table(rows)}\n\n{not_run(rows)}"
+    text = f"{cpu_table(rows)}\n\n{lead_table(rows)}\n\n{not_run(rows)}"
     options.out.with_suffix(".md").write_text(text + "\n")
     print(text)
 

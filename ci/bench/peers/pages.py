@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peers.records import RESULTS, ROOT, Row, read
-from peers.tables import cpu_table, load_table, model_table, not_run, settings_table
+from peers.tables import cpu_table, lead_table, load_table, model_table, not_run, settings_table
 
 PAGES = (ROOT / "docs" / "cpu.md", ROOT / "docs" / "benchmarks.md")
 
@@ -21,6 +21,7 @@ def _of(file: str, table: Callable[[list[Row]], str]) -> Callable[[], str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-engines": _of("cpu.jsonl", cpu_table),
+    "cpu-leads": _of("cpu.jsonl", lead_table),
     "cpu-not-run": _of("cpu.jsonl", not_run),
     "cpu-settings": settings_table,
     "cpu-engines-avx2": _of("cpu-avx2.jsonl", cpu_table),

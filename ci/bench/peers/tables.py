@@ -89,30 +89,47 @@ class Medians:
 
 
 def cpu_table(rows: Iterable[Row]) -> str:
-    """A line an engine, weights and setting; then the best of the peers and hotplug at its defaults over it."""
+    """A line an engine, weights and setting; then the best of the peers."""
     found = Medians(rows)
-    names = [engine.name for engine in engines([0])]
-    keys = sorted(filter(found.measured, found.keys), key=lambda key: names.index(key[0]))
-    ours = next((key for key in keys if key[0] == "hotplug" and key[2] == DEFAULTS), None)
     columns = [column for column in CPU_COLUMNS if column.figure in found.figures]
 
     def line(title: list[str], value: Callable[[Column], float | None]) -> list[str]:
         return [*title, *(number(None if (v := value(c)) is None else v / c.per) for c in columns)]
 
+    keys = _in_order(found)
     lines = [["engine", "weights", "setting", *(column.title for column in columns)]]
     lines += [line(list(key), lambda column, key=key: found.of(key, column.figure)) for key in keys]
     if any(map(_a_peer, keys)):
         lines.append(line(["best of the peers", "", ""], lambda column: found.best(column.figure, _a_peer)))
-        if ours:
-            lines.append(
-                [
-                    "hotplug, defaults, over it",
-                    ours[1],
-                    "",
-                    *(found.lead(c.figure, found.of(ours, c.figure), found.best(c.figure, _a_peer)) for c in columns),
-                ]
-            )
     return markdown(lines)
+
+
+def lead_table(rows: Iterable[Row]) -> str:
+    """A line a peer's row: hotplug at its defaults over it, the median over rounds that were run in turns."""
+    rows = list(rows)
+    found = Medians(rows)
+    columns = [column for column in CPU_COLUMNS if column.figure in found.figures]
+    ratios = {(row["engine"], row["weights"], row["setting"], row["figure"]): paired(row) for row in rows
+              if row["samples"] and row["against"]}  # fmt: skip
+    lines = [["hotplug at its defaults over", "", "", *(column.title.rpartition(",")[0] or column.title
+                                                        for column in columns)]]  # fmt: skip
+    for key in filter(_a_peer, _in_order(found)):
+        values = [ratios.get((*key, column.figure)) for column in columns]
+        lines.append([*key, *("-" if value is None else f"{value:.2f}x" for value in values)])
+    return markdown(lines)
+
+
+def paired(row: Row) -> float:
+    """How much better hotplug was than the row: the median of the rounds' ratios, above 1 where it was."""
+    samples, ours = row["samples"], row["against"]["samples"]
+    pairs = zip(samples, ours, strict=True) if len(samples) == len(ours) else [(median(samples), median(ours))]
+    return median(own / other if row["better"] == "higher" else other / own for other, own in pairs)
+
+
+def _in_order(found: Medians) -> list[Key]:
+    """The keys that have a figure, by engine."""
+    names = [engine.name for engine in engines([0])]
+    return sorted(filter(found.measured, found.keys), key=lambda key: names.index(key[0]))
 
 
 def _a_peer(key: Key) -> bool:
