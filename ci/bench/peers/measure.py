@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 from cpu import Peer, Worker, held, start_seconds
 from cpu_engines.workloads import FIGURES as OF_WORKLOADS
 from cpu_engines.workloads import WORKLOADS, Asked, Source, figures
@@ -48,6 +50,8 @@ class Entry:
     plan_hash: str | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
     """Of each figure, a value a run."""
+    others: float | None = None
+    """Cores that other processes took while it was measured."""
     failed: str = ""
     """Why it was given up."""
 
@@ -76,6 +80,34 @@ def _model(module: str, weights: str, folder: Path) -> dict[str, str]:
         case "llama_cpp" | "openvino":
             return {"model": file, "weights": weights}
     return {"model": str(folder / "hf")}
+
+
+class Others:
+    """How many cores are taken by what is not this process or its children: what a figure has to be read with."""
+
+    def __init__(self) -> None:
+        self._begin = (time.perf_counter(), _busy(), _own())
+
+    def cores(self) -> float:
+        """On average since it was made. What the hypervisor gave to other machines counts too."""
+        begin, busy, own = self._begin
+        return max(0.0, (_busy() - busy) - (_own() - own)) / (time.perf_counter() - begin)
+
+
+def _busy() -> float:
+    """Seconds that all processors of this machine were not idle."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+
+
+def _own() -> float:
+    """Seconds of processor time of this process and of what it has started and is there."""
+    total, me = 0.0, psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 class Bench:
@@ -116,7 +148,7 @@ class Bench:
         try:
             for index in range(len(entries)):
                 attempt(index, lambda index=index: self._begin(index, entries[index], workers))
-            begin = time.perf_counter()
+            begin, others = time.perf_counter(), Others()
             for number in range(self._repeat):
                 if number >= LEAST_ROUNDS and time.perf_counter() - begin > self._seconds:
                     break
@@ -124,7 +156,10 @@ class Bench:
                     for index in list(workers):
                         attempt(index, lambda index=index, workload=workload, number=number: self._one(
                             entries[index], workers[index], workload, number))  # fmt: skip
+            taken = others.cores()
+            print(f"others took {taken:.2f} cores in the meantime", file=sys.stderr)
             for index, worker in workers.items():
+                entries[index].others = taken
                 entries[index].values["rss"] = [worker.rss() / 2**20]
         finally:
             for worker in workers.values():
@@ -163,7 +198,7 @@ class Bench:
             rows.append(self._run.row(
                 engine=entry.engine, weights=entry.weights, setting=entry.setting, figure=figure, unit=unit,
                 better=better, samples=samples, plan_hash=entry.plan_hash,
-                versions={"about": entry.about} if entry.about else None,
+                versions={"about": entry.about} if entry.about else None, others=entry.others,
                 against=(beside.values.get(figure) or None) if beside and samples else None,
                 not_measured=None if samples else entry.failed or "it gave no value",
             ))  # fmt: skip

@@ -3,7 +3,8 @@
 A row has "run" (one invocation), "commit" (hotplug's; None of a peer) or "peer" (the engine's name), "engine",
 "weights", "setting", "machine" and "machine_facts", "versions", "plan_hash", "at" (ISO 8601), "figure", "unit",
 "better" ("higher" or "lower"), "samples", "against" (hotplug at its defaults, measured in turns with it: "commit" and
-"samples"; or None) and "not_measured" (the reason where there are no samples, or None).
+"samples"; or None), "others" (cores that other processes took in the meantime; None where nobody looked) and
+"not_measured" (the reason where there are no samples, or None).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "ci" / "bench" / "results"
 KEYS = (
     "run", "commit", "peer", "engine", "weights", "setting", "machine", "machine_facts", "versions", "plan_hash", "at",
-    "figure", "unit", "better", "samples", "against", "not_measured",
+    "figure", "unit", "better", "samples", "against", "others",
+    "not_measured",
 )  # fmt: skip
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 """Flags of /proc/cpuinfo that decide which kernels run."""
@@ -67,7 +69,8 @@ class Run:
 
     def row(self, *, engine: str, weights: str, setting: str, figure: str, unit: str, better: str,
             samples: Iterable[float] = (), versions: dict[str, str] | None = None, plan_hash: str | None = None,
-            against: Iterable[float] | None = None, not_measured: str | None = None) -> Row:  # fmt: skip
+            against: Iterable[float] | None = None, others: float | None = None,
+            not_measured: str | None = None) -> Row:  # fmt: skip
         """A row. Raises ValueError where it has neither samples nor a reason, or both."""
         values = list(samples)
         if bool(values) is (not_measured is not None):
@@ -88,6 +91,7 @@ class Run:
             "better": better,
             "samples": values,
             "against": None if against is None else {"commit": self.commit, "samples": list(against)},
+            "others": others,
             "not_measured": not_measured,
         }
         return {key: made[key] for key in KEYS}
