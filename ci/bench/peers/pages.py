@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-leads": _of("cpu.jsonl", lead_table),
     "cpu-not-run": _of("cpu.jsonl", not_run),
     "cpu-settings": settings_table,
+    "cpu-engines-2026-11-25": _of("cpu-2026-11-25.jsonl", cpu_table),
     "cpu-engines-avx2": _of("cpu-avx2.jsonl", cpu_table),
     "gpu-models": _of("gpu.jsonl", model_table),
     "gpu-chat": _of("gpu-chat.jsonl", model_table),
