@@ -10,6 +10,7 @@ recommends it; what is not run is listed with its reason. `make bench-peers` mak
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def main() -> None:
     wanted = [e for e in known if e.name.lower().startswith(tuple(n.lower() for n in options.engines) or ("",))]
     if not wanted:
         made.error("no engine has such a name; there are " + ", ".join(e.name for e in known))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that engines end with it
     folder = prepare()
     facts = machine_facts() | ({"held_to": options.isa} if options.isa else {})
     source = Source(load_tokenizer(folder / "Q4_1" / "model.gguf").encode)

@@ -14,6 +14,7 @@ everything but the GPU and its figures.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def main() -> None:
         options.rates, options.seconds, options.repeat, options.processes = [4.0], 3.0, 1, 2
     elif not device_facts().get("gpus"):
         made.error("no GPU is here; --dry-run shows that everything else works")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that engines end with it
     bench = Bench(Run(device_facts()), options)
     rows = bench.measure(cells)
     kept = merge(options.out, rows)
