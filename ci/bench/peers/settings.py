@@ -108,7 +108,7 @@ def llama_cpp(cores: int) -> Engine:
     """llama.cpp on so many physical cores."""
     return Engine(
         "llama.cpp", "llama_cpp", "llama",
-        {"Q4_1": (DEFAULTS, TUNED), "Q4_0": (TUNED,), "F16": (TUNED,)},
+        {"Q4_1": (DEFAULTS,), "Q4_0": (TUNED,), "F16": (TUNED,)},
         (
             Setting(
                 DEFAULTS, {"threads": cores},
