@@ -128,6 +128,15 @@ def test_hotplugs_lead_is_that_of_the_rounds_in_turns_whatever_their_own_speed(r
     assert lines == [["vLLM", "float32", TUNED, "2.00x", "2.00x", "30.00x"]]
 
 
+def test_rows_that_were_measured_while_others_took_cores_are_marked(run):
+    rows = [run.row(engine=engine, weights="F16", setting=TUNED, figure="cpu-one", unit="tok/s", better="higher",
+                    samples=[1.0], against=[2.0], others=others)
+            for engine, others in (("llama.cpp", 0.9), ("vLLM", 0.1), ("transformers", None))]  # fmt: skip
+    for table in (tables.cpu_table, tables.lead_table):
+        settings = {line[0]: line[2] for line in cells(table(rows))[2:]}
+        assert [settings[name] for name in ("llama.cpp", "vLLM", "transformers")] == ["tuned (disturbed)", TUNED, TUNED]
+
+
 def test_what_was_not_run_is_listed_once_with_its_reason(run):
     rows = [row(run, "vLLM", figure, reason="it fell | over") for figure in ("cpu-one", "cpu-16")]
     listed = tables.not_run([*rows, row(run, "hotplug", "cpu-one", 1.0)])

@@ -46,6 +46,10 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+DISTURBED = 0.25
+"""Cores taken by others from which on a row is marked: an engine whose threads wait for each other loses most by it."""
+
+
 class Medians:
     """The median of each figure of each engine, weights and setting."""
 
@@ -55,6 +59,8 @@ class Medians:
         self._units: dict[str, str] = {}
         self.keys: list[Key] = []
         """In the rows' order."""
+        self.disturbed: set[Key] = set()
+        """Those that were measured while others took cores."""
         self.figures: list[str] = []
         for row in rows:
             key, figure = (row["engine"], row["weights"], row["setting"]), row["figure"]
@@ -62,12 +68,18 @@ class Medians:
                 self.keys.append(key)
             if figure not in self.figures:
                 self.figures.append(figure)
+            if (row["others"] or 0.0) > DISTURBED:
+                self.disturbed.add(key)
             self._better[figure], self._units[figure] = row["better"], row["unit"]
             if row["samples"]:
                 self._found[key, figure] = median(row["samples"])
 
     def of(self, key: Key, figure: str) -> float | None:
         return self._found.get((key, figure))
+
+    def title(self, key: Key) -> list[str]:
+        """The cells that say which row it is."""
+        return [key[0], key[1], key[2] + (" (disturbed)" if key in self.disturbed else "")]
 
     def measured(self, key: Key) -> bool:
         return any(found == key for found, _ in self._found)
@@ -98,7 +110,7 @@ def cpu_table(rows: Iterable[Row]) -> str:
 
     keys = _in_order(found)
     lines = [["engine", "weights", "setting", *(column.title for column in columns)]]
-    lines += [line(list(key), lambda column, key=key: found.of(key, column.figure)) for key in keys]
+    lines += [line(found.title(key), lambda column, key=key: found.of(key, column.figure)) for key in keys]
     if any(map(_a_peer, keys)):
         lines.append(line(["best of the peers", "", ""], lambda column: found.best(column.figure, _a_peer)))
     return markdown(lines)
@@ -115,7 +127,7 @@ def lead_table(rows: Iterable[Row]) -> str:
                                                         for column in columns)]]  # fmt: skip
     for key in filter(_a_peer, _in_order(found)):
         values = [ratios.get((*key, column.figure)) for column in columns]
-        lines.append([*key, *("-" if value is None else f"{value:.2f}x" for value in values)])
+        lines.append([*found.title(key), *("-" if value is None else f"{value:.2f}x" for value in values)])
     return markdown(lines)
 
 
