@@ -181,9 +181,12 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         late = threading.Timer(self.LIMIT, self.stop)
+        late.daemon = True
         late.start()
-        line = self._process.stdout.readline()
-        late.cancel()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            late.cancel()
         if not line:
             code = self._process.wait()
             self._log.seek(0)
