@@ -98,8 +98,20 @@ counts-check: $(STAMP) native ## the same, compared with what is recorded
 	PYTHONPATH=ci/bench $(BIN)/python -m track.counts --check
 .PHONY: counts counts-check
 
-bench-peers: ## environments of the peers that bench-cpu measures (ARGS= for some of them: llama openvino vllm)
+bench-peers: ## environments of the CPU's peers, made side by side (ARGS= for some of them: llama openvino vllm)
 	PYTHON=$(PYTHON) ci/bench/peers.sh $(ARGS)
+
+bench-compare: $(STAMP) native ## hotplug beside all of them, each at its defaults and tuned: rows and table in .bench/ (ARGS=)
+	$(BIN)/python ci/bench/compare_cpu.py $(ARGS)
+.PHONY: bench-compare
+
+bench-compare-gpu: ## on the GPU machine: hotplug beside vLLM in one run (ARGS='--vllm-site DIR', ARGS=--dry-run without a GPU)
+	$(PYTHON) ci/bench/compare_gpu.py $(ARGS)
+.PHONY: bench-compare-gpu
+
+bench-tables: $(STAMP) ## write the comparison tables of docs/ from ci/bench/results (ARGS='--keep FILE' to take rows over)
+	$(BIN)/python ci/bench/write_tables.py $(ARGS)
+.PHONY: bench-tables
 
 bench-native: $(STAMP) native ## products of the C++ kernels beside PyTorch's, at one small model's shapes
 	$(BIN)/python ci/bench/cpu_linear.py $(ARGS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cpu as bench
 import gguf
 import numpy as np
+import psutil
 import pytest
 from cpu_engines.variants import write_variant
 from cpu_engines.worker import peak_rss
@@ -101,6 +103,9 @@ def test_a_worker_answers_for_an_engine_in_another_process(tiny_model: Path, sou
             assert [len(own) for own in times] == [4, 4]
             assert all(own == sorted(own) and own[0] > 0 for own in times)
         assert worker.rss() > 50e6
+        deadline, process = time.monotonic() + 10, psutil.Process(worker._process.pid)
+        while process.status() != psutil.STATUS_STOPPED:  # so it takes nothing from the others
+            assert time.monotonic() < deadline
     finally:
         worker.stop()
 

@@ -19,7 +19,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -93,13 +96,20 @@ def engines(folder: Path, cores: int) -> list[Peer]:
             {**ours, "dtype": "float32", "quantization": "stored", "exec": "compile"},
         ),
         Peer("transformers", "transformers", "", {"model": str(folder / "hf")}),
-        Peer("vllm", "vllm", "vllm", {"model": str(folder / "hf")}),
+        Peer(
+            "vllm",
+            "vllm",
+            "vllm",
+            {"model": str(folder / "hf"), "dtype": "float32", "max_model_len": 2048, "max_num_seqs": 16},
+        ),
     ]
     for kind in KINDS:
         options = {"model": str(folder / kind / "model.gguf"), "weights": kind, "threads": cores}
         found.append(Peer(f"llama.cpp {kind}", "llama_cpp", "llama", options))
         if kind != "Q4_0":
-            found.append(Peer(f"openvino {kind}", "openvino", "openvino", options))
+            steps = {"max_num_batched_tokens": 2048, "max_num_seqs": 16, "cache_size": 1,
+                     "enable_prefix_caching": True}  # fmt: skip
+            found.append(Peer(f"openvino {kind}", "openvino", "openvino", {**options, "scheduler": steps}))
     return found
 
 
@@ -129,17 +139,27 @@ def prepare() -> Path:
 
 
 class Worker:
-    """An engine's process. Raises RuntimeError where it ends instead of answering."""
+    """An engine's process. Raises RuntimeError, with its last words, where it ends or hangs instead of answering.
+
+    Between its answers it is stopped with all of its processes: some wait for work in a loop, on a core that another
+    engine is measured on.
+    """
+
+    LIMIT = 400.0
+    """Seconds that an answer may take."""
 
     def __init__(self, peer: Peer) -> None:
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
                        **peer.variables}  # fmt: skip
         self._peer = peer
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - read where the process ends
         self._process = subprocess.Popen(
             [str(peer.python), str(WORKER), peer.module, json.dumps(peer.options)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
-        self.about: str = self._read()["about"]
+        answer = self._read()
+        self.about: str = answer["about"]
+        self.plan_hash: str | None = answer.get("plan_hash")
 
     def generate(self, asked: Asked) -> list[list[float]]:
         times: list[list[float]] = self._ask(
@@ -153,20 +173,36 @@ class Worker:
 
     def _ask(self, document: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(document) + "\n")
         self._process.stdin.flush()
         return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        late = threading.Timer(self.LIMIT, self.stop)
+        late.daemon = True
+        late.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            late.cancel()
         if not line:
-            raise RuntimeError(f"{self._peer.name} ended with code {self._process.wait()}")
+            code = self._process.wait()
+            self._log.seek(0)
+            words = [text.strip() for text in self._log.read().splitlines() if text.strip()]
+            raise RuntimeError(f"{self._peer.name} ended with code {code}: {words[-1][:200] if words else 'no word'}")
+        self._signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def _signal(self, what: signal.Signals) -> None:
+        """To the process and those that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, what)
+
     def stop(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)  # engines have processes of their own
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
 

@@ -24,6 +24,7 @@ class Hotplug:
         self._core = EngineCore(EngineConfig(**options))
         self._core.wait_until_compiled()
         self._asked = 0
+        self.plan_hash = self._core.plan_hash
         report = self._core.report()
         self.about = f"hotplug {hotplug.__version__}, {report['dtype']}, exec {report['exec']}"
 

@@ -16,7 +16,7 @@ CONTEXT, BATCH = 16 * 640, 2048
 
 
 class LlamaCpp:
-    """Options: model, a GGUF file; threads."""
+    """Options: model, a GGUF file; weights; threads; micro_batch, in tokens; flash_attention, left to it by default."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         llama_cpp.llama_backend_init()
@@ -25,7 +25,10 @@ class LlamaCpp:
         if not self._model:
             raise RuntimeError(f"{options['model']} does not load")
         context = llama_cpp.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch, context.n_seq_max = CONTEXT, BATCH, 512, 16
+        context.n_ctx, context.n_batch, context.n_seq_max = CONTEXT, BATCH, 16
+        context.n_ubatch = options.get("micro_batch", 512)
+        if options.get("flash_attention"):
+            context.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context.kv_unified = True
         context.n_threads = context.n_threads_batch = options["threads"]
         self._context = llama_cpp.llama_init_from_model(self._model, context)

@@ -12,19 +12,19 @@ import openvino_genai as genai
 
 
 class OpenVINO:
-    """Options: model, a GGUF file in a folder of its own, where the converted model is kept; isa."""
+    """Options: model, a GGUF file in a folder of its own, where the converted model is kept; weights; scheduler, fields
+    of `SchedulerConfig`; properties, of the CPU plugin; isa, an instruction set that is not to be exceeded."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         path = Path(options["model"])
         if not (path.parent / "openvino_model.xml").exists():
             genai.LLMPipeline(str(path), "CPU", enable_save_ov_model=True)
         config = genai.SchedulerConfig()
-        config.max_num_batched_tokens = 2048
-        config.max_num_seqs = 16
-        config.cache_size = 1
-        config.enable_prefix_caching = True
+        for name, value in options.get("scheduler", {}).items():
+            setattr(config, name, value)
         # Where the processor has bfloat16 products it would ask for them, whatever oneDNN is held to.
-        properties = {"INFERENCE_PRECISION_HINT": "f32"} if options.get("isa") == "avx2" else {}
+        narrow = {"INFERENCE_PRECISION_HINT": "f32"} if options.get("isa") == "avx2" else {}
+        properties = {**options.get("properties", {}), **narrow}
         self._pipeline = genai.ContinuousBatchingPipeline(str(path.parent), config, "CPU", properties)
         self._asked = 0
         self.about = f"OpenVINO GenAI {genai.__version__.split('-')[0]}, {options['weights']}"

@@ -10,12 +10,14 @@ import transformers
 
 
 class Transformers:
-    """Options: model, a Hugging Face folder."""
+    """Options: model, a Hugging Face folder; dtype, float32 by default."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32)
+        dtype = options.get("dtype", "float32")
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype)
         self._model.generation_config.eos_token_id = None
-        self.about = f"transformers {transformers.__version__}, float32, torch {torch.__version__}"
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        self.about = f"transformers {transformers.__version__}, {dtype}, torch {torch.__version__}"
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, share: bool) -> list[list[float]]:
         ids = torch.tensor(prompts)

@@ -10,15 +10,12 @@ from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
 
 
 class VLLM:
-    """Options: model, a Hugging Face folder."""
+    """Options: those of `EngineArgs`, the model a Hugging Face folder."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._engine = LLMEngine.from_engine_args(EngineArgs(
-            model=options["model"], dtype="float32", max_model_len=2048, max_num_seqs=16, enable_prefix_caching=True,
-            disable_log_stats=True,
-        ))  # fmt: skip
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**options, disable_log_stats=True))
         self._asked = 0
-        self.about = f"vLLM {vllm.__version__}, float32"
+        self.about = f"vLLM {vllm.__version__}, {options.get('dtype', 'auto')}"
 
     def generate(self, prompts: list[list[int]], new_tokens: int, *, share: bool) -> list[list[float]]:
         sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)

@@ -2,7 +2,7 @@
 
 OPTIONS is JSON. Reads a request a line, {"prompts", "new_tokens", "share"}, and answers with the times at which each
 request's tokens came, {"times"}, in seconds from when it was asked; {} asks for {"rss"}, the peak in bytes.
-The first line that it writes says that it is ready, and what it is.
+The first line that it writes says that it is ready, and what it is: {"about", "plan_hash"}.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
         answers.flush()
 
     engine: Engine = importlib.import_module(f"engine_{name}").start(options)
-    answer({"about": engine.about})
+    answer({"about": engine.about, "plan_hash": getattr(engine, "plan_hash", None)})
     for line in sys.stdin:
         asked = json.loads(line)
         if not asked:

@@ -198,6 +198,7 @@ def _series(records: list[Record], positions: dict[str, int], change_points: Cha
     peers = tuple(
         Peer(name, interval(r.samples) if r.samples else None, r.versions.get(name, ""), r.not_measured)
         for name, r in by_peer.items()
+        if r.unit == last.unit  # or it is not the same figure
     )
     changes = _changes(points, last.better == "lower", change_points)
     return Series(last.figure, last.unit, last.better, tuple(points), changes, peers)
