@@ -131,21 +131,22 @@ class Bench:
 
     def _quad(self, sides: Mapping[str, Side], probe: Probe, turned: bool, found: Round) -> None:
         order = ("head", "base", "base", "head") if turned else ("base", "head", "head", "base")
-        values = self._run([sides[role] for role in order], probe)
+        values = self._run([sides[role] for role in order], probe, turned)
         taken = {role: [v for v, of in zip(values, order, strict=True) if of == role] for role in sides}
         for figure in probe.figures:
             samples = found.samples.setdefault(figure.name, Samples())
             samples.head += [values[figure.name] for values in taken["head"]]
             samples.base += [values[figure.name] for values in taken["base"]]
 
-    def _run(self, sides: Sequence[Side], probe: Probe) -> list[dict[str, float]]:
-        """What the four of a quad measure, in their order. Of the cores, each side gets each once."""
+    def _run(self, sides: Sequence[Side], probe: Probe, turned: bool = False) -> list[dict[str, float]]:
+        """What the four of a quad measure, in their order. Of the cores, each side gets each equally often."""
         cores = sorted(os.sched_getaffinity(0))[:2]
-        if probe.placement == "turns" or (probe.placement == "apart" and len(cores) < 2):
+        if probe.placement in ("turns", "one core") or (probe.placement == "apart" and len(cores) < 2):
+            core = cores[-1 if turned else 0] if probe.placement == "one core" else None
             found = []
             for side in sides:
                 time.sleep(PAUSE)
-                found.append(side.measure(probe.name))
+                found.append(side.measure(probe.name, core))
             return found
         if probe.placement == "apart":
             return _at_once(sides[:2], probe, cores) + _at_once(sides[2:], probe, cores)

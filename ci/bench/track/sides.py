@@ -27,7 +27,7 @@ class Side(Protocol):
     def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
         """Run a probe once: values of its figures, in their units. Raises CannotError.
 
-        `core` is the only one that a process which is started for it may use.
+        `core` is the only one that the thread, or the process that is started for it, may use.
         """
         ...
 
@@ -116,7 +116,7 @@ class WorkerSide(_Processes):
     def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(probe + "\n")
+            self._process.stdin.write(probe + ("" if core is None else f" {core}") + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise CannotError(f"the process has ended: {self.last_words()}") from None

@@ -10,6 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Placement = Literal["turns", "one core", "apart", "shared"]
+"""How a pair is run. Cores differ in speed, by up to a third on virtual machines, and from second to second.
+
+turns: one after the other, on all cores. one core: one after the other, on the same core, for what uses one thread.
+apart: at the same time, each on a core of its own. shared: at the same time on one core, for processor time, which its
+speed then changes for both alike.
+"""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -31,14 +39,13 @@ class Probe:
     """Quads in the full tier."""
     quick: int
     """Quads in the quick tier, which fills histories; 0 leaves the probe out."""
-    placement: Literal["turns", "apart", "shared"] = "turns"
-    """How a pair is run: one after the other; or at the same time, each on a core of its own; or at the same time on
-    one core, which shares among them whatever that core's speed is, for processor time."""
+    placement: Placement = "turns"
 
 
 def _one(name: str, family: str, title: str, unit: str, full: int, quick: int,
          better: Literal["higher", "lower"] = "lower") -> Probe:  # fmt: skip
-    return Probe(name, family, (Figure(name, title, unit, better),), full, quick)
+    placement: Placement = "one core" if family == "loop" else "turns"
+    return Probe(name, family, (Figure(name, title, unit, better),), full, quick, placement)
 
 
 _START = (
