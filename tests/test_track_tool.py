@@ -45,7 +45,7 @@ class StandIn:
         self._bias = self._draw.gauss(0, 0.004)
         StandIn.opened.append(f"{family} {self._role}")
 
-    def measure(self, probe: str) -> dict[str, float]:
+    def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
         StandIn.taken.append((probe, self._role))
         if self._speed[probe] is None:
             raise CannotError("there is no such kernel")
@@ -156,23 +156,44 @@ def test_trees_take_turns_and_pairs_are_kept_as_they_were_taken(
     assert record.plan_hash == "plan" and record.machine == machine.machine_class(machine.facts())
 
 
-def test_what_takes_seconds_is_run_in_both_trees_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = threading.Barrier(2, timeout=20)
+@pytest.mark.parametrize(
+    ("placement", "cores", "expected"),
+    [
+        ("apart", {4, 7}, [("base", 4), ("head", 7), ("head", 4), ("base", 7)]),
+        ("shared", {4, 7}, [("base", 4), ("head", 4), ("head", 7), ("base", 7)]),
+        ("shared", {4}, [("base", 4), ("head", 4), ("head", 4), ("base", 4)]),
+        ("apart", {4}, [("base", None), ("head", None), ("head", None), ("base", None)]),
+        ("one core", {4, 7}, [("base", 7), ("head", 7), ("head", 7), ("base", 7)]),
+        ("turns", {4, 7}, [("base", None), ("head", None), ("head", None), ("base", None)]),
+    ],
+)
+def test_each_tree_gets_each_core_once(
+    placement: Any, cores: set[int], expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = {"shared": 2 * len(cores), "apart": len(cores)}.get(placement, 1)
+    together = threading.Barrier(at_once, timeout=20)
+    asked = []
 
-    class Slow:
+    class One:
         plan_hash = None
 
-        def measure(self, probe: str) -> dict[str, float]:
-            both.wait()
-            return {"start": 1.0, "start-cpu": 1.0, "rss": 500.0}
+        def __init__(self, role: str) -> None:
+            self.role = role
+
+        def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
+            together.wait()
+            asked.append((self.role, core))
+            return {self.role: 1.0}
 
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    (probe,) = [probe for probe in suite.PROBES if probe.together]
-    sides_of_it = [Slow(), Slow()]
-    assert len(Bench(MODELS)._pair(sides_of_it, probe)) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+    probe = suite.Probe("start", "start", (), 1, 1, placement)
+    order = ["base", "head", "head", "base"]
+    found = Bench(MODELS)._run([One(role) for role in order], probe, turned=True)
+    assert [list(values) for values in found] == [[role] for role in order]
+    assert sorted(asked, key=str) == sorted(expected, key=str)
 
 
 def test_without_a_noise_floor_nothing_is_judged_and_the_way_to_one_is_told(

@@ -1,7 +1,7 @@
 """Two trees compared: their processes run the same small probes in turns; what stands out is measured again.
 
 A family's processes of both trees are there at the same time, and one of them works at a time, so that a pair of
-samples is a fraction of a second apart; starts, which take seconds, are made side by side instead. What passes its
+samples is a fraction of a second apart; starts, which take seconds, are made at the same time instead. What passes its
 threshold is measured once more in fresh processes.
 """
 
@@ -131,25 +131,28 @@ class Bench:
 
     def _quad(self, sides: Mapping[str, Side], probe: Probe, turned: bool, found: Round) -> None:
         order = ("head", "base", "base", "head") if turned else ("base", "head", "head", "base")
-        taken: dict[str, list[dict[str, float]]] = {"head": [], "base": []}
-        for pair in (order[:2], order[2:]):
-            for role, values in zip(pair, self._pair([sides[role] for role in pair], probe), strict=True):
-                taken[role].append(values)
+        values = self._run([sides[role] for role in order], probe, turned)
+        taken = {role: [v for v, of in zip(values, order, strict=True) if of == role] for role in sides}
         for figure in probe.figures:
             samples = found.samples.setdefault(figure.name, Samples())
             samples.head += [values[figure.name] for values in taken["head"]]
             samples.base += [values[figure.name] for values in taken["base"]]
 
-    def _pair(self, sides: Sequence[Side], probe: Probe) -> list[dict[str, float]]:
-        """One after the other, or at the same time."""
-        if probe.together and len(os.sched_getaffinity(0)) > 1:
-            with ThreadPoolExecutor(len(sides)) as pool:
-                return list(pool.map(lambda side: side.measure(probe.name), sides))
-        found = []
-        for side in sides:
-            time.sleep(PAUSE)
-            found.append(side.measure(probe.name))
-        return found
+    def _run(self, sides: Sequence[Side], probe: Probe, turned: bool = False) -> list[dict[str, float]]:
+        """What the four of a quad measure, in their order. Of the cores, each side gets each equally often."""
+        cores = sorted(os.sched_getaffinity(0))[:2]
+        if probe.placement in ("turns", "one core") or (probe.placement == "apart" and len(cores) < 2):
+            core = cores[-1 if turned else 0] if probe.placement == "one core" else None
+            found = []
+            for side in sides:
+                time.sleep(PAUSE)
+                found.append(side.measure(probe.name, core))
+            return found
+        if probe.placement == "apart":
+            return _at_once(sides[:2], probe, cores) + _at_once(sides[2:], probe, cores)
+        if len(cores) < 2:
+            return _at_once(sides[:2], probe, cores * 2) + _at_once(sides[2:], probe, cores * 2)
+        return _at_once(sides, probe, [cores[0], cores[0], cores[1], cores[1]])
 
     def compare(self, head: Tree, base: Tree, probes: Sequence[Probe], floors: Mapping[str, Floor]
                 ) -> dict[str, Figures]:  # fmt: skip
@@ -176,3 +179,8 @@ class Bench:
                                    count)  # fmt: skip
             found[name] = Figures(pooled, finding, first.plan_hashes.get(name), rounds=len(rounds))
         return found
+
+
+def _at_once(sides: Sequence[Side], probe: Probe, cores: Sequence[int]) -> list[dict[str, float]]:
+    with ThreadPoolExecutor(len(sides)) as pool:
+        return list(pool.map(lambda side, core: side.measure(probe.name, core), sides, cores))

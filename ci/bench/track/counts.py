@@ -63,6 +63,8 @@ COUNTS = (
     Count("cpu.native_calls_a_step", "native calls of a recorded decode step, SmolLM2", 0.0, 0.0, _EXACT, ("isa",)),
     Count("cpu.replays_a_step", "runs of native calls without a break in that step", 0.0, 0.0, _EXACT, ("isa",)),
     Count("cpu.recompiles", "steps compiled anew after the start", 0.0, 0.0, _EXACT),
+    Count("cpu.modules", "Python modules imported from the start to the first token", 0.005, 2,
+          "a library may import some on use", ("python", "packages")),
     Count("native.linear", "instructions of products Q4_1 576 -> 960 of 1 and 16 rows, AVX2", 0.002, 0.0,
           "which code the compiler makes depends on it alone", ("compiler", "valgrind")),
     Count("native.attention", "instructions of attention of 4 decodes at 96, AVX2", 0.002, 0.0,
@@ -84,8 +86,10 @@ def circumstances() -> dict[str, str]:
     """Facts that some counts depend on."""
     from track import machine
 
+    known = machine.versions()
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
+        "packages": " ".join(f"{name} {known[name]}" for name in ("torch", "transformers") if name in known),
         "isa": " ".join(machine.facts()["isa"]),
         "compiler": _version(os.environ.get("CXX", "g++")),
         "valgrind": _version("valgrind"),

@@ -24,8 +24,11 @@ BENCH = Path(__file__).parents[1]
 class Side(Protocol):
     plan_hash: str | None
 
-    def measure(self, probe: str) -> dict[str, float]:
-        """Run a probe once: values of its figures, in their units. Raises CannotError."""
+    def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
+        """Run a probe once: values of its figures, in their units. Raises CannotError.
+
+        `core` is the only one that the thread, or the process that is started for it, may use.
+        """
         ...
 
     def close(self) -> None:
@@ -110,10 +113,10 @@ class WorkerSide(_Processes):
             self.close()
             raise
 
-    def measure(self, probe: str) -> dict[str, float]:
+    def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(probe + "\n")
+            self._process.stdin.write(probe + ("" if core is None else f" {core}") + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise CannotError(f"the process has ended: {self.last_words()}") from None
@@ -143,10 +146,10 @@ class StartSide(_Processes):
         super().__init__(tree)
         self._command = [sys.executable, "-m", "track.probes.start", models.real]
 
-    def measure(self, probe: str) -> dict[str, float]:
-        self.log.seek(0)
+    def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
+        command = [*self._command, *([] if core is None else [str(core)])]
         begin = time.perf_counter()
-        process = subprocess.Popen(self._command, cwd=self.tree.path, env=self.environment, stdout=subprocess.PIPE,
+        process = subprocess.Popen(command, cwd=self.tree.path, env=self.environment, stdout=subprocess.PIPE,
                                    stderr=self.log, text=True)  # fmt: skip
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -156,8 +159,9 @@ class StartSide(_Processes):
         process.returncode = os.waitstatus_to_exitcode(status)
         if not line:
             raise CannotError(f"the process ended with {process.returncode}: {self.last_words()}")
-        taken = usage.ru_utime + usage.ru_stime
-        return {"start": seconds, "start-cpu": taken, "rss": json.loads(line)["rss_mib"]}
+        if probe == "start-cpu":
+            return {"start-cpu": usage.ru_utime + usage.ru_stime}
+        return {"start": seconds, "rss": json.loads(line)["rss_mib"]}
 
 
 class ServerSide(_Processes):
@@ -180,7 +184,7 @@ class ServerSide(_Processes):
             raise CannotError(reason) from e
         self._load = Load(self._served.url)
 
-    def measure(self, probe: str) -> dict[str, float]:
+    def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
         try:
             return {probe: self._load.tokens_a_second() if probe == "stream" else self._load.first_token_ms()}
         except (OSError, EOFError, ValueError) as e:

@@ -112,12 +112,14 @@ def cpu(model: str) -> dict[str, float]:
         return sum(replayed), len(replayed)
 
     calls(8)
+    modules = len(sys.modules)
     few, many, steps = calls(8), calls(24), 16
     stats = attribute(llm, "core", "_core").stats()
     return {
         "cpu.native_calls_a_step": (many[0] - few[0]) / steps,
         "cpu.replays_a_step": (many[1] - few[1]) / steps,
         "cpu.recompiles": stats.recompiles,
+        "cpu.modules": modules,
     }
 
 

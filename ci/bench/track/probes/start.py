@@ -1,4 +1,4 @@
-"""A start, from nothing to a first token: `python -m track.probes.start MODEL`.
+"""A start, from nothing to a first token: `python -m track.probes.start MODEL [CORE]`.
 
 Prints {"rss_mib"}, the peak of the process' memory, as soon as the token is there; who started it has the clock.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 
 
 def main() -> None:
+    if len(sys.argv) > 2:
+        os.sched_setaffinity(0, {int(sys.argv[2])})
     from hotplug import LLM, SamplingParams
 
     llm = LLM(sys.argv[1], device="cpu", max_model_len=2048)

@@ -1,7 +1,8 @@
 """A process of a measured tree: `python -m track.probes.worker FAMILY OPTIONS`, OPTIONS being JSON.
 
 Its first line of output says that it is ready: {"plan_hash"}, or {"cannot": why}. It then reads a probe's name a line,
-runs the probe once, and answers {"values": {figure: value}} or {"cannot": why}. Between lines it does nothing.
+perhaps with the core that the main thread is to use from now on, runs the probe once, and answers
+{"values": {figure: value}} or {"cannot": why}. Between lines it does nothing.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ def main() -> None:
         gc.freeze()  # a full collection of what has started would fall into some samples and not into others
         return {"plan_hash": probes[0].plan_hash}
 
-    def measure(name: str) -> dict[str, Any]:
+    def measure(name: str, core: str = "") -> dict[str, Any]:
+        if core:
+            os.sched_setaffinity(0, {int(core)})
         return {"values": probes[0].measure(name)}
 
     answer(start)
-    for name in map(str.strip, sys.stdin):
-        answer(partial(measure, name))
+    for line in sys.stdin:
+        answer(partial(measure, *line.split()))
 
 
 if __name__ == "__main__":
