@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from track import __main__ as tool
-from track import detect, machine, records, sides, suite, trees
+from track import compare, detect, machine, records, sides, suite, trees
 from track.compare import Bench
 from track.probes.places import CannotError
 from track.probes.worker import MODULES
@@ -56,8 +56,9 @@ class StandIn:
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     StandIn.opened, StandIn.taken = [], []
+    monkeypatch.setattr(compare, "PAUSE", 0.0)  # stand-ins have no threads that have to fall asleep
 
 
 class Repository:
@@ -92,7 +93,7 @@ def use(repository: Repository, tmp_path: Path) -> Use:
     """Runs the tool in the repository with these arguments; returns its exit status."""
 
     def run(*arguments: str) -> int:
-        options = tool.parser().parse_args(["--figures", *FIGURES, *arguments])
+        options = tool.parser().parse_args(["--figures", *FIGURES, "--quick", *arguments])
         history = History(tmp_path / "history.sqlite")
         bench = Bench(MODELS, options.quick, StandIn)
         try:
@@ -149,7 +150,7 @@ def test_trees_take_turns_and_pairs_are_kept_as_they_were_taken(
     use("--base", one, "--head", one)
     turns = [role for probe, role in StandIn.taken if probe == "stream"][4:]  # those that warm up are first
     assert turns[:8] == ["base", "head", "head", "base", "head", "base", "base", "head"]
-    quads = next(probe.full for probe in suite.PROBES if probe.name == "stream")
+    quads = next(probe.quick for probe in suite.PROBES if probe.name == "stream")
     assert len(turns) == 4 * quads
     (record,) = [r for r in stored(tmp_path) if r.figure == "stream"]
     assert record.against is not None and len(record.samples) == len(record.against.samples) == 2 * quads
@@ -225,13 +226,13 @@ def test_a_history_of_the_last_commits_is_filled_once_beside_the_oldest(
     repository.commit("on the side")
     repository.git("checkout", "-q", "main")
     repository.git("merge", "-q", "-s", "ours", "-m", "merged", "side")
-    assert use("--last", "3", "--quick") == 0
+    assert use("--last", "3") == 0
     merged = repository.git("rev-parse", "HEAD")
     found = stored(tmp_path)
     assert list(dict.fromkeys(r.commit for r in found)) == [*commits[2:], merged]
     assert {r.against.commit for r in found if r.against is not None} == {commits[2]}
     assert found[-1].subject == "merged" and found[-1].parent == commits[3]
-    use("--last", "3", "--quick")
+    use("--last", "3")
     assert len(stored(tmp_path)) == len(found)
 
 

@@ -17,8 +17,8 @@ import zmq
 from track.probes.loop import WARM, Loop
 from track.probes.places import attribute, find
 
-RUN = 61
-STEPS = WARM + RUN
+RUN = 60
+STEPS = WARM + RUN + 1
 """Of a run: a multiple of a block's tokens, so that every row gets as many blocks in each."""
 
 
