@@ -1,8 +1,8 @@
 """Two trees compared: their processes run the same small probes in turns; what stands out is measured again.
 
-A family's processes of both trees are there at the same time, and one of them works at a time, so that a pair of
-samples is a fraction of a second apart; starts, which take seconds, are made at the same time instead. What passes its
-threshold is measured once more in fresh processes.
+A family's processes of both trees are there at the same time. Most take turns, so that a pair of samples is a fraction
+of a second apart; what uses one thread runs in both at the same time (`suite.Placement`). What passes its threshold is
+measured once more in fresh processes.
 """
 
 from __future__ import annotations
@@ -131,28 +131,26 @@ class Bench:
 
     def _quad(self, sides: Mapping[str, Side], probe: Probe, turned: bool, found: Round) -> None:
         order = ("head", "base", "base", "head") if turned else ("base", "head", "head", "base")
-        values = self._run([sides[role] for role in order], probe, turned)
+        values = self._run([sides[role] for role in order], probe)
         taken = {role: [v for v, of in zip(values, order, strict=True) if of == role] for role in sides}
         for figure in probe.figures:
             samples = found.samples.setdefault(figure.name, Samples())
             samples.head += [values[figure.name] for values in taken["head"]]
             samples.base += [values[figure.name] for values in taken["base"]]
 
-    def _run(self, sides: Sequence[Side], probe: Probe, turned: bool = False) -> list[dict[str, float]]:
-        """What the four of a quad measure, in their order. Of the cores, each side gets each equally often."""
-        cores = sorted(os.sched_getaffinity(0))[:2]
-        if probe.placement in ("turns", "one core") or (probe.placement == "apart" and len(cores) < 2):
-            core = cores[-1 if turned else 0] if probe.placement == "one core" else None
-            found = []
-            for side in sides:
-                time.sleep(PAUSE)
-                found.append(side.measure(probe.name, core))
-            return found
-        if probe.placement == "apart":
-            return _at_once(sides[:2], probe, cores) + _at_once(sides[2:], probe, cores)
-        if len(cores) < 2:
-            return _at_once(sides[:2], probe, cores * 2) + _at_once(sides[2:], probe, cores * 2)
-        return _at_once(sides, probe, [cores[0], cores[0], cores[1], cores[1]])
+    def _run(self, sides: Sequence[Side], probe: Probe) -> list[dict[str, float]]:
+        """What the four of a quad measure, in their order. Of two cores, each side gets each once."""
+        cores = sorted(os.sched_getaffinity(0))
+        first, last = cores[0], cores[min(1, len(cores) - 1)]
+        if probe.placement == "shared":
+            return _at_once(sides[:2], probe, [first, first]) + _at_once(sides[2:], probe, [last, last])
+        if probe.placement == "apart" and first != last:
+            return _at_once(sides[:2], probe, [first, last]) + _at_once(sides[2:], probe, [first, last])
+        found = []
+        for side in sides:
+            time.sleep(PAUSE)
+            found.append(side.measure(probe.name))
+        return found
 
     def compare(self, head: Tree, base: Tree, probes: Sequence[Probe], floors: Mapping[str, Floor]
                 ) -> dict[str, Figures]:  # fmt: skip
