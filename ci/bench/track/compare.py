@@ -25,6 +25,9 @@ from track.trees import Tree
 PAUSE = 0.004
 """Seconds between two samples, after which the other tree's threads sleep."""
 
+WARM = {"start": 1, "start-cpu": 0}
+"""Runs before those that are kept, where it is not two: a first start fills the caches of files and of bytecode."""
+
 Open = Callable[[Tree, str, Models], Side]
 
 
@@ -122,7 +125,7 @@ class Bench:
     def _warm_up(self, sides: Mapping[str, Side], probe: Probe, found: Round) -> bool:
         for role, side in sides.items():
             try:
-                for _ in range(1 if probe.family == "start" else 2):
+                for _ in range(WARM.get(probe.name, 2)):
                     side.measure(probe.name)
             except CannotError as e:
                 found.cannot.update({figure.name: f"on {role}: {e}" for figure in probe.figures})

@@ -67,7 +67,7 @@ PROBES: tuple[Probe, ...] = (
     _one("loop-1024", "loop", "engine loop, 1,024 decoding requests", "ms/step", 14, 8),
     _one("stream", "http", "64 HTTP streams of the null device", "tok/s", 30, 14, "higher"),
     _one("ttft", "http", "first token of a chat over HTTP", "ms", 40, 20),
-    Probe("start", "start", _START, 4, 2, "apart"),
+    Probe("start", "start", _START, 3, 1, "apart"),
     Probe("start-cpu", "start", (Figure("start-cpu", "processor time of a start", "s"),), 3, 2, "shared"),
     _one("gpu-llama8b-decode1", "gpu-llama8b", "Llama-8B, 1 request", "ms/token", 3, 2),
     _one("gpu-llama8b-decode64", "gpu-llama8b", "Llama-8B, 64 requests", "tok/s", 2, 1, "higher"),

@@ -19,14 +19,14 @@ import zmq
 
 from track.probes.places import attribute, find
 
-STEPS = {"loop-64": (64, 250), "loop-256": (256, 120), "loop-1024": (1024, 50)}
+STEPS = {"loop-64": (64, 250), "loop-256": (256, 120), "loop-1024": (1024, 30)}
 """Requests, and steps of a run."""
 WARM = 3
 """Steps of a run before those that are timed: the other tree's run has emptied the caches."""
 MOST_RUNS = 31
 SETTLE = 40
 """Steps before the first run: sizes are recorded, buffers grow."""
-PROMPT, MOST_TOKENS, BLOCK_BYTES = 64, 8000, 16 * 4096
+PROMPT, MOST_TOKENS, BLOCK_BYTES = 64, 8000, 16 * 2048
 
 SWALLOW = """
 import os, sys, zmq
