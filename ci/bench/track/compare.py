@@ -1,8 +1,8 @@
 """Two trees compared: their processes run the same small probes in turns; what stands out is measured again.
 
-A family's processes of both trees are there at the same time, and one of them works at a time, so that a pair of
-samples is a fraction of a second apart; starts, which take seconds, are made at the same time instead. What passes its
-threshold is measured once more in fresh processes.
+A family's processes of both trees are there at the same time. Most take turns, so that a pair of samples is a fraction
+of a second apart; what uses one thread runs in both at the same time (`suite.Placement`). What passes its threshold is
+measured once more in fresh processes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from track.trees import Tree
 
 PAUSE = 0.004
 """Seconds between two samples, after which the other tree's threads sleep."""
+
+WARM = {"start": 1, "start-cpu": 0}
+"""Runs before those that are kept, where it is not two: a first start fills the caches of files and of bytecode."""
 
 Open = Callable[[Tree, str, Models], Side]
 
@@ -122,7 +125,7 @@ class Bench:
     def _warm_up(self, sides: Mapping[str, Side], probe: Probe, found: Round) -> bool:
         for role, side in sides.items():
             try:
-                for _ in range(1 if probe.family == "start" else 2):
+                for _ in range(WARM.get(probe.name, 2)):
                     side.measure(probe.name)
             except CannotError as e:
                 found.cannot.update({figure.name: f"on {role}: {e}" for figure in probe.figures})
@@ -131,28 +134,26 @@ class Bench:
 
     def _quad(self, sides: Mapping[str, Side], probe: Probe, turned: bool, found: Round) -> None:
         order = ("head", "base", "base", "head") if turned else ("base", "head", "head", "base")
-        values = self._run([sides[role] for role in order], probe, turned)
+        values = self._run([sides[role] for role in order], probe)
         taken = {role: [v for v, of in zip(values, order, strict=True) if of == role] for role in sides}
         for figure in probe.figures:
             samples = found.samples.setdefault(figure.name, Samples())
             samples.head += [values[figure.name] for values in taken["head"]]
             samples.base += [values[figure.name] for values in taken["base"]]
 
-    def _run(self, sides: Sequence[Side], probe: Probe, turned: bool = False) -> list[dict[str, float]]:
-        """What the four of a quad measure, in their order. Of the cores, each side gets each equally often."""
-        cores = sorted(os.sched_getaffinity(0))[:2]
-        if probe.placement in ("turns", "one core") or (probe.placement == "apart" and len(cores) < 2):
-            core = cores[-1 if turned else 0] if probe.placement == "one core" else None
-            found = []
-            for side in sides:
-                time.sleep(PAUSE)
-                found.append(side.measure(probe.name, core))
-            return found
-        if probe.placement == "apart":
-            return _at_once(sides[:2], probe, cores) + _at_once(sides[2:], probe, cores)
-        if len(cores) < 2:
-            return _at_once(sides[:2], probe, cores * 2) + _at_once(sides[2:], probe, cores * 2)
-        return _at_once(sides, probe, [cores[0], cores[0], cores[1], cores[1]])
+    def _run(self, sides: Sequence[Side], probe: Probe) -> list[dict[str, float]]:
+        """What the four of a quad measure, in their order. Of two cores, each side gets each once."""
+        cores = sorted(os.sched_getaffinity(0))
+        first, last = cores[0], cores[min(1, len(cores) - 1)]
+        if probe.placement == "shared":
+            return _at_once(sides[:2], probe, [first, first]) + _at_once(sides[2:], probe, [last, last])
+        if probe.placement == "apart" and first != last:
+            return _at_once(sides[:2], probe, [first, last]) + _at_once(sides[2:], probe, [first, last])
+        found = []
+        for side in sides:
+            time.sleep(PAUSE)
+            found.append(side.measure(probe.name))
+        return found
 
     def compare(self, head: Tree, base: Tree, probes: Sequence[Probe], floors: Mapping[str, Floor]
                 ) -> dict[str, Figures]:  # fmt: skip

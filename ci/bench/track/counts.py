@@ -49,9 +49,9 @@ class Count:
 
 _EXACT = "the same in every run"
 COUNTS = (
-    Count("loop.python_calls_a_step", "Python functions called a step of the loop, 64 requests", 0.005, 0.5,
+    Count("loop.python_calls_a_step", "Python functions called a step of the loop, 64 requests", 0.01, 0.5,
           "a message may be there or not when the loop looks", ("python",)),
-    Count("loop.c_calls_a_step", "C functions called a step of the loop, 64 requests", 0.005, 1.0,
+    Count("loop.c_calls_a_step", "C functions called a step of the loop, 64 requests", 0.01, 1.0,
           "as above, and the device's clock is read until it is ready", ("python",)),
     Count("loop.registry_lookups", "calls of the registry of operations in 64 steady steps", 0.0, 0.0, _EXACT),
     Count("loop.blocks_kept_a_step", "blocks of Python's memory kept a step", 0.05, 3.0,

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Placement = Literal["turns", "one core", "apart", "shared"]
+Placement = Literal["turns", "apart", "shared"]
 """How a pair is run. Cores differ in speed, by up to a third on virtual machines, and from second to second.
 
-turns: one after the other, on all cores. one core: one after the other, on the same core, for what uses one thread.
-apart: at the same time, each on a core of its own. shared: at the same time on one core, for processor time, which its
-speed then changes for both alike.
+turns: one after the other, on all cores. apart: at the same time, each on a core of its own. shared: at the same time
+on one core, for processor time of what uses one thread: the core's speed then changes for both alike.
 """
 
 
@@ -44,7 +43,7 @@ class Probe:
 
 def _one(name: str, family: str, title: str, unit: str, full: int, quick: int,
          better: Literal["higher", "lower"] = "lower") -> Probe:  # fmt: skip
-    placement: Placement = "one core" if family == "loop" else "turns"
+    placement: Placement = "shared" if family in ("kernel", "loop") else "turns"
     return Probe(name, family, (Figure(name, title, unit, better),), full, quick, placement)
 
 
@@ -58,18 +57,18 @@ PROBES: tuple[Probe, ...] = (
     _one("cpu-prompt", "cpu", "first token of a prompt of 1,024", "ms", 8, 3),
     _one("cpu-16", "cpu", "16 requests at once", "tok/s", 12, 5, "higher"),
     _one("cpu-prefix", "cpu", "8 requests that share a prefix of 256 tokens", "tok/s", 12, 5, "higher"),
-    _one("kernel-linear-1", "cpu", "product Q4_1 576 -> 3072, 1 row", "us", 60, 30),
-    _one("kernel-linear-16", "cpu", "product Q4_1 576 -> 3072, 16 rows", "us", 60, 30),
-    _one("kernel-linear-128", "cpu", "product Q4_1 576 -> 3072, 128 rows", "us", 60, 30),
-    _one("kernel-attention-16", "cpu", "attention, 16 decodes at 200", "us", 60, 30),
-    _one("kernel-attention-prompt", "cpu", "attention, chunk of 256 at 512", "us", 60, 30),
-    _one("loop-64", "loop", "engine loop, 64 decoding requests", "ms/step", 60, 40),
-    _one("loop-256", "loop", "engine loop, 256 decoding requests", "ms/step", 60, 40),
-    _one("loop-1024", "loop", "engine loop, 1,024 decoding requests", "ms/step", 50, 30),
+    _one("kernel-linear-1", "kernel", "product Q4_1 576 -> 3072, 1 row", "us", 14, 6),
+    _one("kernel-linear-16", "kernel", "product Q4_1 576 -> 3072, 16 rows", "us", 14, 6),
+    _one("kernel-linear-128", "kernel", "product Q4_1 576 -> 3072, 128 rows", "us", 14, 6),
+    _one("kernel-attention-16", "kernel", "attention, 16 decodes at 200", "us", 14, 6),
+    _one("kernel-attention-prompt", "kernel", "attention, chunk of 256 at 512", "us", 14, 6),
+    _one("loop-64", "loop", "engine loop, 64 decoding requests", "ms/step", 14, 8),
+    _one("loop-256", "loop", "engine loop, 256 decoding requests", "ms/step", 14, 8),
+    _one("loop-1024", "loop", "engine loop, 1,024 decoding requests", "ms/step", 14, 8),
     _one("stream", "http", "64 HTTP streams of the null device", "tok/s", 30, 14, "higher"),
     _one("ttft", "http", "first token of a chat over HTTP", "ms", 40, 20),
-    Probe("start", "start", _START, 4, 2, "apart"),
-    Probe("start-cpu", "start", (Figure("start-cpu", "processor time of a start", "s"),), 6, 3, "shared"),
+    Probe("start", "start", _START, 3, 1, "apart"),
+    Probe("start-cpu", "start", (Figure("start-cpu", "processor time of a start", "s"),), 3, 2, "shared"),
     _one("gpu-llama8b-decode1", "gpu-llama8b", "Llama-8B, 1 request", "ms/token", 3, 2),
     _one("gpu-llama8b-decode64", "gpu-llama8b", "Llama-8B, 64 requests", "tok/s", 2, 1, "higher"),
     _one("gpu-llama8b-prefill", "gpu-llama8b", "Llama-8B, prompts of 4,096", "tok/s", 2, 1, "higher"),

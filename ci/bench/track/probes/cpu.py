@@ -1,4 +1,4 @@
-"""SmolLM2 on the CPU through `hotplug.LLM`, and products and attention of the native library by themselves."""
+"""SmolLM2 on the CPU through `hotplug.LLM`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from track.probes.kernels import Kernels
 from track.probes.places import attribute
 
 VOCAB = 40_000
@@ -26,7 +25,6 @@ class Cpu:
             wait()
         self._sampling = SamplingParams
         self._draw = random.Random(0)
-        self._kernels = Kernels()
         self._probes: dict[str, Callable[[], float]] = {
             "cpu-one": lambda: self._rate([self._ids(8)], 17),
             "cpu-prompt": lambda: self._seconds([self._ids(1024)], 1) * 1e3,
@@ -35,8 +33,7 @@ class Cpu:
         }
 
     def measure(self, probe: str) -> dict[str, float]:
-        run = self._probes.get(probe)
-        return {probe: run() if run is not None else self._kernels.microseconds(probe)}
+        return {probe: self._probes[probe]()}
 
     def _ids(self, count: int) -> list[int]:
         """Ids that no cached prefix has."""

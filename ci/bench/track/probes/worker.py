@@ -17,7 +17,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
-MODULES = {"cpu": "cpu", "loop": "loop", "gpu-llama8b": "gpu", "gpu-llama1b": "gpu"}
+MODULES = {"cpu": "cpu", "kernel": "kernels", "loop": "loop", "gpu-llama8b": "gpu", "gpu-llama1b": "gpu"}
 
 
 class Probes(Protocol):
