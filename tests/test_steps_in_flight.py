@@ -27,9 +27,6 @@ class Event:
     def synchronize(self) -> None:
         self.log.append("wait")
 
-    def query(self) -> bool:
-        return "done" in self.log  # unless the test says so, never before it is waited for
-
 
 @dataclass
 class Runtime(FakePlatform):
@@ -95,19 +92,6 @@ def test_a_step_is_launched_before_the_one_before_is_waited_for(start):
     generate(core)
     assert platform.log[:5] == ["record", "record", "wait", "record", "wait"]
     assert platform.log.count("record") == platform.log.count("wait")
-
-
-def test_a_first_token_that_is_there_does_not_wait_for_the_next_launch(start):
-    platform = Runtime()
-    core = start(platform)
-    platform.log[:] = ["done"]
-    core.add(Request(id="a", prompt_token_ids=[1, 2], sampling=SamplingParams(max_tokens=4, ignore_eos=True)))
-    assert not core.step()
-    assert [len(delta.token_ids) for delta in core.step()] == [1]
-    assert platform.log == ["done", "record", "wait"]
-    while core.has_work:  # decodes are launched ahead all the same
-        core.step()
-    assert platform.log[3:6] == ["record", "record", "wait"]
 
 
 def test_steps_in_flight_are_work_until_their_results_are_taken(start):

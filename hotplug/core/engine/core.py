@@ -327,8 +327,6 @@ class EngineCore(RankCore):
     def _step(self) -> StepTokens:
         timer = self.timer
         timer.begin()
-        if self._in_flight and self._in_flight[0][0].has_chunks and self._in_flight[0][1].done:
-            return self._take()  # a first token is there: whoever waits for it does not wait for the next launch
         plan = self._scheduler.schedule()
         timer.lap(PLAN)
         if plan is not None:
@@ -341,15 +339,11 @@ class EngineCore(RankCore):
                 return StepTokens()
         if not self._in_flight:
             return StepTokens()
-        return self._take()
-
-    def _take(self) -> StepTokens:
-        """The results of the oldest step in flight, once they are there."""
         oldest, handle = self._in_flight.popleft()
         result = handle.result()
-        self.timer.lap(WAIT)
+        timer.lap(WAIT)
         gained = self._scheduler.update(oldest, result)
-        self.timer.lap(UPDATE)
+        timer.lap(UPDATE)
         if not self.has_work:  # nobody knows when the next step will be
             self._runner.save(self._scheduler.take_saves())
         return gained

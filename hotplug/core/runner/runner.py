@@ -48,11 +48,6 @@ class _Tokens:
             self._host.copy_(tokens, non_blocking=True)
             self._event.record()
 
-    @property
-    def arrived(self) -> bool:
-        """Whether `wait` is known not to wait."""
-        return self._event is not None and bool(self._event.query())
-
     def wait(self) -> npt.NDArray[np.int64]:
         """int64 [S], once their step has run."""
         if self._event is not None:
@@ -70,11 +65,6 @@ class StepHandle:
     tokens: _Tokens | None
     """[S] sampled; where the plan verifies, followed by how many proposals of each sampling request hold."""
     prompt_scores: list[_PromptScores]
-
-    @property
-    def done(self) -> bool:
-        """Whether the tokens are known to be on the host."""
-        return self.tokens is not None and self.tokens.arrived
 
     def result(self) -> StepResult:
         plan = self.plan

@@ -93,11 +93,6 @@ class StepPlan:
         """The first entry that is a prompt chunk."""
         return self.num_decodes + self.num_verifies
 
-    @property
-    def has_chunks(self) -> bool:
-        """Whether any entry is a prompt chunk."""
-        return self.first_chunk < len(self.rows)
-
     def unrolled(self) -> StepPlan:
         """The same step with each token of a verification as an entry of its own, after the decodes and counted as one.
 
