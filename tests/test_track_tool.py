@@ -41,9 +41,11 @@ class StandIn:
         self._speed = json.loads((tree.path / "speed.json").read_text())
         if family in self._speed.get("broken", ()):
             raise CannotError("the family does not start")
-        self._draw = random.Random(f"{tree.path}{family}")
+        name = f"{family} {self._role}"
+        # Each process has a bias of its own, and a test's draws are the same in every run.
+        self._draw = random.Random(f"{name} {StandIn.opened.count(name)}")
         self._bias = self._draw.gauss(0, 0.004)
-        StandIn.opened.append(f"{family} {self._role}")
+        StandIn.opened.append(name)
 
     def measure(self, probe: str, core: int | None = None) -> dict[str, float]:
         StandIn.taken.append((probe, self._role))
