@@ -12,10 +12,13 @@ from collections.abc import AsyncGenerator
 from functools import cached_property
 from typing import Any
 
+from logprob_columns import of_prompt
+
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.outputs import CompletionChunk
 from hotplug.core.errors import RequestError
-from hotplug.core.request import SamplingParams, TokenLogprobs
+from hotplug.core.logprobs import TokenLogprobs
+from hotplug.core.request import SamplingParams
 
 BOS, EOS, VOCAB = 256, 257, 260
 
@@ -177,7 +180,8 @@ class FakeLLM:
         if step == 0:
             chunk.num_cached_tokens = 3
             if index == 0 and params.prompt_logprobs is not None:
-                chunk.prompt_logprobs = [None] + [_logprobs(t, params.prompt_logprobs) for t in prompt[1:]]
+                k = params.prompt_logprobs
+                chunk.prompt_logprobs = of_prompt([_logprobs(t, k) for t in prompt[1:]], k)
         return chunk
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import write_tables
 from cpu_engines.workloads import Source
-from peers import measure, pages, records, tables
-from peers.records import KEYS, Run, machine_facts, machine_name, merge, read
+from peers import history, measure, pages, records, tables
+from peers.records import KEYS, Run, merge, read
 from peers.settings import DEFAULTS, GPU_NOT_RUN, NOT_RUN, TUNED, engines
+from track import machine, series, trees
+from track.store import History
 
 FACTS = {"cpu": "x", "isa": ["avx2"], "cores": 2, "memory_gib": 4}
 
@@ -64,7 +67,7 @@ def test_a_row_says_who_was_measured_where_and_with_what(run):
     assert (theirs["commit"], theirs["peer"]) == (None, "vLLM")
     assert ours["run"] == theirs["run"] != Run(FACTS).row(
         engine="x", weights="", setting="", figure="f", unit="s", better="lower", samples=[1.0])["run"]  # fmt: skip
-    assert ours["machine"] == machine_name(FACTS) != machine_name({**FACTS, "cores": 3})
+    assert ours["machine"] == machine.machine_class(FACTS) != machine.machine_class({**FACTS, "cores": 3})
     json.dumps(ours)
 
 
@@ -74,10 +77,30 @@ def test_a_row_has_samples_or_the_reason_that_it_has_none(run, samples, reason):
         row(run, "vLLM", "w1-decode", *samples, reason=reason)
 
 
-def test_this_machine_has_facts():
-    facts = machine_facts()
-    assert facts["cores"] >= 1 and facts["memory_gib"] >= 1 and facts["cpu"]
-    assert json.dumps(facts)
+def test_rows_in_a_history_are_a_commits_series_with_the_peers_as_lines(run, tmp_path: Path):
+    """On the class of machine that commits are tracked on, at the commit; of a work tree that differs, peers alone."""
+    rows = [row(run, "hotplug", "w1-decode", 2.0, 2.2), row(run, "hotplug", "w1-decode", 2.5, setting=TUNED),
+            row(run, "vLLM", "w1-decode", 1.0), row(run, "vLLM", "w2-out", reason="it ended")]  # fmt: skip
+    head = trees.find_commit(records.ROOT, "HEAD")
+    rows = [{**one, "commit": one["commit"] and head.id} for one in rows]
+    file = tmp_path / "history.sqlite"
+    assert [history.keep(rows, file), history.keep(rows, file)] == [4, 0]
+    with contextlib.closing(History(file)) as kept:
+        (found,) = series.machines(kept.records(machine.machine_class(FACTS)), lambda values: [])
+    decode = next(one for one in found.series if one.figure == "w1-decode")
+    assert [(c.id, c.subject) for c in found.commits] == [(head.id, head.subject)]
+    assert [p.value.middle for p in decode.points] == [2.1]
+    assert {p.name: p.value.middle for p in decode.peers} == {
+        "hotplug Q4_1, tuned": 2.5, "vLLM Q4_1, defaults": 1.0,
+    }  # fmt: skip
+    changed = history.records([{**one, "commit": one["commit"] and head.id + "+"} for one in rows])
+    assert [one.peer for one in changed] == ["hotplug Q4_1, tuned", "vLLM Q4_1, defaults", "vLLM Q4_1, defaults"]
+
+
+def test_a_gpus_rows_are_named_after_their_model(run):
+    facts = {**FACTS, "gpus": ["NVIDIA H200"]}
+    (found,) = history.records([{**row(run, "vLLM", "chat", 5.0), "machine_facts": facts}])
+    assert (found.figure, found.peer) == ("Q4_1 chat", "vLLM defaults")
 
 
 def test_rows_measured_again_take_the_place_of_the_same_engines(run, tmp_path: Path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from logprob_columns import columns
 from scheduler_fakes import FakeEngine, generate_alone
 
 from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
-from hotplug.core.request import Request, SamplingParams, TokenLogprobs
+from hotplug.core.logprobs import TokenLogprobs
+from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 from hotplug.core.scheduler.policy import PRIORITY
 from hotplug.core.scheduler.scheduler import SchedulerConfig, ShortPrompts
@@ -228,9 +230,9 @@ def test_prompt_logprobs_are_collected_over_chunks_and_sent_once() -> None:
     for chunk in (entry[1:5], entry[5:6], []):
         plan = scheduler.schedule()
         assert plan is not None
-        result = StepResult(token_ids=np.array([9], np.int32), prompt_logprobs={0: chunk} if chunk else {})
+        result = StepResult(token_ids=np.array([9], np.int32), prompt_logprobs={0: columns(chunk)} if chunk else {})
         sent += [delta.prompt_logprobs for delta in scheduler.update(plan, result)]
-    assert sent == [[None, *entry[1:]], None]
+    assert [one and list(one) for one in sent] == [[None, *entry[1:]], None]
 
 
 # --- what is refused ---

@@ -12,7 +12,7 @@ from test_server_app import CHAT, TEXT, Client, refusal
 from test_server_bodies import CALL, CALLS, RESULT, TOOL, USER
 
 from hotplug.core.errors import RequestError
-from hotplug.core.request import TokenLogprobs
+from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.text import template
 from hotplug.server.offsets import alternatives
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -27,9 +27,18 @@ def served(tiny_model: Path) -> Iterator[Server]:
 
 def stream(server: Server, front_end: psutil.Process | None = None, **body: object) -> socket.socket:
     """A stream that has begun."""
-    connection = server.post({**LONG, **body}, server.connect(front_end))
-    read_until(connection, b"data: ")
+    (connection,) = streams(server, [front_end], **body)
     return connection
+
+
+def streams(server: Server, front_ends: Sequence[psutil.Process | None], **body: object) -> list[socket.socket]:
+    """Streams that have begun, at about the same time: finding a connection of a front end may take a while."""
+    connections = [server.connect(front_end) for front_end in front_ends]
+    for connection in connections:
+        server.post({**LONG, **body}, connection)
+    for connection in connections:
+        read_until(connection, b"data: ")
+    return connections
 
 
 def becomes_idle(server: Server) -> None:
@@ -50,7 +59,7 @@ def becomes_idle(server: Server) -> None:
 def test_a_killed_front_end_is_replaced_and_nobody_else_notices(served):
     victim, other = served.front_ends
     before = served.metrics()
-    dropped, going_on = stream(served, victim), stream(served, other, max_tokens=300)
+    dropped, going_on = streams(served, [victim, other])
     victim.kill()
     killed = time.monotonic()
     assert b"[DONE]" not in read_all(dropped)
@@ -166,10 +175,10 @@ def test_a_killed_engine_ends_requests_with_an_error_and_the_server_with_its_rea
     with live_server(tiny_model, frontends=frontends) as server:
         unread = server.connect(server.front_ends[0], receive_buffer=4096)
         server.post({**LONG, "n": 4, "logprobs": 20, "max_tokens": 2000}, unread)
-        streams = [stream(server, front_end) for front_end in server.front_ends]
+        running = streams(server, server.front_ends)
         server.engine.kill()
         killed = time.monotonic()
-        for each in streams:
+        for each in running:
             got = read_all(each)
             assert b'"code":"engine_dead"' in got
             assert b"SIGKILL" in got
@@ -218,10 +227,10 @@ def test_a_front_end_that_cannot_start_ends_the_server_with_its_reason(tiny_mode
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the server", "to all processes"])
 def test_a_signal_lets_running_requests_of_all_front_ends_finish(tiny_model, to_all):
     with live_server(tiny_model, frontends=2) as server:
-        streams = [stream(server, front_end, max_tokens=1000) for front_end in server.front_ends]
+        running = streams(server, server.front_ends, max_tokens=1000)
         processes = server.processes
         (os.killpg if to_all else os.kill)(server.process.pid, signal.SIGINT if to_all else signal.SIGTERM)
-        for each in streams:
+        for each in running:
             assert b"[DONE]" in read_all(each)
         out, err = server.process.communicate(timeout=10)
         assert (server.process.returncode, out) == (0, "")

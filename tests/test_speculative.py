@@ -18,10 +18,11 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.outputs import Completion
 from hotplug.core.errors import ConfigError, FeatureError, RequestError
+from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.ops.registry import Impl
 from hotplug.core.ops.sampling import reject_sample
 from hotplug.core.platform.base import DeviceInfo, ExecMode, Feature, Limits
-from hotplug.core.request import Request, SamplingParams, TokenDelta, TokenLogprobs
+from hotplug.core.request import Request, SamplingParams, TokenDelta
 from hotplug.core.text.tokenizer import load_tokenizer
 
 SPECULATES = frozenset({Feature.SPECULATIVE})

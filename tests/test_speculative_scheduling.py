@@ -13,7 +13,7 @@ from scheduler_fakes import EOS, FakeEngine
 from test_scheduler_properties import CHECKS, random_prompt, speculations
 
 from hotplug.core.errors import RequestError
-from hotplug.core.request import TokenLogprobs
+from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 

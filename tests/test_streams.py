@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from logprob_columns import of_prompt
 
 from hotplug.core.engine.mailbox import Mailbox
 from hotplug.core.engine.messages import Outputs
@@ -19,7 +20,8 @@ from hotplug.core.engine.outputs import Completion, CompletionChunk
 from hotplug.core.engine.streams import Streams
 from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import EngineDeadError, QueueFullError
-from hotplug.core.request import EngineStats, SamplingParams, TokenDelta, TokenLogprobs
+from hotplug.core.logprobs import TokenLogprobs
+from hotplug.core.request import EngineStats, SamplingParams, TokenDelta
 from hotplug.core.scheduler.tokens import StepTokens
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -140,14 +142,15 @@ def test_a_slow_reader_gets_one_chunk_with_the_end(tokenizer: Tokenizer) -> None
     submission = Submission("r", [2], SamplingParams(), tokenizer, EOS, tags=streams.tags)
     mailbox, (request,) = streams.open(submission), submission.requests
     a, b = (_byte_tokens(tokenizer)[ord(c)] for c in "ab")
-    first = TokenDelta("r", [a], num_cached_tokens=5, prompt_logprobs=[None], tag=request.tag)
+    first = TokenDelta("r", [a], num_cached_tokens=5, prompt_logprobs=of_prompt([], 0), tag=request.tag)
     streams.take(step([], [], [first]), 1.0, None)
     for _ in range(1000):
         streams.take(step([request.tag], [b]), 1.0, None)
     streams.take(step([], [], [TokenDelta("r", [a, 1], "stop", 1, tag=request.tag)]), 1.0, None)
     assert len(mailbox) == 1
     (chunk,) = drain(mailbox)
-    assert (chunk.text, chunk.num_cached_tokens, chunk.prompt_logprobs) == ("a" + "b" * 1000 + "a", 5, [None])
+    assert chunk.prompt_logprobs is not None and list(chunk.prompt_logprobs) == [None]
+    assert (chunk.text, chunk.num_cached_tokens) == ("a" + "b" * 1000 + "a", 5)
     assert (len(chunk.token_ids), chunk.finish_reason) == (1003, "stop")
 
 

@@ -128,13 +128,15 @@ def test_a_step_and_its_return_are_found_where_they_are() -> None:
     assert detect.change_points(list(values)) == [12, 24]
 
 
-@given(at=st.integers(6, 24), up=st.booleans(), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
-def test_one_step_of_six_deviations_is_found_within_a_commit_of_its_place(at: int, up: bool, seed: int) -> None:
-    values = np.exp(np.random.default_rng(seed).normal(0, 0.01, 30))
-    values[at:] *= 1.06 if up else 1 / 1.06
-    found = detect.change_points(list(values))
-    assert any(abs(one - at) <= 1 for one in found)
+def test_a_step_of_six_deviations_is_found_within_a_commit_of_its_place() -> None:
+    """In 99 of 100 series at least, wherever it is but for six at either end."""
+    missed = 0
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        values, at, up = np.exp(draw.normal(0, 0.01, 30)), int(draw.integers(6, 25)), draw.integers(2)
+        values[at:] *= 1.06 if up else 1 / 1.06
+        missed += not any(abs(one - at) <= 1 for one in detect.change_points(list(values)))
+    assert missed <= 2
 
 
 def test_noise_has_change_points_at_the_stated_rate() -> None:

@@ -99,7 +99,7 @@ def test_machine_classes_stay_apart_and_the_latest_comes_first():
     assert [p.value.middle for p in second.series[0].points] == [80, 81]
 
 
-def test_runs_of_a_commit_are_pooled_and_ratios_are_to_the_latest_base():
+def test_runs_of_a_commit_are_pooled_and_ratios_of_one_commit_are_to_the_latest_base():
     runs = [
         record(1, [10.0, 10.0], base=[5.0, 5.0], base_of="old", at=0),
         record(1, [12.0, 12.0], base=[10.0, 10.0], base_of="new", at=1),
@@ -119,6 +119,18 @@ def test_a_commit_beside_itself_is_no_ratio():
     assert (point.samples, point.base) == (4, "c0")
     assert point.ratio.middle == pytest.approx(1.2)
     assert only(runs[1:]).series[0].points[0].ratio is None
+
+
+def test_ratios_are_to_the_commit_that_most_were_measured_beside():
+    """As a filled history has it: all beside the first, that one beside itself, and some beside others since."""
+    runs = [record(n, [10.0 + n] * 2, base=[10.0, 10.0], base_of="c0") for n in range(4)]
+    runs += [record(3, [13.0, 13.0], base=[12.0, 12.0], base_of="c2", at=1)]
+    (series,) = only(runs, step_at(3)).series
+    assert [p.base for p in series.points] == ["c0"] * 4
+    assert [p.ratio.middle for p in series.points] == pytest.approx([1.0, 1.1, 1.2, 1.3])
+    assert series.changes[0].of_ratio
+    (series,) = only([*runs[1:], record(0, [10.0])], step_at(3)).series  # the first was not measured beside itself
+    assert series.points[0].ratio.middle == 1 and series.changes[0].of_ratio
 
 
 def test_a_later_run_that_failed_hides_no_figure():
@@ -177,9 +189,9 @@ def test_changes_are_sought_in_ratios_to_one_base():
 
     one_base = [record(n, [50.0 * (n + 1)], base=[50.0]) for n in range(2)]
     assert only(one_base, change_points).series[0].changes[0].of_ratio
-    parents = [record(n, [50.0 * (n + 1)], base=[50.0], base_of=f"c{n - 1}") for n in range(2)]
+    parents = [record(n, [50.0 * (n + 1)], base=[50.0], base_of=f"c{n - 1}") for n in range(3)]
     assert not only(parents, change_points).series[0].changes[0].of_ratio
-    assert seen == [pytest.approx([1, 2]), [50, 100]]
+    assert seen == [pytest.approx([1, 2]), [50, 100, 150]]
 
 
 @pytest.mark.parametrize("wrong", [[0], [3], [2, 1], [1, 1]])

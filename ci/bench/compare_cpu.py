@@ -17,10 +17,12 @@ from pathlib import Path
 
 from cpu import prepare
 from cpu_engines.workloads import Source
+from peers import history
 from peers.measure import Bench, entries, reference
-from peers.records import ROOT, Run, machine_facts, merge
+from peers.records import ROOT, Run, merge
 from peers.settings import engines
 from peers.tables import cpu_table, lead_table, not_run
+from track import machine
 
 from hotplug.core.text.tokenizer import load_tokenizer
 from hotplug.platforms.cpu.cores import physical_cores
@@ -35,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=90.0, help="no round of an engine begins later, but the second")
     made.add_argument("--starts", type=int, default=2, help="starts of an engine after its first")
     made.add_argument("--isa", choices=["avx2"], help="hold every engine to this instruction set")
+    made.add_argument("--history", type=Path, metavar="FILE", help="keep the rows in a performance history, too")
     made.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"default: {OUT.relative_to(ROOT)}")
     return made
 
@@ -48,7 +51,7 @@ def main() -> None:
         made.error("no engine has such a name; there are " + ", ".join(e.name for e in known))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that engines end with it
     folder = prepare()
-    facts = machine_facts() | ({"held_to": options.isa} if options.isa else {})
+    facts = machine.facts() | ({"held_to": options.isa} if options.isa else {})
     source = Source(load_tokenizer(folder / "Q4_1" / "model.gguf").encode)
     ours = reference(known[0], folder, options.isa)
     bench = Bench(Run(facts), source, ours, options.repeat, options.starts, options.seconds)
@@ -57,6 +60,8 @@ def main() -> None:
         begin = time.perf_counter()
         rows = merge(options.out, bench.measure(engine, entries(engine, folder, options.isa)))
         print(f"{engine.name} took {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    if options.history is not None:
+        history.keep(rows, options.history)
     text = f"{cpu_table(rows)}\n\n{lead_table(rows)}\n\n{not_run(rows)}"
     options.out.with_suffix(".md").write_text(text + "\n")
     print(text)

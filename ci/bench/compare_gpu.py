@@ -18,10 +18,12 @@ import signal
 import sys
 from pathlib import Path
 
+from peers import history
 from peers.gpu import Bench, Cells, not_brought
 from peers.gpu_settings import SETTINGS
-from peers.records import ROOT, Run, machine_facts, merge
+from peers.records import ROOT, Run, merge
 from peers.tables import load_table, model_table
+from track import machine
 
 DEFAULT_CELLS = ("llama3b:chat,http", "qwen3-8b:chat", "llama8b:decode1,decode64,decode256,prefill,mixed")
 OUT = ROOT / ".bench" / "compare-gpu.jsonl"
@@ -38,22 +40,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=30.0, help="of arrivals at each rate")
     made.add_argument("--repeat", type=int, default=3, help="runs of a batch after one that warms up")
     made.add_argument("--processes", type=int, default=4, help="that send the load")
+    made.add_argument("--history", type=Path, metavar="FILE", help="keep the rows in a performance history, too")
     made.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"default: {OUT.relative_to(ROOT)}")
     made.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU, a few short requests")
     return made
 
 
-def device_facts() -> dict[str, object]:
-    """The machine's facts with its GPUs; nothing of them where torch sees none."""
-    import torch
-
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {**machine_facts(), **({"gpus": names} if names else {})}
-
-
 def main() -> None:
     made = parser()
     options = made.parse_args()
+    facts = machine.facts()
     wanted = ["tiny:chat,http"] if options.dry_run else options.cells or list(DEFAULT_CELLS)
     try:
         cells = [Cells.parse(text, tiny=options.dry_run) for text in wanted]
@@ -61,12 +57,14 @@ def main() -> None:
         made.error(str(e))
     if options.dry_run:
         options.rates, options.seconds, options.repeat, options.processes = [4.0], 3.0, 1, 2
-    elif not device_facts().get("gpus"):
+    elif not facts["gpus"]:
         made.error("no GPU is here; --dry-run shows that everything else works")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that engines end with it
-    bench = Bench(Run(device_facts()), options)
+    bench = Bench(Run(facts), options)
     rows = bench.measure(cells)
     kept = merge(options.out, rows)
+    if options.history is not None:
+        history.keep(rows, options.history)
     offline = [row for row in kept if ": " not in row["figure"]]
     http = [row for row in kept if ": " in row["figure"]]
     text = f"{model_table(offline)}\n\n{load_table(http)}\n\n{not_brought(kept)}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import msgspec
 
 from hotplug.core import checks
+from hotplug.core.logprobs import PromptLogprobs, TokenLogprobs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -216,15 +217,6 @@ _REQUEST_RULES = _rules(Request, {
 })  # fmt: skip
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position: the chosen token first, then the most likely ones, best first."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    rank: int
-    """Rank of the chosen token in the distribution, 1 = most likely."""
-
-
 class TokenDelta(msgspec.Struct, array_like=True):
     """What one step added to one request."""
 
@@ -234,8 +226,8 @@ class TokenDelta(msgspec.Struct, array_like=True):
     stop_token: int | None = None
     """The end-of-sequence or stop token that ended the request; it is also the last of `token_ids`."""
     logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """Sent once, with the first token: one entry a prompt token, None for the first."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Sent once, with the first token."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache (on the first delta)."""
     queued: float = 0.0

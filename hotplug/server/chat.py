@@ -20,7 +20,8 @@ from hotplug.server.tracing import span_of
 
 if TYPE_CHECKING:
     from hotplug.core.engine.outputs import CompletionChunk
-    from hotplug.core.request import SamplingParams, TokenLogprobs
+    from hotplug.core.logprobs import TokenLogprobs
+    from hotplug.core.request import SamplingParams
     from hotplug.core.text.tokenizer import Tokenizer
 
 router = APIRouter(route_class=BodyRoute)

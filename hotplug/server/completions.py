@@ -23,7 +23,8 @@ from hotplug.server.tracing import span_of
 
 if TYPE_CHECKING:
     from hotplug.core.engine.outputs import CompletionChunk
-    from hotplug.core.request import SamplingParams, TokenLogprobs
+    from hotplug.core.logprobs import TokenLogprobs
+    from hotplug.core.request import SamplingParams
     from hotplug.core.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -73,10 +74,14 @@ async def create_completion(request: Request) -> Response:
 
     async def complete() -> dict[str, Any]:
         outputs = await collect(chunks, len(choices), usage)
-        prompt_logprobs = [outputs[i - i % body.count].prompt_logprobs for i in range(len(outputs))]
-        scored = usage.prompt_tokens * body.count * SCORE_SIZE if prompt_logprobs[0] else 0
-        rendered = await beside(scored, lambda: list(map(Choice.whole, choices, outputs, prompt_logprobs)))
-        return {**labels, "choices": rendered, "usage": usage.as_dict()}
+        of_prompts = [output.prompt_logprobs for output in outputs[:: body.count]]
+        scored = 0 if of_prompts[0] is None else usage.prompt_tokens * body.count * SCORE_SIZE
+
+        def rendered() -> list[dict[str, Any]]:
+            scores = [list(one or ()) for one in of_prompts]
+            return [choice.whole(outputs[i], scores[i // body.count]) for i, choice in enumerate(choices)]
+
+        return {**labels, "choices": await beside(scored, rendered), "usage": usage.as_dict()}
 
     return await answer(request.receive, complete())
 
@@ -157,9 +162,9 @@ class Choice:
                 tokenizer, len(prompt.text), skip_special_tokens=skip, prompt_ids=prompt.token_ids[-_CONTEXT:]
             )
 
-    def whole(self, output: Output, prompt_logprobs: list[TokenLogprobs | None] | None) -> dict[str, Any]:
-        positions = [*(prompt_logprobs or ()), *output.logprobs]
-        return self._render(self._prompt.text + output.text, positions, output, len(prompt_logprobs or ()))
+    def whole(self, output: Output, prompt_logprobs: list[TokenLogprobs | None]) -> dict[str, Any]:
+        positions = [*prompt_logprobs, *output.logprobs]
+        return self._render(self._prompt.text + output.text, positions, output, len(prompt_logprobs))
 
     def part(self, chunk: CompletionChunk) -> dict[str, Any]:
         """One streamed piece. The first one echoes the prompt."""
@@ -169,8 +174,9 @@ class Choice:
         if not self.opened:
             self.opened = True
             text = self._prompt.text + text
-            of_prompt = len(chunk.prompt_logprobs or ())
-            positions = [*(chunk.prompt_logprobs or ()), *positions]
+            if chunk.prompt_logprobs is not None:
+                of_prompt = len(chunk.prompt_logprobs)
+                positions = [*chunk.prompt_logprobs, *positions]
         return self._render(text, positions, chunk, of_prompt)
 
     def _render(

@@ -9,7 +9,7 @@ from hotplug.core.text.detokenizer import Detokenizer
 from hotplug.server.stream import finite
 
 if TYPE_CHECKING:
-    from hotplug.core.request import TokenLogprobs
+    from hotplug.core.logprobs import TokenLogprobs
     from hotplug.core.text.tokenizer import Tokenizer
 
 

@@ -24,7 +24,7 @@ from hotplug.server.gate import DIRECT_SEND
 
 if TYPE_CHECKING:
     from hotplug.core.engine.outputs import CompletionChunk
-    from hotplug.core.request import TokenLogprobs
+    from hotplug.core.logprobs import PromptLogprobs, TokenLogprobs
 
 T = TypeVar("T")
 
@@ -187,7 +187,7 @@ class Output:
 
     text: str = ""
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 

@@ -9,9 +9,7 @@ A row has "run" (one invocation), "commit" (hotplug's; None of a peer) or "peer"
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 import subprocess
 import uuid
@@ -20,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from track import machine
+
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "ci" / "bench" / "results"
 KEYS = (
@@ -27,41 +27,18 @@ KEYS = (
     "figure", "unit", "better", "samples", "against", "others",
     "not_measured",
 )  # fmt: skip
-_ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "sve")
-"""Flags of /proc/cpuinfo that decide which kernels run."""
 
 Row = dict[str, Any]
-
-
-def machine_facts() -> dict[str, Any]:
-    """Processor, instruction sets, cores that this process may use, memory in GiB. Linux."""
-    lines = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
-    )  # fmt: skip
-    flags = set((lines.get("flags") or lines.get("Features") or "").split())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": lines.get("model name", platform.machine()),
-        "isa": [flag for flag in _ISA if flag in flags],
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / 2**30),
-    }
-
-
-def machine_name(facts: dict[str, Any]) -> str:
-    """A short name for machines with the same facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Run:
     """One invocation: what all its rows have in common."""
 
     def __init__(self, facts: dict[str, Any] | None = None) -> None:
-        self.facts = machine_facts() if facts is None else facts
+        self.facts = machine.facts() if facts is None else facts
         self._common = {
             "run": uuid.uuid4().hex[:12],
-            "machine": machine_name(self.facts),
+            "machine": machine.machine_class(self.facts),
             "machine_facts": self.facts,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }

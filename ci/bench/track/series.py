@@ -127,9 +127,9 @@ class Machine:
 def machines(records: Iterable[Record], change_points: ChangePoints) -> list[Machine]:
     """The machine classes of a history, that of the latest run first.
 
-    Samples of several runs of a commit are pooled; ratios are of the runs that had the latest run's base. Change points
-    are looked for in the ratios where every commit has one to the same base, since these hold what a machine's state
-    adds to both; elsewhere in the medians.
+    Samples of several runs of a commit are pooled; ratios are to the commit that most others were measured beside.
+    Change points are looked for in the ratios where every commit has one to the same base, since these leave out what
+    a machine's state adds to both; elsewhere in the medians.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -194,7 +194,8 @@ def _series(records: list[Record], positions: dict[str, int], change_points: Cha
             by_commit.setdefault(record.commit, []).append(record)
         elif record.peer is not None:
             by_peer[record.peer] = record
-    points = sorted((_point(positions[c], runs) for c, runs in by_commit.items()), key=lambda p: p.position)
+    base = _common_base(by_commit)
+    points = sorted((_point(positions[c], c, runs, base) for c, runs in by_commit.items()), key=lambda p: p.position)
     peers = tuple(
         Peer(name, interval(r.samples) if r.samples else None, r.versions.get(name, ""), r.not_measured)
         for name, r in by_peer.items()
@@ -204,19 +205,35 @@ def _series(records: list[Record], positions: dict[str, int], change_points: Cha
     return Series(last.figure, last.unit, last.better, tuple(points), changes, peers)
 
 
-def _point(position: int, runs: list[Record]) -> Point:
-    """The point of a commit's runs, the latest last."""
+def _common_base(by_commit: dict[str, list[Record]]) -> str | None:
+    """The commit that most others were measured beside; of equals the one that was so last."""
+    beside = [(r.at, r.against.commit, commit) for commit, runs in by_commit.items() for r in runs
+              if r.samples and r.against is not None and r.against.commit != commit]  # fmt: skip
+    others: dict[str, set[str]] = {}
+    for _, base, commit in sorted(beside, reverse=True):
+        others.setdefault(base, set()).add(commit)
+    return max(others, key=lambda base: len(others[base]), default=None)
+
+
+def _point(position: int, commit: str, runs: list[Record], base: str | None) -> Point:
+    """The point of a commit's runs, the latest last. Its ratio is to `base`, where one run has it, or else to the base
+    of the latest run. That of `base` itself is what it was beside itself, or 1."""
     measured = [r for r in runs if r.samples]
     if not measured:
         return Point(position, runs=len(runs), not_measured=runs[-1].not_measured)
     samples = [s for r in measured for s in r.samples]
-    # A commit beside itself shows the machine's noise, and is no ratio to a base.
-    beside = [(r, r.against) for r in measured if r.against is not None and r.against.commit != r.commit]
-    base = beside[-1][1].commit if beside else None
+    # Else a commit beside itself shows the machine's noise, and is no ratio to a base.
+    beside = [(r, r.against) for r in measured
+              if r.against is not None and (commit == base or r.against.commit != commit)]  # fmt: skip
+    if not any(against.commit == base for _, against in beside) and commit != base:
+        base = beside[-1][1].commit if beside else None
     pairs = [
         pair for r, against in beside if against.commit == base for pair in zip(r.samples, against.samples, strict=True)
     ]
-    return Point(position, interval(samples), ratio(pairs), base, len(samples), len(measured))
+    found = ratio(pairs)
+    if found is None and commit == base:
+        found = Interval(1.0, None, None)
+    return Point(position, interval(samples), found, base, len(samples), len(measured))
 
 
 # --- intervals ------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from hotplug.core.request import FinishReason, SamplingParams, TokenDelta, TokenLogprobs
+from hotplug.core.logprobs import PromptLogprobs, TokenLogprobs
+from hotplug.core.request import FinishReason, SamplingParams, TokenDelta
 from hotplug.core.text.detokenizer import Detokenizer, LateStops
 from hotplug.core.text.tokenizer import Tokenizer
 
@@ -22,7 +23,7 @@ class CompletionChunk:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it; None for the model's own end of sequence."""
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int = 0
     queued: float = 0.0
     """Seconds between arrival and first being scheduled (with the first token)."""
@@ -75,7 +76,7 @@ class RequestOutput:
         if chunk.logprobs is not None:
             output.logprobs = (output.logprobs or []) + chunk.logprobs
         if chunk.prompt_logprobs is not None:
-            self.prompt_logprobs = chunk.prompt_logprobs
+            self.prompt_logprobs = list(chunk.prompt_logprobs)
         self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         output.finish_reason = chunk.finish_reason
         output.stop_reason = chunk.stop_reason

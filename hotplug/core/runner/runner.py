@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hotplug.core.logprobs import Columns, TokenLogprobs
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.platform.optional import HasRuntime
-from hotplug.core.request import TokenLogprobs
 from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.executable import Executable, HostStep, StepOutputs
 from hotplug.core.runner.timing import LAUNCH, StepTimer
@@ -34,6 +34,10 @@ class _PromptScores:
     row: int
     num_top: int
     parts: list[Logprobs] = field(default_factory=list)
+
+    def columns(self) -> Columns:
+        found = [part.columns(self.num_top) for part in self.parts]
+        return Columns(*map(np.concatenate, zip(*found, strict=True)))
 
 
 class _Tokens:
@@ -85,10 +89,7 @@ class StepHandle:
                 entries = self.sampled.logprobs.to_host(self.sampled.logprob_counts)
                 for row, entry in zip(self.sampled.logprob_rows, entries, strict=True):
                     logprobs.setdefault(row, []).append(entry)
-        prompt = {
-            scores.row: [entry for part in scores.parts for entry in part.to_host([scores.num_top] * len(part.rank))]
-            for scores in self.prompt_scores
-        }
+        prompt = {scores.row: scores.columns() for scores in self.prompt_scores if scores.parts}
         return StepResult(token_ids, logprobs, prompt, verified)
 
 

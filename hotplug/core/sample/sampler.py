@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hotplug.core.logprobs import Columns, TokenLogprobs
 from hotplug.core.ops.plan import Plan
-from hotplug.core.request import SamplingParams, TokenLogprobs
+from hotplug.core.request import SamplingParams
 from hotplug.core.sample.history import TokenHistory
 from hotplug.core.sample.processors import Factory, RowProcessors, make_processors
 
@@ -61,6 +62,12 @@ class Logprobs:
             TokenLogprobs([chosen_ids[i], *top_ids[i][:n]], [chosen[i], *top[i][:n]], rank[i])
             for i, n in enumerate(counts)
         ]
+
+    def columns(self, top: int) -> Columns:
+        """The same of all positions, with `top` alternatives each."""
+        ids = torch.cat((self.chosen_ids[:, None], self.top_ids[:, :top]), 1).to(torch.int32)
+        logprobs = torch.cat((self.chosen[:, None], self.top[:, :top]), 1).to(torch.float32)
+        return Columns(*(column.cpu().numpy() for column in (ids, logprobs, self.rank.to(torch.int32))))
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hotplug.core.request import SamplingParams, TokenLogprobs
+from hotplug.core.logprobs import Columns, TokenLogprobs
+from hotplug.core.request import SamplingParams
 
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -125,7 +126,7 @@ class StepResult:
     where `plan.samples` is false."""
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row: log-probabilities of the sampled tokens, for rows that asked."""
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, Columns] = field(default_factory=dict)
     """By row: log-probabilities of prompt tokens start+1 .. of this chunk, for rows that asked."""
     verified: dict[int, list[int]] = field(default_factory=dict)
     """By row, for verifications: the proposals that were confirmed and the token sampled after them."""

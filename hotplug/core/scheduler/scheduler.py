@@ -35,7 +35,8 @@ from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError,
 from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.prefix import BlockHashes
-from hotplug.core.request import NO_TOKEN, EngineStats, Request, TokenDelta, TokenLogprobs
+from hotplug.core.logprobs import TokenLogprobs
+from hotplug.core.request import NO_TOKEN, EngineStats, Request, TokenDelta
 from hotplug.core.scheduler.batch import Batch
 from hotplug.core.scheduler.builder import StepBuilder
 from hotplug.core.scheduler.drafter import Speculation
@@ -567,7 +568,7 @@ class Scheduler:
     def _sampled(self, row: int, token: int, result: StepResult, ended: bool, stopped: bool) -> TokenDelta:
         """One token of a row, with what goes with it: a beginning, an end, log-probabilities."""
         seq = self._batch.owner(row)
-        if token == NO_TOKEN or not (_scored(result.logprobs.get(row)) and _scored(seq.prompt_logprobs)):
+        if token == NO_TOKEN or not _scored(seq, result.logprobs.get(row)):
             return self._fail(seq, [])
         delta = TokenDelta(seq.request.id, [token], logprobs=result.logprobs.get(row), tag=seq.request.tag)
         if not seq.started:
@@ -581,7 +582,7 @@ class Scheduler:
         batch, row = self._batch, int(plan.rows[i])
         seq = batch.owner(row)
         delta, stopped = self._confirmed(seq, plan, i, result)
-        if NO_TOKEN in delta.token_ids or not _scored(delta.logprobs):
+        if NO_TOKEN in delta.token_ids or not _scored(seq, delta.logprobs):
             return self._fail(seq, delta.token_ids)
         batch.confirm(row, delta.token_ids)
         self._register(row, int(batch.computed[row]))
@@ -616,7 +617,7 @@ class Scheduler:
             token = int(result.token_ids[i])
             delta, stopped = TokenDelta(seq.request.id, [token], tag=seq.request.tag), token in seq.stop_tokens
             delta.logprobs = result.logprobs.get(int(plan.rows[i]))
-        if NO_TOKEN in delta.token_ids or not (_scored(delta.logprobs) and _scored(seq.prompt_logprobs)):
+        if NO_TOKEN in delta.token_ids or not _scored(seq, delta.logprobs):
             return [self._fail(seq, delta.token_ids)]
         seq.append(delta.token_ids)
         if not seq.started:
@@ -631,7 +632,8 @@ class Scheduler:
         if seq.row >= 0:
             self._batch.first[seq.row] = False
         delta.num_cached_tokens, delta.queued = seq.num_cached, seq.queued
-        delta.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        if seq.prompt_logprobs is not None:
+            delta.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs.sent(), None
         self._stats.prompt_tokens += seq.num_prompt
 
     def _finish(self, seq: Sequence, delta: TokenDelta, *, stopped: bool) -> None:
@@ -657,11 +659,14 @@ class Scheduler:
         return delta
 
     def _keep_prompt_logprobs(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> None:
-        entries = result.prompt_logprobs.get(int(plan.rows[i]))
-        if entries is not None:
-            seq.add_prompt_logprobs(int(plan.start[i]), entries)
+        chunk = result.prompt_logprobs.get(int(plan.rows[i]))
+        if chunk is not None and seq.prompt_logprobs is not None:
+            seq.prompt_logprobs.put(int(plan.start[i]), chunk)
 
 
-def _scored(entries: typing.Sequence[TokenLogprobs | None] | None) -> bool:
-    """Whether log-probabilities, if there are any, are of scores that are numbers."""
-    return not entries or not any(entry is not None and math.isnan(entry.logprobs[0]) for entry in entries)
+def _scored(seq: Sequence, entries: list[TokenLogprobs] | None) -> bool:
+    """Whether log-probabilities, if there are any, are of scores that are numbers: of tokens, and those of the prompt
+    that are still to be sent."""
+    if seq.prompt_logprobs is not None and not seq.prompt_logprobs.are_numbers:
+        return False
+    return not entries or not any(math.isnan(entry.logprobs[0]) for entry in entries)

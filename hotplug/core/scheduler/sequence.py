@@ -6,7 +6,8 @@ import numpy as np
 
 from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.prefix import BlockHashes
-from hotplug.core.request import Request, TokenLogprobs
+from hotplug.core.logprobs import PromptScores
+from hotplug.core.request import Request
 from hotplug.core.scheduler.drafter import Drafter
 from hotplug.core.scheduler.plan import Admission, IntArray
 
@@ -80,9 +81,9 @@ class Sequence:
         self.done = False
         self.num_cached = 0
         self.queued = 0.0
-        wanted = sampling.prompt_logprobs is not None
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] * self.num_prompt if wanted else None
-        """Collected over the prompt's chunks; None when not asked for or already sent."""
+        top = sampling.prompt_logprobs
+        self.prompt_logprobs = None if top is None else PromptScores(self.num_prompt, top)
+        """Gathered over the prompt's chunks; None when not asked for or already sent."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -113,10 +114,3 @@ class Sequence:
             if token in self.stop_tokens:
                 return tokens[: i + 1], True
         return tokens, False
-
-    def add_prompt_logprobs(self, start: int, entries: list[TokenLogprobs]) -> None:
-        """Keep the log-probabilities of prompt tokens start + 1 .., unless they are already sent."""
-        if self.prompt_logprobs is not None:
-            first = start + 1
-            end = min(first + len(entries), self.num_prompt)
-            self.prompt_logprobs[first:end] = entries[: end - first]
