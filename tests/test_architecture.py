@@ -21,6 +21,7 @@ ROOT = Path(hotplug.__file__).parent
 RANKS = {
     "hotplug.core.errors": 0,
     "hotplug.core.checks": 0,
+    "hotplug.core.logprobs": 0,
     "hotplug.core.request": 0,
     "hotplug.core.config": 0,
     "hotplug.core.platform": 1,
@@ -50,6 +51,7 @@ SIDEWAYS = {
     ("hotplug.core.config", "hotplug.core.errors"),
     ("hotplug.core.checks", "hotplug.core.errors"),
     ("hotplug.core.request", "hotplug.core.checks"),
+    ("hotplug.core.request", "hotplug.core.logprobs"),
     ("hotplug.core.runner", "hotplug.core.scheduler.plan"),  # the contract of the two
     ("hotplug.core.text", "hotplug.core.weights"),  # a GGUF file holds its tokenizer too
 }

@@ -91,6 +91,21 @@ def test_an_error_of_the_wait_ends_them(error: BaseException) -> None:
     run(test)
 
 
+def test_whoever_waits_is_the_only_reader_and_is_not_forgotten() -> None:
+    async def test(mailbox: Mailbox, closed: list[str]) -> None:
+        chunks = made(mailbox, closed)
+        waiting = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
+        for other in (anext(chunks), chunks.aclose(), chunks.athrow(KeyError())):
+            with pytest.raises(RuntimeError, match="waits"):
+                await other
+        mailbox.put(chunk(0))
+        assert await waiting == chunk(0)
+        await chunks.aclose()
+
+    assert run(test) == ["closed"]
+
+
 def test_what_is_thrown_in_ends_them_and_comes_back() -> None:
     async def test(mailbox: Mailbox, closed: list[str]) -> None:
         with pytest.raises(KeyError):

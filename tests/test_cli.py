@@ -56,6 +56,20 @@ def test_light_commands_use_less_than_a_second_of_processor(command):
     assert min(used() for _ in range(2)) < COLD_BAR  # processor time: other work on the machine does not count
 
 
+@pytest.mark.parametrize("module", ["typer", "hotplug.cli.serve"])
+def test_an_interrupt_while_the_command_loads_ends_it_in_silence(module):
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from hotplug.cli.start import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 # --- flags ----------------------------------------------------------------------------------------
 
 

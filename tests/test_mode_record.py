@@ -86,7 +86,10 @@ def test_modes_that_the_platform_no_longer_has_are_passed_over(tiny_model: Path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": 1, "figures": {"fast": {}}, "failed": {}}',
-                                  '{"schema": 1, "figures": {"eager": {"a": 0}}, "failed": {}}'])  # fmt: skip
+                                  '{"schema": 1, "figures": {"eager": {"a": 0}}, "failed": {}}',
+                                  '{"schema": 1, "figures": {"eager": {"a": 1e999}}, "failed": {}}',
+                                  '{"schema": 1, "figures": {"eager": {"a": NaN}}, "failed": {}}',
+                                  '{"schema": 1, "figures": ' + "[" * 100_000])  # fmt: skip
 def test_a_damaged_record_is_an_error_that_names_the_file(tiny_model: Path, text: str) -> None:
     path = keep(tiny_model, SLOW_CAPTURE)
     path.write_text(text)

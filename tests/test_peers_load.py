@@ -22,6 +22,7 @@ from peers.gpu_settings import GPU, offline_options, server_command
 from peers.records import ROOT, Run, read
 from peers.servers import CannotError, served, with_path
 from peers.settings import DEFAULTS, GPU_NOT_RUN, TUNED
+from track import machine
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_a_server_that_ends_before_it_is_ready_says_its_last_words():
 
 
 def test_without_a_gpu_the_real_run_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(compare_gpu, "device_facts", dict)
+    monkeypatch.setattr(machine, "gpus", list)
     monkeypatch.setattr(sys, "argv", ["compare_gpu.py", "llama3b:chat"])
     with pytest.raises(SystemExit):
         compare_gpu.main()

@@ -111,11 +111,16 @@ def test_what_is_asked_for_wins(tiny_model: Path) -> None:
     assert step(tiny_model, max_num_seqs=5, max_num_batched_tokens=16) == (5, 16, "asked for")
 
 
+GOOD = {"requests": 8, "tokens": 80_000, "output_tokens_per_s": 1, "gap_p99_ms": 1}
 FEW_TOKENS = {"requests": 9, "tokens": 8, "output_tokens_per_s": 1, "gap_p99_ms": 1}
 DAMAGED: tuple[object, ...] = (
     "", "[]", {"schema": 2, "entries": []}, {"schema": 1, "entries": [{}]},
     {"schema": 1, "entries": [{"model": "m", "weight_bytes": 5, "measured": [], "about": {}}]},
     {"schema": 1, "entries": [{"model": "m", "weight_bytes": 5, "measured": [FEW_TOKENS], "about": {}}]},
+    *({"schema": 1, "entries": [{"model": "m", "weight_bytes": 5, "measured": [GOOD | wrong], "about": {}}]}
+      for wrong in ({"requests": 70_000}, {"requests": 1.5}, {"tokens": 1e300}, {"output_tokens_per_s": float("nan")},
+                    {"output_tokens_per_s": float("inf")}, {"gap_p99_ms": "1"})),
+    '{"schema": 1, "entries": [{"model": "m", "weight_bytes": 1e999}]}', '{"schema": 1, "entries": ' + "[" * 100_000,
 )  # fmt: skip
 
 

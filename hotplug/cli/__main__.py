@@ -1,6 +1,6 @@
 """`python -m hotplug.cli`: the `hotplug` command where its script is not on the path."""
 
-from hotplug.cli.main import app
+from hotplug.cli.start import main
 
 if __name__ == "__main__":
-    app(prog_name="hotplug")
+    main()

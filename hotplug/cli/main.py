@@ -14,9 +14,10 @@ from typer.core import TyperGroup
 
 from hotplug.cli import bench, bisect, chat, conform, devices, doctor, explain, plugin, pull, run, serve, tune, version
 from hotplug.cli.options import SectionedCommand
+from hotplug.cli.start import INTERRUPTED
 from hotplug.core.errors import ConfigError, HotplugError, RequestError
 
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USAGE_ERROR, FAILURE = 2, 1
 
 
 class Commands(TyperGroup):

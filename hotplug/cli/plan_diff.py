@@ -21,7 +21,7 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text())
     except OSError as e:
         raise ConfigError(f"cannot read the file: {e.strerror}", where=str(path)) from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"not valid JSON: {e}", where=str(path)) from e
     if not isinstance(report, dict) or not {"schema", "plan_hash", "sites"} <= report.keys():
         raise ConfigError("not a report of `hotplug explain --json`", where=str(path))

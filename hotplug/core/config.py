@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from hotplug.core.errors import ConfigError, nearest
 
+MOST_REQUESTS = 65536
+"""That may run at once."""
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
@@ -67,7 +69,8 @@ class EngineConfig:
     max_model_len: int | None = option(
         None, "Longest sequence, prompt plus output; default: the model's own", low=1)  # fmt: skip
     max_num_seqs: int | None = option(
-        None, "Most requests that run at once; default: the platform's preference", low=1, high=65536)  # fmt: skip
+        None, "Most requests that run at once; default: the platform's preference", low=1, high=MOST_REQUESTS
+    )
     max_num_batched_tokens: int | None = option(
         None, "Token budget of one step; default: the platform's preference", low=1)  # fmt: skip
     max_queue: int = option(4096, "Requests that may wait before new ones are refused", low=0)

@@ -7,11 +7,16 @@ pieces of memory; objects are made where they are read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_ITEM = 4
+"""Bytes of a value."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -45,7 +50,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """[n - 1] int32"""
 
     def __len__(self) -> int:
-        return 1 + len(self.ranks) // np.dtype(np.int32).itemsize
+        return 1 + len(self.ranks) // _ITEM
 
     @overload
     def __getitem__(self, index: int) -> TokenLogprobs | None: ...
@@ -69,6 +74,8 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     @property
     def columns(self) -> Columns:
         """All entries but the first."""
+        import numpy as np  # messages load without it
+
         ranks = np.frombuffer(self.ranks, np.int32)
         shape = (len(ranks), -1) if len(ranks) else (0, 1)
         return Columns(
@@ -82,6 +89,8 @@ class PromptScores:
     """Gathers the log-probabilities of a prompt of `num_tokens` over its chunks, `top` alternatives a position."""
 
     def __init__(self, num_tokens: int, top: int) -> None:
+        import numpy as np
+
         shape = (num_tokens - 1, 1 + top)
         self._columns = Columns(
             np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(num_tokens - 1, np.int32)
@@ -96,7 +105,8 @@ class PromptScores:
     @property
     def are_numbers(self) -> bool:
         """Whether the chosen tokens' log-probabilities are."""
-        return not np.isnan(self._columns.logprobs[:, 0]).any()
+        chosen = self._columns.logprobs[:, 0]
+        return bool((chosen == chosen).all())  # NaN alone is not itself
 
     def sent(self) -> PromptLogprobs:
         return PromptLogprobs(*(column.tobytes() for column in self._columns))

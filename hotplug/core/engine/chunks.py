@@ -22,17 +22,22 @@ class Chunks(AsyncGenerator[CompletionChunk, None]):
         self._mailbox = mailbox
         self._running = running
         self._close: Callable[[], None] | None = close
+        self._reading = False
         self._loop = asyncio.get_running_loop()
 
     async def __anext__(self) -> CompletionChunk:
-        """The next chunk. Raises what the mailbox was failed with."""
+        """The next chunk. Raises what the mailbox was failed with, and RuntimeError for a second reader meanwhile."""
         if self._close is None:
             raise StopAsyncIteration
+        self._require_unread()
+        self._reading = True
         try:
             chunk = await self._mailbox.get()
         except BaseException:
             self._end()
             raise
+        finally:
+            self._reading = False
         if chunk.finish_reason is not None:
             self._running -= 1
             if not self._running:
@@ -49,14 +54,21 @@ class Chunks(AsyncGenerator[CompletionChunk, None]):
         tb: TracebackType | None = None,
     ) -> CompletionChunk:
         """End, and raise the exception."""
+        self._require_unread()
         self._end()
         if isinstance(typ, BaseException):
             raise typ
         raise val if isinstance(val, BaseException) else typ()
 
     async def aclose(self) -> None:
-        """End; what has not ended is aborted."""
+        """End; what has not ended is aborted. Raises RuntimeError while somebody waits for a chunk: cancel that."""
+        self._require_unread()
         self._end()
+
+    def _require_unread(self) -> None:
+        """As of a generator, whose frame is one reader's."""
+        if self._reading:
+            raise RuntimeError("somebody waits for these chunks already")
 
     def _end(self) -> None:
         close, self._close = self._close, None

@@ -15,13 +15,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig
-from hotplug.core.errors import ConfigError
+from hotplug.core.engine.measured_file import Positive, read_measured
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.select import Selection
 from hotplug.core.weights.config import ModelConfig
@@ -116,21 +117,16 @@ def write(path: Path, record: ModeRecord, about: Mapping[str, Any]) -> None:
     part.rename(path)
 
 
+class _File(msgspec.Struct):
+    schema: Literal[1]
+    figures: dict[ExecMode, Annotated[dict[str, Positive], msgspec.Meta(min_length=1)]]
+    failed: dict[ExecMode, str]
+
+
 def read(path: Path) -> ModeRecord:
     """The record in a file. Raises ConfigError where it is damaged: it says how to be rid of it."""
-    try:
-        document = json.loads(path.read_text())
-        figures = {
-            ExecMode(mode): {str(name): float(rate) for name, rate in rates.items()}
-            for mode, rates in document["figures"].items()
-        }
-        if document["schema"] != SCHEMA or not all(r and min(r.values()) > 0 for r in figures.values()):
-            raise ValueError("no figures of this version")
-        failed = {ExecMode(mode): str(why) for mode, why in document["failed"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ConfigError("the record of measured execution modes is damaged", where=str(path), why=str(e),
-                          hint="Delete it, or write it anew with `hotplug tune --modes`.") from e  # fmt: skip
-    return ModeRecord(figures, failed)
+    found = read_measured(path, _File, "execution modes", "--modes")
+    return ModeRecord(found.figures, found.failed)
 
 
 def _plain(value: Any) -> Any:

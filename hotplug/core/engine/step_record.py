@@ -16,10 +16,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from hotplug.core.config import EngineConfig
-from hotplug.core.errors import ConfigError
+import msgspec
+
+from hotplug.core.config import MOST_REQUESTS, EngineConfig
+from hotplug.core.engine.measured_file import Count, Positive, read_measured
 from hotplug.core.platform.optional import HasStepSizes
 from hotplug.core.platform.select import Selection
 from hotplug.core.weights.config import ModelConfig
@@ -36,11 +38,15 @@ CLOSE_ENOUGH = 0.99
 class Measured:
     """One size of step and what it reached."""
 
-    requests: int
-    tokens: int
-    output_tokens_per_s: float
+    requests: Annotated[int, msgspec.Meta(gt=0, le=MOST_REQUESTS)]
+    tokens: Count
+    output_tokens_per_s: Positive
     gap_p99_ms: float
     """Between two tokens of a request."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.requests:
+            raise ValueError(f"a step of {self.tokens} tokens for {self.requests} requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,8 @@ class StepRecord:
     """What was measured of a model on a kind of device."""
 
     model: str
-    weight_bytes: int
-    measured: Sequence[Measured]
+    weight_bytes: Count
+    measured: Annotated[Sequence[Measured], msgspec.Meta(min_length=1)]
     about: Mapping[str, Any] = field(default_factory=dict)
     """The versions and the load it was measured with, for whoever reads the file."""
 
@@ -60,6 +66,11 @@ class StepRecord:
         return min(
             (m for m in self.measured if m.output_tokens_per_s >= least), key=lambda m: (m.requests, m.gap_p99_ms)
         )
+
+
+class _File(msgspec.Struct):
+    schema: Literal[1]
+    entries: list[StepRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,27 +125,9 @@ def write(path: Path, record: StepRecord, device: str) -> None:
     part.rename(path)
 
 
-def read(path: Path) -> list[StepRecord]:
+def read(path: Path) -> Sequence[StepRecord]:
     """The records in a file. Raises ConfigError where it is damaged: it says how to be rid of it."""
-    try:
-        document = json.loads(path.read_text())
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"schema {document['schema']!r}, not {SCHEMA}")
-        return [_record(entry) for entry in document["entries"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ConfigError("the record of measured step sizes is damaged", where=str(path), why=str(e),
-                          hint="Delete it, or write it anew with `hotplug tune --defaults`.") from e  # fmt: skip
-
-
-def _record(entry: Mapping[str, Any]) -> StepRecord:
-    measured = [Measured(int(m["requests"]), int(m["tokens"]), float(m["output_tokens_per_s"]), float(m["gap_p99_ms"]))
-                for m in entry["measured"]]  # fmt: skip
-    size = int(entry["weight_bytes"])
-    if size <= 0 or not measured or min(min(m.requests, m.output_tokens_per_s) for m in measured) <= 0:
-        raise ValueError("an entry without figures")
-    if any(m.tokens < m.requests for m in measured):
-        raise ValueError("a step with fewer tokens than requests")
-    return StepRecord(str(entry["model"]), size, measured, dict(entry["about"]))
+    return read_measured(path, _File, "step sizes", "--defaults").entries
 
 
 def _records(selection: Selection) -> list[tuple[StepRecord, str]]:

@@ -23,8 +23,10 @@ MOST_NUMBER = 1_000_000
 """The largest number that a template may hand to a function or filter: a width, a count."""
 _MOST_BITS = 4096
 """Of an integer that a template computes."""
-_WIDE = re.compile(r"\d{5}|\*")
-"""Widths in a format that make long texts."""
+_NUMBER = re.compile(r"\d{1,9}")
+"""May be the width of a field."""
+_COMPUTED = re.compile(r"\{[^{}]*\{|%[^%a-zA-Z]*\*")
+"""A field whose width is an argument."""
 
 
 class TooLarge(jinja2.TemplateError):
@@ -58,9 +60,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (as Jinja has it)
         _check_numbers((*args, *kwargs.values()))
-        own = getattr(__obj, "__self__", None)
+        method = getattr(__obj, "__wrapped__", __obj)  # Jinja's sandbox wraps `format`
+        own = getattr(method, "__self__", None)
         if isinstance(own, str):
-            _check_method(getattr(__obj, "__name__", ""), own, args)
+            _check_method(getattr(method, "__name__", ""), own, (*args, *kwargs.values()))
         return super().call(__context, __obj, *args, **kwargs)
 
     def concatenated(self, parts: tuple[Any, ...]) -> str:
@@ -90,7 +93,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         given = args[1:] if hasattr(function, "jinja_pass_arg") else args
         _check_numbers((*given, *kwargs.values()))
         if given and isinstance(given[0], str):
-            _check_method(name, given[0], given[1:])
+            _check_method(name, given[0], (*given[1:], *kwargs.values()))
         elif name == "join" and len(given) > 1 and isinstance(given[0], list | tuple):
             _check_method(name, str(given[1]), given[:1])
         return function(*args, **kwargs)
@@ -132,9 +135,17 @@ def _check_power(left: Any, right: Any) -> None:
         raise TooLarge("it computes a number beyond all use")
 
 
-def _check_format(left: Any, _: Any) -> None:
-    if isinstance(left, str) and _WIDE.search(left):
-        raise TooLarge("it formats to a width beyond all use")
+def _check_format(text: Any, args: Any) -> None:
+    """Bounds what `text` with its fields filled in may be, from above: each field may be the longest argument, and
+    every number a width."""
+    if not isinstance(text, str):
+        return
+    if _COMPUTED.search(text.replace("{{", "").replace("}}", "")):
+        raise TooLarge("it formats to a width that it computes")
+    widths = sum(map(int, _NUMBER.findall(text)))
+    _check_chars(len(text) + widths)
+    fields = text.count("{") + text.count("%")
+    _check_chars(len(text) + widths + fields * len(str(args)))
 
 
 def _check_sum(left: Any, right: Any) -> None:

@@ -157,7 +157,7 @@ def read(path: Path) -> dict[Key, Config]:
             raise PlatformError(f"schema {document['schema']} is not {SCHEMA}", where=str(path),
                                 hint="Run `hotplug tune` again.")  # fmt: skip
         return {Key.of(e["kernel"], e["dtype"], e["shape"]): e["config"] for e in document["entries"]}
-    except (ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise PlatformError("not a file of kernel configurations", where=str(path), why=f"{type(e).__name__}: {e}",
                             hint="Delete it, or run `hotplug tune` again.") from e  # fmt: skip
 

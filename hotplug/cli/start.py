@@ -1,0 +1,15 @@
+"""Entry of the `hotplug` command. Ctrl-C ends it in silence from here on, also while the command's modules load."""
+
+from __future__ import annotations
+
+import sys
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    try:
+        from hotplug.cli.main import app
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    app(prog_name="hotplug")
