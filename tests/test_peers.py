@@ -87,7 +87,7 @@ def test_rows_in_a_history_are_a_commits_series_with_the_peers_as_lines(run, tmp
     assert [history.keep(rows, file), history.keep(rows, file)] == [4, 0]
     with contextlib.closing(History(file)) as kept:
         (found,) = series.machines(kept.records(machine.machine_class(FACTS)), lambda values: [])
-    decode = next(one for one in found.series if one.figure == "w1-decode")
+    decode = next(one for one in found.series if one.figure == "compared: w1-decode")
     assert [(c.id, c.subject) for c in found.commits] == [(head.id, head.subject)]
     assert [p.value.middle for p in decode.points] == [2.1]
     assert {p.name: p.value.middle for p in decode.peers} == {
@@ -100,7 +100,7 @@ def test_rows_in_a_history_are_a_commits_series_with_the_peers_as_lines(run, tmp
 def test_a_gpus_rows_are_named_after_their_model(run):
     facts = {**FACTS, "gpus": ["NVIDIA H200"]}
     (found,) = history.records([{**row(run, "vLLM", "chat", 5.0), "machine_facts": facts}])
-    assert (found.figure, found.peer) == ("Q4_1 chat", "vLLM defaults")
+    assert (found.figure, found.peer) == ("compared: Q4_1 chat", "vLLM defaults")
 
 
 def test_rows_measured_again_take_the_place_of_the_same_engines(run, tmp_path: Path):

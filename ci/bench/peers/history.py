@@ -1,7 +1,8 @@
 """The rows of a comparison as records of the performance history, whose page draws the peers as lines.
 
 hotplug's first row of a figure, at its defaults and in its first format, is the commit's; all others of a processor's
-comparison are lines beside it. On a GPU "weights" is the model, which the figure's name then begins with.
+comparison are lines beside it. On a GPU "weights" is the model, and stands in the figure's name. These names are the
+history's own: what the suite calls `start` is measured in another way.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def records(rows: Iterable[Row], root: Path = ROOT) -> list[Record]:
     ours: dict[str, tuple[str, str]] = {}
     for row in rows:
         on_gpu = bool(row["machine_facts"].get("gpus"))
-        figure = f"{row['weights']} {row['figure']}" if on_gpu else row["figure"]
+        figure = f"compared: {row['weights']} {row['figure']}" if on_gpu else f"compared: {row['figure']}"
         line = row["setting"] if on_gpu else f"{row['weights']}, {row['setting']}"
         of_commit = row["engine"] == "hotplug" and ours.setdefault(figure, (row["weights"], row["setting"])) == (
             row["weights"], row["setting"])  # fmt: skip
