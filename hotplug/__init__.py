@@ -17,13 +17,13 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.async_llm import AsyncLLM
-    from hotplug.core.engine.llm import LLM
+    from hotplug.core.client.async_llm import AsyncLLM
+    from hotplug.core.client.llm import LLM
     from hotplug.core.request import SamplingParams
 
 _WHERE = {
-    "LLM": "hotplug.core.engine.llm",
-    "AsyncLLM": "hotplug.core.engine.async_llm",
+    "LLM": "hotplug.core.client.llm",
+    "AsyncLLM": "hotplug.core.client.async_llm",
     "SamplingParams": "hotplug.core.request",
 }
 

@@ -1,7 +1,7 @@
 """An engine front end without an engine: what the server's tests talk to.
 
 It writes the alphabet, one letter a token, over a vocabulary of bytes, and can be told to refuse, to fail
-in the middle, to wait, or to be dead. It has the interface of `hotplug.core.engine.async_llm.AsyncLLM`.
+in the middle, to wait, or to be dead. It has the interface of `hotplug.core.client.async_llm.AsyncLLM`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from logprob_columns import of_prompt
 
+from hotplug.core.client.outputs import CompletionChunk
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.outputs import CompletionChunk
 from hotplug.core.errors import RequestError
 from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.request import SamplingParams

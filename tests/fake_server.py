@@ -41,7 +41,7 @@ class Engine(SlowLLM):
     async def close(self):
         print("closed", flush=True)
 
-module = ModuleType("hotplug.core.engine.async_llm")
+module = ModuleType("hotplug.core.client.async_llm")
 module.AsyncLLM = Engine
 sys.modules[module.__name__] = module
 from hotplug.core.config import EngineConfig

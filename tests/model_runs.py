@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.models.loader import load_weights
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.request import SamplingParams
 from hotplug.core.runner import kv_memory
 from hotplug.core.scheduler.plan import Admission, StepPlan
+from hotplug.core.startup.bind import bind
 
 ROW = 1  # not 0, so that a mix-up of rows and batch positions shows
 NO_INTS = np.zeros(0, np.int32)

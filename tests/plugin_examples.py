@@ -10,7 +10,7 @@ import pytest
 from throwaway import write_distribution
 
 from hotplug.core.platform.discovery import Candidate, Loaded, discover
-from hotplug.plugins import installed
+from hotplug.core.startup import installed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

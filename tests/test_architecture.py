@@ -25,6 +25,7 @@ RANKS = {
     "hotplug.core.request": 0,
     "hotplug.core.config": 0,
     "hotplug.core.platform": 1,
+    "hotplug.core.extension": 2,
     "hotplug.core.ops": 2,
     "hotplug.core.kv": 2,
     "hotplug.core.weights": 2,
@@ -37,11 +38,13 @@ RANKS = {
     "hotplug.core.scheduler": 6,
     "hotplug.core.runner": 6,
     "hotplug.core.parallel": 7,
-    "hotplug.plugins": 7,
-    "hotplug.core.engine": 8,
-    "hotplug.plugins.conformance": 9,
-    "hotplug.server": 9,
-    "hotplug.cli": 10,
+    "hotplug.core.startup": 8,
+    "hotplug.core.engine": 9,
+    "hotplug.core.client": 10,
+    "hotplug.core.tools": 10,
+    "hotplug.plugins": 11,
+    "hotplug.server": 11,
+    "hotplug.cli": 12,
     "hotplug.vendor": 3,  # shows plugins what platform, ops and errors offer
     "hotplug.platforms": 4,  # held to `hotplug.vendor` by a rule of its own
 }
@@ -56,6 +59,9 @@ SIDEWAYS = {
     ("hotplug.core.text", "hotplug.core.weights"),  # a GGUF file holds its tokenizer too
 }
 """Imports within one rank that are meant."""
+
+TYPED_ONLY = {"hotplug.core.platform", "hotplug.core.extension"}
+"""Packages whose signatures name what is built on them."""
 
 DEVICES = re.compile(r"(?<![a-z])(cuda|rocm|hip|tpu|xla|xpu|triton|openvino)s?(?![a-z])", re.IGNORECASE)
 
@@ -140,7 +146,7 @@ def wrong_arrows(modules: Mapping[str, str]) -> list[str]:
                 wrong.append(f"{i}, which has no rank")
         elif source != target and RANKS[source] <= RANKS[target]:
             sideways = any(source == s and (i.target + ".").startswith(t + ".") for s, t in SIDEWAYS)
-            if not sideways and not (source == "hotplug.core.platform" and i.typing_only):
+            if not sideways and not (source in TYPED_ONLY and i.typing_only):
                 wrong.append(str(i))
     return wrong
 

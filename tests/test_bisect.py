@@ -14,8 +14,6 @@ from typer.testing import CliRunner
 
 from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import bind as bind_module
-from hotplug.core.engine.bisect import bisect
 from hotplug.core.errors import HotplugError
 from hotplug.core.ops.attention import kv_write
 from hotplug.core.ops.compare import compare
@@ -23,6 +21,8 @@ from hotplug.core.ops.dense import linear
 from hotplug.core.ops.norm import rms_norm
 from hotplug.core.ops.registry import Impl, SiteSpec, Verdict
 from hotplug.core.platform.base import ExecMode
+from hotplug.core.startup import bind as bind_module
+from hotplug.core.tools.bisect import bisect
 
 PROMPT = list(range(3, 40))
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import FeatureError, PlatformError
 from hotplug.core.ops import attention as attention_op
@@ -25,6 +24,7 @@ from hotplug.core.platform.base import DeviceInfo, ExecMode
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner.capture import decode_shapes
 from hotplug.core.runner.static import StaticInputs, StepShape
+from hotplug.core.startup import bind as bind_module
 
 CAPTURES = limits(
     exec_modes=(ExecMode.CAPTURE, ExecMode.EAGER), max_graph_shapes=3, shared_host_memory=True, accelerator=False

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from hotplug.core.engine.chunks import Chunks
-from hotplug.core.engine.mailbox import Mailbox
-from hotplug.core.engine.outputs import CompletionChunk
+from hotplug.core.client.chunks import Chunks
+from hotplug.core.client.mailbox import Mailbox
+from hotplug.core.client.outputs import CompletionChunk
 from hotplug.core.errors import EngineDeadError
 
 

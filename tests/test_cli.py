@@ -331,7 +331,7 @@ def test_a_name_that_nothing_brings_is_refused_before_the_download(monkeypatch, 
 
 
 def test_the_python_interface_refuses_a_name_before_the_download_as_well(monkeypatch):
-    from hotplug.core.engine import llm
+    from hotplug.core.client import llm
 
     monkeypatch.setattr(llm, "resolve", lambda *args, **kwargs: pytest.fail("it was fetched"))
     with pytest.raises(ConfigError, match="no scheduling policy 'x'"):

@@ -15,7 +15,6 @@ from fake_platforms import FakePlatform, candidates, limits
 from torch import Tensor
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, FeatureError, PlanError, PlatformError
 from hotplug.core.ops.norm import rms_norm
@@ -27,6 +26,7 @@ from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
 from hotplug.core.runner.compile import StepBounds, checked_shapes
 from hotplug.core.runner.static import StepShape
+from hotplug.core.startup import bind as bind_module
 from hotplug.plugins.conformance.engine_runs import small_model
 
 BUCKETS = [(1, 1), (8, 8), (16, 1), (24, 3)]

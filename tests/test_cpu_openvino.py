@@ -14,10 +14,10 @@ import torch
 from prompts import PROMPTS
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import FeatureError, PlatformError
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup.bind import bind
 from hotplug.platforms.cpu import CpuPlatform, openvino
 from hotplug.platforms.cpu.native.linear import pack
 from hotplug.plugins.conformance.engine_runs import VOCAB, small_model

@@ -16,7 +16,6 @@ from fake_platforms import FakePlatform, candidates, limits
 from torch import Tensor
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.ops import attention, norm, rope_kv_write
 from hotplug.core.ops.builtin import builtin_registry
@@ -26,6 +25,7 @@ from hotplug.core.platform.base import DeviceInfo, ExecMode
 from hotplug.core.platform.program import StepProgram
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.runner.compile import checked_shapes
+from hotplug.core.startup import bind as bind_module
 from hotplug.platforms.cuda import compile as inductor
 from hotplug.platforms.cuda import opaque
 from hotplug.vendor import PlatformError

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from hotplug.cli import display
 from hotplug.cli.main import app
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.ops.registry import SiteSpec
+from hotplug.core.startup import bind as bind_module
 from hotplug.platforms.cuda.kernels import flashinfer_attention, gathered_attention
 from hotplug.platforms.cuda.kernels.flashinfer_attention import attention
 from hotplug.platforms.cuda.target import stands_for

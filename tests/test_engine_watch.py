@@ -16,10 +16,11 @@ import pytest
 import zmq
 
 from hotplug import AsyncLLM, SamplingParams
+from hotplug.core.client import async_llm, watch
+from hotplug.core.client.watch import Watch
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import async_llm, messages, watch
+from hotplug.core.engine import messages
 from hotplug.core.engine.link import Link
-from hotplug.core.engine.watch import Watch
 from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, QueueFullError, RequestError
 
 pytestmark = pytest.mark.timeout(120)

@@ -14,10 +14,10 @@ from plugin_examples import activate
 from throwaway import run_python
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, FeatureError, RequestError
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup.bind import bind
 from hotplug.plugins.conformance.engine_runs import small_model
 
 PROMPT = [(7 * i) % 290 + 1 for i in range(70)]

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wrong_platforms.right import Right
 
-from hotplug.core.engine.bind import bind
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup.bind import bind
 from hotplug.platforms.cpu import CpuPlatform
 from hotplug.plugins.conformance.engine_runs import (
     MAX_LEN,

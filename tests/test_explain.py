@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from hotplug.cli import display
 from hotplug.cli.main import app
 from hotplug.cli.plan_view import short
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.ops.attention import attention
 from hotplug.core.ops.norm import rms_norm
 from hotplug.core.ops.registry import Impl, SiteSpec, Verdict
+from hotplug.core.startup import bind as bind_module
 
 DOCS = Path(__file__).parent.parent / "docs" / "explain.md"
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from hotplug import LLM, AsyncLLM, SamplingParams
+from hotplug.core.client import forks
+from hotplug.core.client.turns import HeldSignals
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import forks
-from hotplug.core.engine.turns import HeldSignals
 from hotplug.core.errors import EngineDeadError
 
 pytestmark = [

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.errors import HotplugError
 from hotplug.core.models.loader import load_weights
+from hotplug.core.startup.bind import bind
 from hotplug.core.text.tokenizer import load_tokenizer
 
 SECONDS, BYTES = 2.0, 1 << 30

@@ -16,13 +16,13 @@ import pytest
 import zmq
 
 from hotplug import LLM, AsyncLLM, SamplingParams
+from hotplug.core.client.outputs import Completion
+from hotplug.core.client.submission import Submission
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import messages
 from hotplug.core.engine import process as engine_process
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.outputs import Completion
 from hotplug.core.engine.process import EngineProcess
-from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import EngineDeadError, HotplugError, RequestError
 from hotplug.core.request import EngineStats, Request, TokenDelta, changed
 from hotplug.core.scheduler.tokens import StepTokens

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from hotplug import LLM, SamplingParams
-from hotplug.core.engine import turns
-from hotplug.core.engine.llm import CompletionStream
-from hotplug.core.engine.outputs import CompletionChunk
-from hotplug.core.engine.turns import HeldSignals, Turns
+from hotplug.core.client import turns
+from hotplug.core.client.llm import CompletionStream
+from hotplug.core.client.outputs import CompletionChunk
+from hotplug.core.client.turns import HeldSignals, Turns
 from hotplug.core.errors import EngineDeadError, HotplugError, PromptTooLongError, RequestError
 from hotplug.core.request import TokenDelta
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import mode_record
-from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.engine.mode_record import ModeRecord
 from hotplug.core.errors import ConfigError
 from hotplug.core.platform.base import ExecMode
+from hotplug.core.startup import mode_record
+from hotplug.core.startup.bind import Bound, bind
+from hotplug.core.startup.mode_record import ModeRecord
 
 EAGER, CAPTURE = ExecMode.EAGER, ExecMode.CAPTURE
 PLATFORM = FakePlatform(facts=limits(exec_modes=(CAPTURE, EAGER), accelerator=False))

@@ -19,8 +19,8 @@ import torch
 from model_mutants import Gguf, small_gguf
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.errors import ModelError, OutOfMemoryError, UnsupportedModelError, WeightsError
+from hotplug.core.startup.bind import bind
 from hotplug.core.text.tokenizer import load_tokenizer
 from hotplug.core.weights.checkpoint import open_checkpoint
 from hotplug.core.weights.config import ModelConfig

@@ -104,8 +104,8 @@ def test_in_a_step(start: Callable[..., EngineCore]) -> None:
 @pytest.mark.parametrize(
     ("name", "doing", "option"),
     [
-        ("hotplug.core.engine.bind.build_model", "making room for the weights", "--dtype"),
-        ("hotplug.core.engine.bind.Sampler", "making room for the sampler", "--max-num-seqs"),
+        ("hotplug.core.startup.bind.build_model", "making room for the weights", "--dtype"),
+        ("hotplug.core.startup.bind.Sampler", "making room for the sampler", "--max-num-seqs"),
         ("hotplug.core.engine.core.load_weights", "loading the weights", "--dtype"),
         ("hotplug.core.engine.core._executable", "preparing the steps", "--memory-utilization"),
     ],

@@ -86,7 +86,7 @@ def test_a_declared_feature_is_served() -> None:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, platform: FakePlatform) -> None:
-    monkeypatch.setattr("hotplug.core.engine.bind.discover", lambda: candidates(platform))
+    monkeypatch.setattr("hotplug.core.startup.bind.discover", lambda: candidates(platform))
 
 
 def config(model: Path, **options: Any) -> EngineConfig:

@@ -10,15 +10,15 @@ from throwaway import run_python, write_distribution
 
 import hotplug.plugins
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.errors import ConfigError, PlatformError
+from hotplug.core.extension.points import Extension
 from hotplug.core.models.decoder import MODELS, Decoder
 from hotplug.core.ops.registry import Op
 from hotplug.core.platform.discovery import Loaded
 from hotplug.core.scheduler.policy import FCFS, POLICIES
+from hotplug.core.startup.bind import bind
+from hotplug.core.startup.installed import gather
 from hotplug.core.weights.hf_config import parse_hf_config
-from hotplug.plugins.extension import Extension
-from hotplug.plugins.installed import gather
 
 
 def loaded(plugin: object = None, *, name: str = "extra", error: str = "") -> Loaded:

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from transformers import BatchEncoding
 
-from hotplug.core.engine.prompts import (
+from hotplug.core.client.prompts import (
     Prompt,
     read_conversations,
     read_messages,

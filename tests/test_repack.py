@@ -14,11 +14,11 @@ from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
 from torch import Tensor, nn
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.ops import stored
 from hotplug.core.ops.registry import Bucket, Impl, SiteSpec
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup import bind as bind_module
 from hotplug.platforms.cpu import CpuPlatform
 from hotplug.platforms.cpu.native import stored as native
 from hotplug.platforms.cpu.native.library import refusal

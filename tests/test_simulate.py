@@ -13,7 +13,6 @@ from plugin_examples import null_device
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.simulate import Arrival, Simulation, linear, simulate
 from hotplug.core.errors import ConfigError
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
@@ -21,6 +20,7 @@ from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+from hotplug.core.tools.simulate import Arrival, Simulation, linear, simulate
 
 BLOCK = 16
 

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hotplug import LLM
+from hotplug.core.client.outputs import Completion
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.outputs import Completion
 from hotplug.core.errors import ConfigError, FeatureError, RequestError
 from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.ops.registry import Impl

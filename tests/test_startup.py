@@ -15,15 +15,15 @@ import pytest
 import torch
 from fake_platforms import FakePlatform, candidates, limits
 
+from hotplug.core.client import llm as llm_module
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import llm as llm_module
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.phases import Phases
 from hotplug.core.errors import ConfigError
 from hotplug.core.ops.dense import silu_mul
 from hotplug.core.ops.registry import Impl
 from hotplug.core.platform.base import DeviceInfo, ExecMode, MemoryInfo
 from hotplug.core.platform.optional import HasWarmup
+from hotplug.core.startup.phases import Phases
 from hotplug.core.weights.read_ahead import read_ahead
 
 MIB = 2**20

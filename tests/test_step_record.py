@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from hotplug.cli import tune_steps
 from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import step_record
-from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.engine.step_record import Measured, StepRecord
 from hotplug.core.errors import ConfigError
 from hotplug.core.platform.base import DeviceInfo
+from hotplug.core.startup import step_record
+from hotplug.core.startup.bind import Bound, bind
+from hotplug.core.startup.step_record import Measured, StepRecord
 
 
 class Shipping(FakePlatform):

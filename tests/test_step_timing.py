@@ -17,9 +17,9 @@ from hotplug.cli.bench_engine import measure, random_prompts
 from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.timeline import Timeline
 from hotplug.core.request import EngineStats, TokenDelta
 from hotplug.core.runner.timing import PHASES, PLAN, SEND, STEP_SECONDS, UPDATE, WAIT, StepTimer
+from hotplug.core.tools.timeline import Timeline
 from hotplug.plugins.conformance.engine_runs import small_model
 from hotplug.server.metrics import EngineMetrics
 

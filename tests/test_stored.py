@@ -15,13 +15,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, FeatureError, ModelError
 from hotplug.core.layers.table import table_place
 from hotplug.core.ops.stored import GROUP_BYTES, dequantize, embed_stored, linear_stored, logits_stored, scheme_of
 from hotplug.core.quant.stored import StoredRows, StoredScheme
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup import bind as bind_module
 from hotplug.core.weights.checkpoint import open_checkpoint
 from hotplug.core.weights.stored import StoredMatrix
 from hotplug.platforms.cpu import CpuPlatform

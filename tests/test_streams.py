@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logprob_columns import of_prompt
 
-from hotplug.core.engine.mailbox import Mailbox
+from hotplug.core.client.mailbox import Mailbox
+from hotplug.core.client.outputs import Completion, CompletionChunk
+from hotplug.core.client.streams import Streams
+from hotplug.core.client.submission import Submission
 from hotplug.core.engine.messages import Outputs
-from hotplug.core.engine.outputs import Completion, CompletionChunk
-from hotplug.core.engine.streams import Streams
-from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import EngineDeadError, QueueFullError
 from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.request import EngineStats, SamplingParams, TokenDelta

@@ -18,16 +18,16 @@ from parallel_models import GREEDY, PROMPTS, SAMPLED, engine, requests, run, sav
 
 from hotplug import LLM, AsyncLLM
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.ranks import check_ranks, group_faults
-from hotplug.core.engine.warmup import rehearse
-from hotplug.core.engine.weight_format import WeightFormat
 from hotplug.core.errors import ConfigError, EngineDeadError, FeatureError
 from hotplug.core.models.decoder import MODELS, Qwen3Decoder
 from hotplug.core.platform.base import DeviceInfo, Feature
 from hotplug.core.quant.stored import StoredScheme
 from hotplug.core.request import Request, SamplingParams, TokenDelta
+from hotplug.core.startup.bind import Bound, bind
+from hotplug.core.startup.ranks import check_ranks, group_faults
+from hotplug.core.startup.warmup import rehearse
+from hotplug.core.startup.weight_format import WeightFormat
 
 pytestmark = pytest.mark.timeout(180)
 KINDS = [*parallel_models.MODELS, "stored"]
@@ -129,7 +129,7 @@ def test_four_ranks_over_zmq_give_the_tokens_of_one(
     parallel_models.SIZES["vocab_size"], vocab = 260, parallel_models.SIZES["vocab_size"]
     folder = save(tmp_path, "llama")
     parallel_models.SIZES |= {"num_key_value_heads": before, "vocab_size": vocab}
-    monkeypatch.setattr("hotplug.core.engine.crew.TRANSPORT", "zmq")
+    monkeypatch.setattr("hotplug.core.startup.crew.TRANSPORT", "zmq")
     assert tokens(run(start(folder, 4), requests())) == tokens(run(start(folder, 1), requests()))
 
 

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
@@ -24,6 +23,7 @@ from hotplug.core.ops.norm import rms_norm
 from hotplug.core.ops.plan import Plan
 from hotplug.core.ops.registry import Impl, OpRegistry
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup import bind as bind_module
 from hotplug.core.weights.config import ModelConfig, RopeConfig
 from hotplug.platforms.cpu.kernels import KERNELS
 

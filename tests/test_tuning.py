@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from hotplug.cli.main import app
 from hotplug.cli.tune import line
-from hotplug.core.engine import bind as bind_module
 from hotplug.core.ops.registry import Impl, SiteSpec
 from hotplug.core.platform import discovery
 from hotplug.core.platform.optional import HasTuning
+from hotplug.core.startup import bind as bind_module
 from hotplug.platforms.cuda import CudaPlatform, tuning
 from hotplug.platforms.cuda.tuner import tune
 from hotplug.platforms.cuda.tuning import Case, Config, Key, Tunable, Tuned

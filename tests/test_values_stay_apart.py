@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from overflowing_model import BAD, write_overflowing_model
 
 from hotplug import LLM, SamplingParams
+from hotplug.core.client.streams import Streams
 from hotplug.core.engine.messages import Outputs
-from hotplug.core.engine.streams import Streams
 from hotplug.core.request import EngineStats, TokenDelta
 from hotplug.core.scheduler.scheduler import NO_SCORES
 from hotplug.core.scheduler.tokens import StepTokens

@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.ops import stored
 from hotplug.core.ops.registry import Impl, SiteSpec, Verdict
+from hotplug.core.startup.bind import Bound, bind
 from hotplug.platforms.cpu import CpuPlatform
 
 PREFERRED = limits(quantization=("stored", "none", "*"), accelerator=False)

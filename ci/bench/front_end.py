@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hotplug.core.client.mailbox import Mailbox
+from hotplug.core.client.streams import Streams
+from hotplug.core.client.submission import Submission
 from hotplug.core.engine import messages
-from hotplug.core.engine.mailbox import Mailbox
-from hotplug.core.engine.streams import Streams
-from hotplug.core.engine.submission import Submission
 from hotplug.core.request import EngineStats, SamplingParams
 from hotplug.core.scheduler.tokens import StepTokens
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer

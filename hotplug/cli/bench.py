@@ -23,7 +23,7 @@ from hotplug.core.errors import ConfigError, HotplugError
 
 if TYPE_CHECKING:
     from hotplug.core.engine.core import EngineCore
-    from hotplug.core.engine.timeline import Timeline
+    from hotplug.core.tools.timeline import Timeline
 
 app = typer.Typer(rich_markup_mode=None, help="Measure latency, throughput, or a running server.", no_args_is_help=True)
 
@@ -149,7 +149,7 @@ def _timeline(file: Path | None) -> Timeline | None:
     """What records a trace, if one is asked for. Raises ConfigError where it could not be written afterwards."""
     if file is None:
         return None
-    from hotplug.core.engine.timeline import Timeline
+    from hotplug.core.tools.timeline import Timeline
 
     try:
         file.touch()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.timeline import Timeline
 from hotplug.core.errors import HotplugError
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.tools.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)

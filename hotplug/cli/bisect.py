@@ -12,7 +12,7 @@ from hotplug.cli.options import takes
 from hotplug.core.config import EngineConfig
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.bisect import Bisection
+    from hotplug.core.tools.bisect import Bisection
 
 SCHEMA = 1
 SHOWN = 10
@@ -34,8 +34,8 @@ def bisect(
 ) -> None:
     """Find the first call site whose output leaves its reference's tolerance; exit code 1 if there is one."""
     path = fetch_model(engine)
-    from hotplug.core.engine.bisect import bisect as judge
     from hotplug.core.text.tokenizer import load_tokenizer
+    from hotplug.core.tools.bisect import bisect as judge
 
     ids = load_tokenizer(path).encode(prompt)
     if platform is not None:

@@ -17,7 +17,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.llm import LLM
+    from hotplug.core.client.llm import LLM
     from hotplug.core.request import SamplingParams
 
 HELP = "/reset starts over, /system TEXT sets the system message, /exit leaves; Ctrl-C stops an answer"
@@ -40,7 +40,7 @@ def chat(
     if interactive:
         typer.echo(f"{engine.model_name} on {device_line(selected(engine.device))}")
     fetch_model(engine)
-    from hotplug.core.engine.llm import LLM
+    from hotplug.core.client.llm import LLM
 
     conversation = Conversation(LLM.from_config(engine), params, system)
     if interactive:

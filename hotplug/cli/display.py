@@ -45,7 +45,7 @@ def fetch_model(engine: EngineConfig) -> Path:
     Raises ConfigError for a name that nothing brings and an unreadable template, PlatformError for a device that is
     not there, and SourceError.
     """
-    from hotplug.plugins.installed import check_names
+    from hotplug.core.startup.installed import check_names
 
     check_names(engine)
     selected(engine.device)

@@ -43,7 +43,7 @@ def explain(
 
 def _report(engine: EngineConfig) -> dict[str, Any]:
     fetch_model(engine)
-    from hotplug.core.engine.bind import bind
+    from hotplug.core.startup.bind import bind
 
     return bind(engine, meta=True).report()
 
@@ -95,8 +95,8 @@ def _first(report: dict[str, Any], op: str) -> int:
 
 def _explain_why(engine: EngineConfig, pattern: str, *, json: bool) -> None:
     fetch_model(engine)
-    from hotplug.core.engine.bind import bind
     from hotplug.core.ops.why import candidates, sites_like
+    from hotplug.core.startup.bind import bind
 
     bound = bind(engine, meta=True)
     entries = {entry["site"]: entry for entry in bound.plan.report()}

@@ -17,7 +17,7 @@ app = typer.Typer(help="Write and list packages that extend hotplug.", no_args_i
 def list_plugins(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List installed packages that extend hotplug, and what each adds. Exit code 1 if one is broken."""
     from hotplug.core.platform.discovery import PLATFORM_GROUP, load_group
-    from hotplug.plugins.installed import PLUGIN_GROUP
+    from hotplug.core.startup.installed import PLUGIN_GROUP
 
     rows = [_describe("platform", item) for item in load_group(PLATFORM_GROUP)]
     rows += [_describe("plugin", item) for item in load_group(PLUGIN_GROUP)]
@@ -35,7 +35,7 @@ def list_plugins(json: Annotated[bool, typer.Option("--json", help="Print JSON."
 def _describe(kind: str, item: Any) -> dict[str, Any]:
     """An entry point as plain data. What a platform is able to do is `hotplug devices`' to say."""
     from hotplug.core.errors import PlatformError
-    from hotplug.plugins.extension import contents
+    from hotplug.core.extension.points import contents
 
     adds, error = {}, item.error
     if kind == "plugin" and not error:

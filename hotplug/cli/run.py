@@ -37,7 +37,7 @@ def run(
         raise ConfigError("there is nothing to write", where="--trace-json", hint="Add --trace-ops.")
     params = sampling_params(temperature, top_p, top_k, max_tokens)
     fetch_model(engine)
-    from hotplug.core.engine.llm import LLM
+    from hotplug.core.client.llm import LLM
 
     llm = LLM.from_config(engine)
     chats = not raw and llm.tokenizer.chat_template is not None

@@ -67,7 +67,7 @@ def tune(
         raise FeatureError("the platform has no kernels to tune", where=f"platform {platform.name}",
                            hint="Choose another --device: `hotplug devices` lists them.")  # fmt: skip
     fetch_model(engine)
-    from hotplug.core.engine.bind import bind
+    from hotplug.core.startup.bind import bind
 
     bound = bind(engine, meta=True)
     if not json:

@@ -1,6 +1,6 @@
 """`hotplug tune --modes`: run a model in every execution mode of its platform, and keep what each reached.
 
-The record is `hotplug.core.engine.mode_record`'s; `--exec auto` reads it from the next start on.
+The record is `hotplug.core.startup.mode_record`'s; `--exec auto` reads it from the next start on.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from hotplug.cli.bench_engine import Run, decode_rate, measure, random_prompts
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import mode_record
-from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.mode_record import ModeRecord
 from hotplug.core.errors import ConfigError, HotplugError
+from hotplug.core.startup import mode_record
+from hotplug.core.startup.bind import Bound, bind
+from hotplug.core.startup.mode_record import ModeRecord
 
 if TYPE_CHECKING:
     from hotplug.core.platform.base import ExecMode

@@ -1,7 +1,7 @@
 """`hotplug tune --defaults`: run a model with steps of several sizes, and keep what each reached.
 
 The load is a chat-like mix: requests of lognormal lengths, all at once, so that the device always has as many as a step
-holds until the last ones drain. The record is `hotplug.core.engine.step_record`'s; the next start reads it.
+holds until the last ones drain. The record is `hotplug.core.startup.step_record`'s; the next start reads it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 import hotplug
 from hotplug.cli.bench_engine import Run, measure
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import step_record
-from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.step_record import Measured, StepRecord
 from hotplug.core.errors import ConfigError, OutOfMemoryError
+from hotplug.core.startup import step_record
+from hotplug.core.startup.bind import Bound, bind
+from hotplug.core.startup.step_record import Measured, StepRecord
 
 MIX = 500
 """Requests of a run."""

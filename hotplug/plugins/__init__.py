@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hotplug.core.errors import ConfigError, ModelError, RequestError, UnsupportedModelError
+    from hotplug.core.extension.points import Extension
     from hotplug.core.layers.attention import Attention, KVBlocks
     from hotplug.core.layers.context import BuildContext
     from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, RMSNorm
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from hotplug.core.transfer.connector import KVConnector, KVFormat
     from hotplug.core.weights.config import ModelConfig, RopeConfig
     from hotplug.core.weights.hf_config import parse_hf_config
-    from hotplug.plugins.extension import Extension
 
 _WHERE = {
     "hotplug.core.errors": ("ConfigError", "ModelError", "RequestError", "UnsupportedModelError"),
@@ -49,7 +49,7 @@ _WHERE = {
     "hotplug.core.transfer.connector": ("KVConnector", "KVFormat"),
     "hotplug.core.weights.config": ("ModelConfig", "RopeConfig"),
     "hotplug.core.weights.hf_config": ("parse_hf_config",),
-    "hotplug.plugins.extension": ("Extension",),
+    "hotplug.core.extension.points": ("Extension",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

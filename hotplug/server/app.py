@@ -22,7 +22,7 @@ from hotplug.server.service import Service
 from hotplug.server.tracing import Spans, TracedRequests
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.async_llm import AsyncLLM
+    from hotplug.core.client.async_llm import AsyncLLM
 
 
 def create_app(

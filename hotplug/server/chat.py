@@ -19,7 +19,7 @@ from hotplug.server.stream import DONE, EventStream, Output, Usage, answer, coll
 from hotplug.server.tracing import span_of
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.outputs import CompletionChunk
+    from hotplug.core.client.outputs import CompletionChunk
     from hotplug.core.logprobs import TokenLogprobs
     from hotplug.core.request import SamplingParams
     from hotplug.core.text.tokenizer import Tokenizer

@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hotplug.core.client.async_llm import AsyncLLM
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.async_llm import AsyncLLM
 from hotplug.core.engine.link import Link
 from hotplug.core.engine.process import freeze_started_objects
 from hotplug.server import tracing

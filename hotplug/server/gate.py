@@ -19,7 +19,7 @@ from hotplug.server.config import ServerConfig
 from hotplug.server.errors import AuthenticationError, error_response
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.async_llm import AsyncLLM
+    from hotplug.core.client.async_llm import AsyncLLM
     from hotplug.server.inflight import InFlight
 
 DIRECT_SEND = "hotplug.send"

@@ -48,7 +48,7 @@ class Histogram:
 
 
 class EngineMetrics(Collector):
-    """Implements `hotplug.core.engine.observer.EngineObserver`; `registry` holds it for /metrics."""
+    """Implements `hotplug.core.client.observer.EngineObserver`; `registry` holds it for /metrics."""
 
     def __init__(self, figures: Figures | None = None) -> None:
         """`figures` are those of several front ends; None where there is one."""

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hotplug.core.startup.builtin import parsers as builtin_parsers
+from hotplug.core.startup.installed import gather
 from hotplug.core.text.json_scan import LONE_SURROGATE, escape_lone_surrogates
 from hotplug.core.text.parsers import ReasoningParser, ToolCall, ToolParser
-from hotplug.plugins.builtin import parsers as builtin_parsers
-from hotplug.plugins.installed import gather
 
 
 @dataclass(slots=True)

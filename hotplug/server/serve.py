@@ -21,7 +21,7 @@ from hotplug.server.http import BACKLOG, Server, say_finishing
 from hotplug.server.parsing import find_parsers
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.async_llm import AsyncLLM
+    from hotplug.core.client.async_llm import AsyncLLM
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
             opened.enter_context(sock)
         # What is imported here is heavy, and the port might have been taken.
         if len(sockets) == 1:
-            from hotplug.core.engine.async_llm import AsyncLLM
+            from hotplug.core.client.async_llm import AsyncLLM
 
             serve(AsyncLLM(engine_config), server_config, sockets[0], on_ready)
         else:

@@ -18,8 +18,8 @@ from hotplug.server.parsing import ChoiceParser, Parsers
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from hotplug.core.engine.async_llm import AsyncLLM
-    from hotplug.core.engine.outputs import CompletionChunk
+    from hotplug.core.client.async_llm import AsyncLLM
+    from hotplug.core.client.outputs import CompletionChunk
     from hotplug.core.request import SamplingParams
     from hotplug.core.text.tokenizer import Tokenizer
     from hotplug.server.schemas import GenerationBody, Message, Tool

@@ -23,7 +23,7 @@ from hotplug.server.errors import describe, log_failure
 from hotplug.server.gate import DIRECT_SEND
 
 if TYPE_CHECKING:
-    from hotplug.core.engine.outputs import CompletionChunk
+    from hotplug.core.client.outputs import CompletionChunk
     from hotplug.core.logprobs import PromptLogprobs, TokenLogprobs
 
 T = TypeVar("T")

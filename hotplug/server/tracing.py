@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
-    from hotplug.core.engine.outputs import CompletionChunk
+    from hotplug.core.client.outputs import CompletionChunk
     from hotplug.core.request import SamplingParams
 
 _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}

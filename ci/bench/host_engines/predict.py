@@ -17,11 +17,11 @@ from statistics import fmean
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.process import freeze_started_objects
-from hotplug.core.engine.simulate import Arrival, linear, simulate
 from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+from hotplug.core.tools.simulate import Arrival, linear, simulate
 
 SEQS, BUDGET, MAX_LEN, BLOCK = 32, 512, 2048, 16
 REQUESTS, SECONDS = 80, 3.0

@@ -1,1 +1,1 @@
-"""Engines: the core loop, the process around it, and the offline and asynchronous front ends."""
+"""The engine: its loop, the process around it, what it says to front ends, the processes of other ranks."""

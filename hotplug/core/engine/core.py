@@ -12,21 +12,6 @@ import msgspec
 import numpy as np
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.engine.connect import make_connector, make_transfer
-from hotplug.core.engine.crew import give_share_back, start_workers, take_share
-from hotplug.core.engine.executables import (
-    captured,
-    captured_prompts,
-    captured_shapes,
-    compiled,
-    compiled_shapes,
-    graph_memory,
-    short_prompts,
-)
-from hotplug.core.engine.phases import Phases
-from hotplug.core.engine.swap import make_space, make_swap
-from hotplug.core.engine.warmup import WarmUp
 from hotplug.core.errors import ConfigError, EngineDeadError, HotplugError, RequestError
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.layers.attention import KVBlocks
@@ -54,6 +39,21 @@ from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
 from hotplug.core.scheduler.tokens import StepTokens, token_array
+from hotplug.core.startup.bind import Bound, bind
+from hotplug.core.startup.connect import make_connector, make_transfer
+from hotplug.core.startup.crew import give_share_back, start_workers, take_share
+from hotplug.core.startup.executables import (
+    captured,
+    captured_prompts,
+    captured_shapes,
+    compiled,
+    compiled_shapes,
+    graph_memory,
+    short_prompts,
+)
+from hotplug.core.startup.phases import Phases
+from hotplug.core.startup.swap import make_space, make_swap
+from hotplug.core.startup.warmup import WarmUp
 
 _logger = logging.getLogger(__name__)
 

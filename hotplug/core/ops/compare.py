@@ -1,7 +1,7 @@
 """Comparing what a kernel gave with what its op's reference gives: tolerances by dtype, and the worst element.
 
 Tensors are compared on the host in float64. What is *fed* to both sides is the caller's business; see
-`hotplug.core.engine.bisect`.
+`hotplug.core.tools.bisect`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A parser is fed a completion's text piece by piece, as it is generated, and keeps back no more than it must to decide.
 How the text is cut into pieces changes nothing. What a parser does not understand stays text: nothing is lost but tags
-and the blanks beside them. Both kinds are plugins' business as well (`hotplug.plugins.extension`). Where tags are
+and the blanks beside them. Both kinds are plugins' business as well (`hotplug.core.extension.points`). Where tags are
 special tokens, which text leaves out, a parser names them in an attribute `tags` to see them. Needs no torch.
 """
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hotplug.core.engine.bind import bind
 from hotplug.core.platform.base import ExecMode, Feature
 from hotplug.core.request import EngineStats
+from hotplug.core.startup.bind import bind
 from hotplug.plugins.conformance.engine_runs import (
     MAX_LEN,
     Output,

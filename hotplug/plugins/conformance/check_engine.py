@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import FeatureError
 from hotplug.core.platform.base import DTYPES, KV_DTYPES, ExecMode, Feature
 from hotplug.core.platform.optional import HasCompile
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup.bind import bind
 from hotplug.plugins.conformance.engine_runs import (
     artifacts,
     config,

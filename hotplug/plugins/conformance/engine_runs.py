@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import bind
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import FeatureError
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup.bind import bind
 from hotplug.core.weights.dummy import parameter_shapes
 from hotplug.core.weights.hf_config import read_hf_config
 from hotplug.plugins.conformance.target import TRUSTED, Target

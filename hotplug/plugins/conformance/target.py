@@ -16,7 +16,7 @@ from hotplug.core.platform.base import DeviceInfo, Limits, MemoryInfo, Platform
 from hotplug.core.platform.discovery import Candidate, Loaded, discover
 from hotplug.core.platform.select import select
 from hotplug.core.runner.kv_memory import torch_device
-from hotplug.plugins.installed import gather
+from hotplug.core.startup.installed import gather
 
 TRUSTED = "trusted"
 """The platform that every other is compared with: the host, every op by its reference."""

@@ -22,9 +22,9 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.measured_file import Positive, read_measured
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.select import Selection
+from hotplug.core.startup.measured_file import Positive, read_measured
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.source import cache_folder
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from hotplug.core.engine.bind import Bound
 from hotplug.core.parallel.workers import Workers
 from hotplug.core.platform.optional import HasRuntime, HasShare
+from hotplug.core.startup.bind import Bound
 
 WORKER = "hotplug.core.engine.worker"
 """The module of a worker's process."""

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from hotplug.core.config import MOST_REQUESTS, EngineConfig
-from hotplug.core.engine.measured_file import Count, Positive, read_measured
 from hotplug.core.platform.optional import HasStepSizes
 from hotplug.core.platform.select import Selection
+from hotplug.core.startup.measured_file import Count, Positive, read_measured
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.source import cache_folder
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hotplug.core.engine.bind import Bound
 from hotplug.core.errors import OutOfMemoryError
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.optional import HasKV, HasRuntime
 from hotplug.core.runner import kv_memory
+from hotplug.core.startup.bind import Bound
 from hotplug.core.transfer.blocks import Copy
 from hotplug.core.transfer.swap import BlockSwap, SwapSpace
 

@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hotplug.core.engine.mailbox import Mailbox
+from hotplug.core.client.mailbox import Mailbox
+from hotplug.core.client.observer import EngineObserver
+from hotplug.core.client.outputs import Completion, CompletionChunk
+from hotplug.core.client.submission import Submission
 from hotplug.core.engine.messages import Outputs
-from hotplug.core.engine.observer import EngineObserver
-from hotplug.core.engine.outputs import Completion, CompletionChunk
-from hotplug.core.engine.submission import Submission
 from hotplug.core.errors import EngineDeadError, HotplugError
 from hotplug.core.request import FinishReason, TokenDelta
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT

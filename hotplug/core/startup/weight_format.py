@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError
+from hotplug.core.extension.points import Extension
 from hotplug.core.ops.registry import Fact, OpRegistry, SiteSpec
 from hotplug.core.platform.base import Limits
 from hotplug.core.quant.scheme import NONE, QuantScheme
 from hotplug.core.quant.stored import HEAD, STORED, StoredFormats, StoredScheme, stored_formats
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
-from hotplug.plugins.extension import Extension
 
 
 @dataclass(frozen=True, slots=True)

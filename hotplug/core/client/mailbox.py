@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
-from hotplug.core.engine.outputs import CompletionChunk
+from hotplug.core.client.outputs import CompletionChunk
 from hotplug.core.errors import HotplugError
 
 

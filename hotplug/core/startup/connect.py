@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hotplug.core.engine.bind import Bound
 from hotplug.core.errors import FeatureError
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.optional import HasKV
+from hotplug.core.startup.bind import Bound
 from hotplug.core.transfer.blocks import BlockTransfer
 from hotplug.core.transfer.connector import KVConnector, KVFormat
 from hotplug.core.transfer.guard import GuardedConnector

@@ -7,9 +7,6 @@ import threading
 
 import torch
 
-from hotplug.core.engine.bind import Bound, bind
-from hotplug.core.engine.executables import captured_prompts, captured_shapes
-from hotplug.core.engine.swap import rehearse_swap
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.discovery import Candidate
@@ -19,6 +16,9 @@ from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.profile import largest_steps, prompt_steps
 from hotplug.core.runner.runner import Runner
 from hotplug.core.scheduler.scheduler import MOST_SCORED
+from hotplug.core.startup.bind import Bound, bind
+from hotplug.core.startup.executables import captured_prompts, captured_shapes
+from hotplug.core.startup.swap import rehearse_swap
 
 
 class WarmUp:

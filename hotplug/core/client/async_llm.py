@@ -26,23 +26,23 @@ from typing import Any
 import zmq
 
 from hotplug.core import checks
+from hotplug.core.client.chunks import Chunks
+from hotplug.core.client.forks import OwnProcess
+from hotplug.core.client.observer import EngineObserver
+from hotplug.core.client.outputs import CompletionChunk, RequestOutput
+from hotplug.core.client.prompts import OnePrompt, read_params, read_prompt
+from hotplug.core.client.question import PlanQuestion
+from hotplug.core.client.streams import Streams
+from hotplug.core.client.submission import Submission
+from hotplug.core.client.watch import SILENT, Watch
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import main_script, messages, process
-from hotplug.core.engine.chunks import Chunks
-from hotplug.core.engine.forks import OwnProcess
 from hotplug.core.engine.link import Link
-from hotplug.core.engine.observer import EngineObserver
-from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
-from hotplug.core.engine.prompts import OnePrompt, read_params, read_prompt
-from hotplug.core.engine.question import PlanQuestion
-from hotplug.core.engine.streams import Streams
-from hotplug.core.engine.submission import Submission
-from hotplug.core.engine.watch import SILENT, Watch
 from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, RequestError
 from hotplug.core.request import MAX_ID_CHARS, Request, SamplingParams
+from hotplug.core.startup.installed import check_names
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
 from hotplug.core.weights.source import resolve
-from hotplug.plugins.installed import check_names
 
 _logger = logging.getLogger(__name__)
 

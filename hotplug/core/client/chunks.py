@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 
-from hotplug.core.engine.mailbox import Mailbox
-from hotplug.core.engine.outputs import CompletionChunk
+from hotplug.core.client.mailbox import Mailbox
+from hotplug.core.client.outputs import CompletionChunk
 
 
 class Chunks(AsyncGenerator[CompletionChunk, None]):

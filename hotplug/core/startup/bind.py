@@ -13,12 +13,8 @@ import torch
 
 import hotplug
 from hotplug.core.config import EngineConfig, parse_bytes
-from hotplug.core.engine import mode_record, step_record
-from hotplug.core.engine.compile_check import compiled_by
-from hotplug.core.engine.ranks import check_ranks, group_faults, place
-from hotplug.core.engine.step_record import StepSize
-from hotplug.core.engine.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.errors import ConfigError
+from hotplug.core.extension.points import Extension
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.models.loader import build_model
@@ -40,14 +36,18 @@ from hotplug.core.runner.kv_memory import KVShape, swap_blocks, torch_device
 from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.sample.sampler import Sampler
 from hotplug.core.scheduler.policy import SchedulingPolicy
+from hotplug.core.startup import mode_record, step_record
+from hotplug.core.startup.compile_check import compiled_by
+from hotplug.core.startup.installed import gather
+from hotplug.core.startup.ranks import check_ranks, group_faults, place
+from hotplug.core.startup.step_record import StepSize
+from hotplug.core.startup.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.transfer.connector import KVConnector, KVFormat
 from hotplug.core.transfer.swap import BlockCopy
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.read_ahead import read_ahead
 from hotplug.core.weights.source import resolve as resolve_source
-from hotplug.plugins.extension import Extension
-from hotplug.plugins.installed import gather
 
 TORCH_DTYPES = {
     "float32": torch.float32,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hotplug.plugins.extension import Extension
+from hotplug.core.extension.points import Extension
 
 
 def everything() -> Extension:

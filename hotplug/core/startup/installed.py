@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hotplug.core.config import EngineConfig
+from hotplug.core.extension.points import Extension, merge
 from hotplug.core.platform.discovery import Loaded, load_group
-from hotplug.plugins.builtin import everything
-from hotplug.plugins.extension import Extension, merge
+from hotplug.core.startup.builtin import everything
 
 PLUGIN_GROUP = "hotplug.plugins"
 

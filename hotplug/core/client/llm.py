@@ -13,12 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from hotplug.core.config import EngineConfig
-from hotplug.core.engine import forks
-from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.inprocess import InProcessClient, Reader
-from hotplug.core.engine.outputs import CompletionChunk, RequestOutput
-from hotplug.core.engine.prompts import (
+from hotplug.core.client import forks
+from hotplug.core.client.inprocess import InProcessClient, Reader
+from hotplug.core.client.outputs import CompletionChunk, RequestOutput
+from hotplug.core.client.prompts import (
     OnePrompt,
     Prompt,
     read_conversations,
@@ -27,11 +25,13 @@ from hotplug.core.engine.prompts import (
     read_prompt,
     read_prompts,
 )
-from hotplug.core.engine.submission import Submission
+from hotplug.core.client.submission import Submission
+from hotplug.core.config import EngineConfig
+from hotplug.core.engine.core import EngineCore
 from hotplug.core.request import SamplingParams
+from hotplug.core.startup.installed import check_names
 from hotplug.core.text.tokenizer import load_tokenizer, read_template
 from hotplug.core.weights.source import resolve
-from hotplug.plugins.installed import check_names
 
 Message = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ class LLM:
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Complete prompts, in order: one, or any iterable of them (`hotplug.core.engine.prompts` lists the forms).
+        """Complete prompts, in order: one, or any iterable of them (`hotplug.core.client.prompts` lists the forms).
 
         Raises RequestError for one that cannot run; then none of them runs on. One that fails while it runs does not
         end the others: its completion has the `finish_reason` "error", and `error` says why.

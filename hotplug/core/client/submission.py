@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from hotplug.core.checks import shown
-from hotplug.core.engine.outputs import Completion, CompletionChunk, CompletionOutput, RequestOutput
+from hotplug.core.client.outputs import Completion, CompletionChunk, CompletionOutput, RequestOutput
 from hotplug.core.errors import RequestError
 from hotplug.core.request import Request, SamplingParams, TokenDelta, changed
 from hotplug.core.scheduler.tokens import token_array

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.weight_format import WeightFormat
 from hotplug.core.errors import FeatureError
 from hotplug.core.models.decoder import MODELS, Decoder
 from hotplug.core.models.split import split_faults
@@ -14,6 +13,7 @@ from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.optional import HasShare
 from hotplug.core.platform.select import Selection
 from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.startup.weight_format import WeightFormat
 from hotplug.core.weights.config import ModelConfig
 
 

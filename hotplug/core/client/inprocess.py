@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
+from hotplug.core.client.forks import OwnProcess
+from hotplug.core.client.outputs import CompletionChunk
+from hotplug.core.client.submission import Submission
+from hotplug.core.client.turns import HeldSignals, Turns
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.forks import OwnProcess
-from hotplug.core.engine.outputs import CompletionChunk
-from hotplug.core.engine.submission import Submission
-from hotplug.core.engine.turns import HeldSignals, Turns
 from hotplug.core.errors import EngineDeadError
 from hotplug.core.request import TokenDelta
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.bind import Bound, bind
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import HotplugError, RequestError
 from hotplug.core.ops.compare import Comparison, compare, describe, dtypes_through, leaves
 from hotplug.core.ops.registry import REFERENCE, Fact, Fn, Observe, Op, SiteSpec
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.startup.bind import Bound, bind
 
 HOST = torch.device("cpu")  # where references run: PyTorch's own, which every platform is measured against
 

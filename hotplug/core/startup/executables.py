@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 import hotplug
-from hotplug.core.engine.bind import Bound
 from hotplug.core.errors import PlatformError
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.platform.base import ExecMode
@@ -22,6 +21,7 @@ from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.program import ModelProgram, StepProgram
 from hotplug.core.runner.static import StaticInputs, StepShape
 from hotplug.core.scheduler.scheduler import MOST_SCORED, ShortPrompts
+from hotplug.core.startup.bind import Bound
 from hotplug.core.weights.source import cache_folder
 
 

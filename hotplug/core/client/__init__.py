@@ -1,0 +1,1 @@
+"""Who uses an engine: the offline and asynchronous APIs, and the text made of tokens."""

@@ -1,0 +1,1 @@
+"""Extension points other than platforms, as the core reads them."""

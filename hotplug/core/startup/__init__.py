@@ -1,0 +1,1 @@
+"""From a configuration to a bound plan and what an engine is made of."""

@@ -1,0 +1,1 @@
+"""What looks at engines: bisection, simulation, timelines."""
