@@ -7,6 +7,7 @@ so that `--help` and `devices` answer at once (bar: 1 s cold, tests/test_cli.py)
 from __future__ import annotations
 
 import errno
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +15,9 @@ from typer.core import TyperGroup
 
 from hotplug.cli import bench, bisect, chat, conform, devices, doctor, explain, plugin, pull, run, serve, tune, version
 from hotplug.cli.options import SectionedCommand
-from hotplug.cli.start import INTERRUPTED
 from hotplug.core.errors import ConfigError, HotplugError, RequestError
 
-USAGE_ERROR, FAILURE = 2, 1
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
 
 class Commands(TyperGroup):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-
-INTERRUPTED = 130
 
 
 def main() -> None:
     try:
         from hotplug.cli.main import app
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(128 + signal.SIGINT)
     app(prog_name="hotplug")

@@ -17,14 +17,12 @@ from hotplug.core.config import parse_bytes
 from hotplug.core.errors import EngineDeadError, NotReadyError
 from hotplug.server.config import ServerConfig
 from hotplug.server.errors import AuthenticationError, error_response
+from hotplug.server.stream import DIRECT_SEND
 
 if TYPE_CHECKING:
     from hotplug.core.client.async_llm import AsyncLLM
     from hotplug.server.inflight import InFlight
 
-DIRECT_SEND = "hotplug.send"
-"""Key of a request's scope: the `send` that streamed events take, past the routing's wrappers, which look for the start
-of a response only."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 """Answered to anyone and at any time: probes and scrapers have no key, and ask a server that starts."""
 ANY_PATH = "/*"

@@ -20,7 +20,6 @@ from starlette.types import Receive, Scope, Send
 from hotplug.core.errors import HotplugError
 from hotplug.server.body import encode, json_response
 from hotplug.server.errors import describe, log_failure
-from hotplug.server.gate import DIRECT_SEND
 
 if TYPE_CHECKING:
     from hotplug.core.client.outputs import CompletionChunk
@@ -41,6 +40,9 @@ _STARTED_AT_ONCE = 64
 """Requests that are made in one turn of the event loop, in some milliseconds."""
 _LARGE_SCORES = 250
 """Prompt tokens whose log-probabilities are framed beside the event loop."""
+DIRECT_SEND = "hotplug.send"
+"""Key of a request's scope: the `send` that streamed events take, past the routing's wrappers, which look for the start
+of a response only."""
 DONE = b"data: [DONE]\n\n"
 
 
