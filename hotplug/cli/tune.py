@@ -56,7 +56,10 @@ def tune(
             raise ConfigError("--seconds and --output are for kernels, and do not go with --modes")
         _tune_modes(engine, json=json)
         return
-    budget = 120.0 if seconds is None else seconds
+    _tune_kernels(engine, 120.0 if seconds is None else seconds, output, json=json)
+
+
+def _tune_kernels(engine: EngineConfig, budget: float, output: Path | None, *, json: bool) -> None:
     if budget <= 0:
         raise ConfigError(f"{budget:g} is no time to measure in", where="--seconds", hint="Give a positive number.")
     from hotplug.cli.display import selected

@@ -143,7 +143,6 @@ def _check_format(text: Any, args: Any) -> None:
     if _COMPUTED.search(text.replace("{{", "").replace("}}", "")):
         raise TooLarge("it formats to a width that it computes")
     widths = sum(map(int, _NUMBER.findall(text)))
-    _check_chars(len(text) + widths)
     fields = text.count("{") + text.count("%")
     _check_chars(len(text) + widths + fields * len(str(args)))
 
