@@ -389,3 +389,18 @@ def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "hotplug.cli", "bench", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(tool.ROOT)}
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"SQLite format 3\0" + b"x" * 4000])
+def test_a_file_that_is_no_history_is_an_error_that_names_it(tmp_path: Path, capsys, content: bytes):
+    file = tmp_path / "history.sqlite"
+    file.write_bytes(content)
+    assert tool.main(["--history", str(file), "--export", str(tmp_path / "out")]) == tool.UNUSABLE
+    assert f"{file} is no history" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--noise", "--last"])
+@pytest.mark.parametrize("number", ["0", "-3", "x"])
+def test_a_number_of_runs_is_at_least_one(tmp_path: Path, option: str, number: str):
+    with pytest.raises(SystemExit):
+        tool.main(["--history", str(tmp_path / "history.sqlite"), option, number])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sqlite3
 import sys
 import uuid
 from collections.abc import Mapping
@@ -47,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--check", action="store_true", help="exit with 1 where a figure got worse")
     made.add_argument("--model", default="smollm2", help="the model of the CPU's figures")
     what = made.add_mutually_exclusive_group()
-    what.add_argument("--noise", type=int, metavar="RUNS", help="measure --head beside itself")
-    what.add_argument("--last", type=int, metavar="COMMITS", help="measure the last states up to --head")
+    what.add_argument("--noise", type=_count, metavar="RUNS", help="measure --head beside itself")
+    what.add_argument("--last", type=_count, metavar="COMMITS", help="measure the last states up to --head")
     what.add_argument("--export", type=Path, metavar="FILE", help="write the history as JSON lines")
     what.add_argument("--import", type=Path, metavar="FILE", dest="take_in", help="take in JSON lines")
     return made
@@ -56,8 +57,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    history = History(options.history)
+    with ExitStack() as stack:
+        return _act(options, stack)
+
+
+def _act(options: argparse.Namespace, stack: ExitStack) -> int:
     try:
+        history = History(options.history)
+        stack.callback(history.close)
         if options.export is not None:
             print(f"{history.write_lines(options.export)} records written to {options.export}")
             return 0
@@ -65,11 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{history.read_lines(options.take_in)} new records")
             return 0
         return Tool(options, history).run()
+    except sqlite3.Error as e:
+        print(f"error: {options.history} is no history that can be used: {e}", file=sys.stderr)
+        return UNUSABLE
     except (TreeError, records.RecordError, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return UNUSABLE
-    finally:
-        history.close()
+
+
+def _count(text: str) -> int:
+    """A number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of at least 1")
+    return int(text)
 
 
 class Tool:

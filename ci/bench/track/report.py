@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sqlite3
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(history, detect.change_points, CHECKOUT, asked.out, titles)
     except FileNotFoundError as error:
         print(f"{error.filename} does not exist; `hotplug bench track` makes a history", file=sys.stderr)
+        return 1
+    except sqlite3.Error as error:
+        print(f"{asked.history} is no history that can be used: {error}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

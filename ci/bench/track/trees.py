@@ -59,7 +59,11 @@ def find_commit(root: Path, name: str) -> Commit:
     """The commit that `name` (a branch, an id, `worktree`) stands for. Raises TreeError."""
     if name == WORK_TREE:
         name = work_tree(root)
-    return _commit(root, git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}") or name)
+    try:
+        found = git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    except TreeError as e:
+        raise TreeError(f"there is no commit {name!r} in {root}") from e
+    return _commit(root, found)
 
 
 def _commit(root: Path, commit: str) -> Commit:
