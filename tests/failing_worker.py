@@ -1,4 +1,4 @@
-"""Workers that fail: modules for `hotplug.core.startup.crew.WORKER`, told by an environment variable how."""
+"""Workers that fail: modules for `hotplug.core.startup.rank_processes.WORKER`, told by an environment variable how."""
 
 from __future__ import annotations
 

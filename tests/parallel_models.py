@@ -28,8 +28,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save(folder: Path, kind: str) -> Path:
-    """A model of `MODELS` as transformers saves it, biases and norms away from 0 and 1; or "stored", a GGUF file."""
-    if kind == "stored":
+    """A model of `MODELS` as transformers saves it, biases and norms away from 0 and 1; or "packed", a GGUF file."""
+    if kind == "packed":
         return write_gguf(folder / "model.gguf", random_tensors(tensor_shapes()), quant=gguf.GGMLQuantizationType.Q8_0)
     import transformers
 

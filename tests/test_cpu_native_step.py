@@ -14,15 +14,15 @@ from torch.testing import assert_close
 from hotplug.core.ops import dense as dense_ops
 from hotplug.core.ops import inputs as inputs_ops
 from hotplug.core.ops import norm as norm_ops
-from hotplug.core.ops import stored as stored_ops
+from hotplug.core.ops import packed_linear as packed_ops
+from hotplug.core.ops.packed_linear import GROUP_BYTES
 from hotplug.core.ops.registry import Fact, SiteSpec, Verdict
-from hotplug.core.ops.stored import GROUP_BYTES
-from hotplug.core.quant.stored import StoredScheme
-from hotplug.platforms.cpu.native import dense, inputs, library, norm, stored
+from hotplug.core.quant.packed_scheme import PackedScheme
+from hotplug.platforms.cpu.native import dense, inputs, library, norm, packed
 from hotplug.platforms.cpu.native.dense import embed, silu_mul
 from hotplug.platforms.cpu.native.inputs import prepare_inputs, prepare_step
 from hotplug.platforms.cpu.native.norm import add_rms_norm, rms_norm
-from hotplug.platforms.cpu.native.stored import embed_stored, linear_stored, linear_stored_silu_mul
+from hotplug.platforms.cpu.native.packed import embed_packed, linear_packed, linear_packed_silu_mul
 from hotplug.vendor import PlatformError
 
 pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
@@ -116,10 +116,10 @@ def test_rows_of_tables_are_the_same_bits(count: int, groups: int, scheme: str, 
     rng, hidden = torch.Generator().manual_seed(seed), 32 * groups
     table, ids = torch.randn((37, hidden), generator=rng), torch.randint(0, 37, (count,), generator=rng)
     assert torch.equal(embed(ids, table), table[ids])
-    (data,) = StoredScheme(scheme).quantize(table)
+    (data,) = PackedScheme(scheme).quantize(table)
     data[3, :2] = torch.tensor([1, 0], dtype=torch.uint8)  # a subnormal scale
     ids[: count // 2] = 3
-    assert torch.equal(embed_stored(ids, data, hidden), stored_ops.embed_stored(ids, data, hidden))
+    assert torch.equal(embed_packed(ids, data, hidden), packed_ops.embed_packed(ids, data, hidden))
 
 
 @pytest.mark.parametrize("token", [-1, 5])
@@ -144,11 +144,11 @@ def test_a_gated_product_is_the_product_and_the_gate(
     library.load().use(isa)
     rng, width = torch.Generator().manual_seed(seed), 16 * tiles
     x = rows_of(rows, 32 * groups, flip, rng)
-    (data,) = StoredScheme(scheme).quantize(torch.randn((2 * width, 32 * groups), generator=rng))
+    (data,) = PackedScheme(scheme).quantize(torch.randn((2 * width, 32 * groups), generator=rng))
     offset = torch.randn(2 * width, generator=rng) if bias else None
-    found = linear_stored_silu_mul(x, data, offset)
-    assert_close(found, silu_mul(linear_stored(x, data, offset)), rtol=1e-5, atol=1e-5)
-    expected = stored_ops.linear_stored_silu_mul(x, data, offset)
+    found = linear_packed_silu_mul(x, data, offset)
+    assert_close(found, silu_mul(linear_packed(x, data, offset)), rtol=1e-5, atol=1e-5)
+    expected = packed_ops.linear_packed_silu_mul(x, data, offset)
     assert (found - expected).norm() <= 0.08 * expected.norm()  # x in eight bits
 
 
@@ -207,7 +207,7 @@ def test_narrow_inputs_are_refused() -> None:
 
 
 def verdict(op: str, dtype: str = "float32", **facts: Fact) -> Verdict:
-    kernels = (*norm.KERNELS, *dense.KERNELS, *inputs.KERNELS, *stored.KERNELS)
+    kernels = (*norm.KERNELS, *dense.KERNELS, *inputs.KERNELS, *packed.KERNELS)
     return next(k for k in kernels if k.op == op).check(SiteSpec(op, "s", dtype, "avx2", facts))
 
 
@@ -218,10 +218,10 @@ def test_other_dtypes_are_refused_by_name(op: str) -> None:
 
 
 def test_odd_widths_and_formats_are_refused_by_name() -> None:
-    assert verdict("linear_stored_silu_mul", width=48, scheme="q4_1").ok
-    assert "not 40" in verdict("linear_stored_silu_mul", width=40, scheme="q4_1").reason
-    assert "no kernel for q6_k" in verdict("linear_stored_silu_mul", width=48, scheme="q6_k").reason
-    assert "no kernel for q6_k" in verdict("embed_stored", scheme="q6_k").reason
+    assert verdict("linear_packed_silu_mul", width=48, scheme="q4_1").ok
+    assert "not 40" in verdict("linear_packed_silu_mul", width=40, scheme="q4_1").reason
+    assert "no kernel for q6_k" in verdict("linear_packed_silu_mul", width=48, scheme="q6_k").reason
+    assert "no kernel for q6_k" in verdict("embed_packed", scheme="q6_k").reason
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "silu_mul", "prepare_step", "embed"])

@@ -301,7 +301,7 @@ def test_products_with_groups(scheme: str, packed: bool) -> None:
     exact = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[scheme]).astype(np.float64)
     given = pack(scheme, data, 48, 96).tiles.unsqueeze(1) if packed else torch.from_numpy(data)
     x = rng.normal(size=(5, 96)).astype(np.float32)
-    linear = TRANSLATIONS["hotplug::linear_stored"]
+    linear = TRANSLATIONS["hotplug::linear_packed"]
     found = run(lambda graph, x: linear(graph, "here", x, Weight("w", given, graph), None), x)
     assert np.linalg.norm(found - x @ exact.T) < 0.01 * np.linalg.norm(x @ exact.T)
 
@@ -313,7 +313,7 @@ def test_rows_of_a_table_in_groups(scheme: str) -> None:
     data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[scheme])
     exact = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[scheme])
     ids = np.array([39, 0, 7], np.int64)
-    found = run(lambda graph, x: TRANSLATIONS["hotplug::embed_stored"](
+    found = run(lambda graph, x: TRANSLATIONS["hotplug::embed_packed"](
         graph, "here", x, Weight("w", torch.from_numpy(data), graph), 64), ids)  # fmt: skip
     np.testing.assert_allclose(found, exact[ids], rtol=1e-5, atol=1e-6)
 
@@ -336,7 +336,7 @@ def test_smollm2_in_the_groups_of_its_file(smollm2_path: Path, cache: Path) -> N
     options = {"max_model_len": 512, "kv_cache_memory": "128MiB"}
     exact, native, found = (
         np.array(prompt_scores(engine(smollm2_path, mode, quantization=scheme, **options), ids))
-        for mode, scheme in (("eager", "none"), ("eager", "stored"), ("compile", "stored"))
+        for mode, scheme in (("eager", "none"), ("eager", "packed"), ("compile", "packed"))
     )
     assert len(found) == 59
     assert np.abs(found - exact).mean() < 1.5 * np.abs(native - exact).mean() + 0.01

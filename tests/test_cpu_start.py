@@ -53,5 +53,5 @@ def test_a_load_takes_no_more_memory_than_the_bar_and_no_module_that_it_has_no_u
                           text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["format"], found["modules"]) == ("stored", [])
+    assert (found["format"], found["modules"]) == ("packed", [])
     assert found["peak"] < PEAK

@@ -10,7 +10,7 @@ import zmq
 
 from hotplug.core.engine import messages
 from hotplug.core.engine.clients import SOCKET_MESSAGES, STATS_INTERVAL, Clients, Outlet
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.errors import RequestError
 from hotplug.core.request import EngineStats, Request, SamplingParams, TokenDelta
 from hotplug.core.scheduler.tokens import StepTokens, token_array
@@ -91,7 +91,7 @@ class FrontEnds:
     """The receiving sockets of all front ends of a link."""
 
     def __init__(self, folder: Path, count: int, most_bytes: int = 1 << 20) -> None:
-        self.link = Link(str(folder), count)
+        self.link = Endpoints(str(folder), count)
         self.context = zmq.Context()
         self.sockets = [self.open(client) for client in range(count)]
         self.clients = Clients(self.context, self.link, most_bytes)
@@ -195,7 +195,7 @@ def test_one_that_died_is_told_nothing_and_its_successor_begins_anew(tmp_path: P
         ends.clients.leave(0)
         assert ends.clients.gone(0) and ends.clients.gone(7)
         ends.clients.post_step(gained([2]), EngineStats())
-        ends.clients.post(0, messages.Plan({}))
+        ends.clients.post(0, messages.PlanReport({}))
         ends.sockets[0] = ends.open(0)
         ends.clients.enter(0)
         ends.clients.post(0, messages.Ready(1, 2, (3,)))

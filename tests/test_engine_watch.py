@@ -20,7 +20,7 @@ from hotplug.core.client import async_llm, watch
 from hotplug.core.client.watch import Watch
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import messages
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, QueueFullError, RequestError
 
 pytestmark = pytest.mark.timeout(120)
@@ -172,7 +172,7 @@ class Ends:
     """A link with the test at the engine's end."""
 
     def __init__(self, model: Path, folder: Path, **options: Any) -> None:
-        link = Link(str(folder), 1)
+        link = Endpoints(str(folder), 1)
         self.context = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.inbox.bind(link.inbox)
@@ -211,12 +211,12 @@ def test_the_plan_is_asked_once_for_all_who_wait_and_again_when_the_answer_was_l
             assert await ends.asked() == messages.Explain(0)
             ends.say(b"\xff")
             assert await ends.asked() == messages.Explain(0)
-            ends.say(messages.Plan({"a": 1}))
+            ends.say(messages.PlanReport({"a": 1}))
             assert [await one for one in asked[::2]] == [{"a": 1}] * 2
             assert not ends.inbox.poll(50)
             failing = asyncio.ensure_future(ends.llm.explain())
             await ends.asked()
-            ends.say(messages.Plan({}, "TypeError: no such thing"))
+            ends.say(messages.PlanReport({}, "TypeError: no such thing"))
             with pytest.raises(HotplugError, match="the plan cannot be told: TypeError"):
                 await failing
             dying = asyncio.ensure_future(ends.llm.explain())

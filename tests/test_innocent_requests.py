@@ -283,7 +283,7 @@ def test_whatever_one_request_raises_in_the_engine_is_told_to_its_front_end_alon
     assert process._core.taken == ["a", "b"]  # type: ignore[attr-defined]
     assert isinstance(refused, messages.Refused) and refused.request_tag == 1
     assert refused.kind == ("request" if isinstance(error, RequestError) else "failed")
-    assert isinstance(plan, messages.Plan) and not plan.report and "TypeError" in plan.error
+    assert isinstance(plan, messages.PlanReport) and not plan.report and "TypeError" in plan.error
 
 
 def test_a_flood_of_requests_does_not_keep_running_ones_from_their_next_step(

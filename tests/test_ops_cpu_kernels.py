@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hotplug.core.ops import attention as attention_op
-from hotplug.core.ops import dense, moe, norm, stored
+from hotplug.core.ops import dense, moe, norm, packed_linear
 from hotplug.core.ops import rope as rope_op
 from hotplug.core.ops.builtin import builtin_registry
+from hotplug.core.ops.packed_linear import GROUP_BYTES
 from hotplug.core.ops.registry import Fact, SiteSpec, Verdict
-from hotplug.core.ops.stored import GROUP_BYTES
-from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.platforms.cpu import CpuPlatform
 from hotplug.platforms.cpu.kernels import KERNELS, attention, kv_write, linear, moe_experts, rms_norm, rope
 from hotplug.platforms.cpu.native import attention as native_attention
@@ -27,7 +27,7 @@ from hotplug.platforms.cpu.native import norm as native_norm
 from hotplug.platforms.cpu.native import rope as native_rope
 from hotplug.platforms.cpu.native import sampling as native_sampling
 from hotplug.platforms.cpu.native.library import refusal
-from hotplug.platforms.cpu.native.stored import embed_stored, linear_stored, linear_stored_silu_mul
+from hotplug.platforms.cpu.native.packed import embed_packed, linear_packed, linear_packed_silu_mul
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -43,10 +43,10 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
-    here = {attention, kv_write, rope, rms_norm, moe_experts, linear, linear_stored}
+    here = {attention, kv_write, rope, rms_norm, moe_experts, linear, linear_packed}
     files = (native_attention, native_dense, native_inputs, native_norm, native_rope, native_sampling)
     elsewhere = {k.fn for module in files for k in module.KERNELS}  # tests/test_cpu_native_*.py
-    assert {k.fn for k in KERNELS} == here | elsewhere | {embed_stored, linear_stored_silu_mul}
+    assert {k.fn for k in KERNELS} == here | elsewhere | {embed_packed, linear_packed_silu_mul}
 
 
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
@@ -74,25 +74,25 @@ def test_weights_in_groups_equal_the_reference_but_for_eight_bits_of_x(
 ) -> None:
     generator, cols = torch.Generator().manual_seed(seed), 32 * groups
     x = torch.randn(cols, rows, generator=generator).T if flip else torch.randn(rows, cols, generator=generator)
-    (data,) = StoredScheme(scheme).quantize(torch.randn(outs, cols, generator=generator))
+    (data,) = PackedScheme(scheme).quantize(torch.randn(outs, cols, generator=generator))
     offset = torch.randn(outs, generator=generator) if bias else None
-    wanted = stored.linear_stored(x, data, offset)
+    wanted = packed_linear.linear_packed(x, data, offset)
     half_steps = (x.reshape(rows, groups, 32).abs().amax(-1) / 254).repeat_interleave(32, 1)
-    allowed = half_steps @ stored.dequantize(data, scheme).abs().T + 1e-4
+    allowed = half_steps @ packed_linear.dequantize(data, scheme).abs().T + 1e-4
     for _ in range(2):  # packed, then found packed
-        found = linear_stored(x, data, offset)
+        found = linear_packed(x, data, offset)
         assert found.shape == wanted.shape
         assert bool(((found - wanted).abs() <= 1.001 * allowed).all())
 
 
 def test_what_weights_in_groups_need_is_refused_by_name() -> None:
-    kernel = next(k for k in KERNELS if k.op == "linear_stored")
+    kernel = next(k for k in KERNELS if k.op == "linear_packed")
     facts: dict[str, Fact] = {"in_features": 64, "out_features": 8, "bias": False}
     for dtype, scheme, reason in (
         ("bfloat16", "q8_0", "float32, not bfloat16"),
         ("float32", "q6_k", "no kernel for q6_k"),
     ):
-        verdict = kernel.check(SiteSpec("linear_stored", "s", dtype, "avx2", {**facts, "scheme": scheme}))
+        verdict = kernel.check(SiteSpec("linear_packed", "s", dtype, "avx2", {**facts, "scheme": scheme}))
         assert not verdict.ok
         assert reason in verdict.reason
 

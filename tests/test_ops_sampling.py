@@ -247,13 +247,13 @@ def test_proposals_hold_up_to_the_first_that_was_not_chosen(seed: int, index_dty
     chosen = [random.integers(0, 3, random.integers(1, 9)).tolist() for _ in range(random.integers(1, 6))]
     proposed = [[t if random.random() < 0.7 else t + 1 for t in tokens[:-1]] for tokens in chosen]
     first = np.cumsum([0, *map(len, chosen)])
-    confirmed, last = reject_sample(
+    accepted, last = reject_sample(
         torch.tensor([t for tokens in chosen for t in tokens]),
         torch.tensor([t for drafts in proposed for t in (*drafts, -1)], dtype=index_dtype),
         torch.tensor(first, dtype=index_dtype),
     )  # fmt: skip
-    for tokens, drafts, count, token in zip(chosen, proposed, confirmed.tolist(), last.tolist(), strict=True):
+    for tokens, drafts, count, token in zip(chosen, proposed, accepted.tolist(), last.tolist(), strict=True):
         assert tokens[:count] == drafts[:count]
         assert count == len(drafts) or tokens[count] != drafts[count]
         assert token == tokens[count]
-    assert confirmed.dtype is index_dtype and last.dtype is torch.int64
+    assert accepted.dtype is index_dtype and last.dtype is torch.int64

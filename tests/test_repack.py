@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.ops import stored
+from hotplug.core.ops import packed_linear
 from hotplug.core.ops.registry import Bucket, Impl, SiteSpec
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.startup import bind as bind_module
 from hotplug.platforms.cpu import CpuPlatform
-from hotplug.platforms.cpu.native import stored as native
+from hotplug.platforms.cpu.native import packed as native
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.vendor import ExecMode
 
-PRODUCTS = ("linear_stored", "linear_stored_silu_mul", "logits_stored")
+PRODUCTS = ("linear_packed", "linear_packed_silu_mul", "logits_packed")
 
 
 def flipped(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     """Reads what `Flips` gives: rows last first."""
-    return stored.linear_stored(x, data.flip(0), bias)
+    return packed_linear.linear_packed(x, data.flip(0), bias)
 
 
 def flipped_scores(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,11 +37,11 @@ def flipped_scores(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def flipped_gated(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
-    return stored.linear_stored_silu_mul(x, data.flip(0), bias)
+    return packed_linear.linear_packed_silu_mul(x, data.flip(0), bias)
 
 
-def as_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
-    return stored.linear_stored(x, data, bias)
+def as_packed(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    return packed_linear.linear_packed(x, data, bias)
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Flips(FakePlatform):
 
     facts: Any = field(default_factory=lambda: limits(quantization=("none", "*"), accelerator=False))
     kernels: Any = (
-        Impl("linear_stored", "acme", flipped),
-        Impl("linear_stored_silu_mul", "acme", flipped_gated),
-        Impl("logits_stored", "acme", flipped_scores),
+        Impl("linear_packed", "acme", flipped),
+        Impl("linear_packed_silu_mul", "acme", flipped_gated),
+        Impl("logits_packed", "acme", flipped_scores),
     )
     asked: list[tuple[SiteSpec, str]] = field(default_factory=list)
 
@@ -67,7 +67,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engi
 
     def make(platform: Any, *, observe: Any = None, **options: Any) -> EngineCore:
         monkeypatch.setattr(bind_module, "discover", lambda: candidates(platform))
-        options = {"quantization": "stored", "max_model_len": 64, "kv_cache_memory": "4MiB", **options}
+        options = {"quantization": "packed", "max_model_len": 64, "kv_cache_memory": "4MiB", **options}
         return EngineCore(EngineConfig(model=str(path), **options), observe=observe)
 
     return make
@@ -124,8 +124,8 @@ def test_a_site_that_another_kernel_serves_in_part_keeps_its_matrix(start) -> No
         return bucket.num_tokens < 3
 
     kernels = (
-        Impl("linear_stored", "acme.few", as_stored, accepts=few, rank=5),
-        Impl("linear_stored", "acme", as_stored),
+        Impl("linear_packed", "acme.few", as_packed, accepts=few, rank=5),
+        Impl("linear_packed", "acme", as_packed),
     )
     platform = Flips(kernels=kernels)
     tokens(start(platform))
@@ -134,9 +134,9 @@ def test_a_site_that_another_kernel_serves_in_part_keeps_its_matrix(start) -> No
 
 @pytest.mark.parametrize("how", ["reference", "observed", "compiled"])
 def test_matrices_stay_as_they_are_where_others_read_them(start, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    platform = Flips(kernels=(Impl("linear_stored", "acme", as_stored),))
+    platform = Flips(kernels=(Impl("linear_packed", "acme", as_packed),))
     if how == "reference":
-        core = start(platform, force=("linear_stored=reference",))
+        core = start(platform, force=("linear_packed=reference",))
     elif how == "observed":
         core = start(platform, observe=lambda op, spec, provider, fn: fn)
     else:
@@ -180,15 +180,15 @@ needs_native = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 
 
 @needs_native
-@pytest.mark.parametrize("scheme", sorted(stored.GROUP_BYTES))
+@pytest.mark.parametrize("scheme", sorted(packed_linear.GROUP_BYTES))
 def test_packed_at_load_is_packed_at_first_use(scheme: str) -> None:
     (data,) = native_groups(scheme, 48)
     x, bias = torch.randn(3, 96), torch.randn(48)
     packed = native.repack(data, scheme)
     assert (packed.ndim, packed.nbytes) == (3, data.nbytes)
-    assert torch.equal(native.linear_stored(x, packed, bias), native.linear_stored(x, data, bias))
+    assert torch.equal(native.linear_packed(x, packed, bias), native.linear_packed(x, data, bias))
     with pytest.raises(ValueError, match="do not hold 96 weights"):
-        stored.linear_stored(x, packed, bias)  # a reference does not take them for groups
+        packed_linear.linear_packed(x, packed, bias)  # a reference does not take them for groups
 
 
 @needs_native
@@ -216,6 +216,6 @@ def test_the_cpu_platform_leaves_what_it_has_no_layout_for() -> None:
 
 
 def native_groups(scheme: str, rows: int) -> Any:
-    from hotplug.core.quant.stored import StoredScheme
+    from hotplug.core.quant.packed_scheme import PackedScheme
 
-    return StoredScheme(scheme).quantize(torch.randn(rows, 96))
+    return PackedScheme(scheme).quantize(torch.randn(rows, 96))

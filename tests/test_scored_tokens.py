@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.request import Request, SamplingParams, TokenDelta
-from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.scheduler.plan import Admission, StepPlan
 from hotplug.plugins.conformance.engine_runs import small_model
 
@@ -103,13 +103,13 @@ def deltas(model: Path, asked: list[dict[str, Any]], **options: Any) -> dict[str
 def test_tokens_are_those_without_trimming(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [{}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3}, {"logprobs": 1}]
     trimmed = deltas(model, asked)
-    plain, calls = Batch.inputs, []
+    plain, calls = DeviceBatch.inputs, []
 
-    def untrimmed(self: Batch, plan: StepPlan, *, scored_only: bool = False) -> Any:
+    def untrimmed(self: DeviceBatch, plan: StepPlan, *, scored_only: bool = False) -> Any:
         calls.append(scored_only)
         return plain(self, plan)
 
-    monkeypatch.setattr(Batch, "inputs", untrimmed)
+    monkeypatch.setattr(DeviceBatch, "inputs", untrimmed)
     whole = deltas(model, asked)
     assert any(calls)
     assert {k: [d.token_ids for d in v] for k, v in trimmed.items()} == {

@@ -578,7 +578,7 @@ def test_metrics_report_what_the_observer_saw(client, llm):
                                prefix_hits=20, preemptions=1, prompt_tokens=40, generated_tokens=50,
                                reference_ops=2, recompiles=1, host_blocks_used=3, host_blocks_total=12,
                                blocks_swapped_out=7, blocks_swapped_in=6, verifications=4, proposed_tokens=20,
-                               confirmed_tokens=15))  # fmt: skip
+                               accepted_tokens=15))  # fmt: skip
     response = client.get("/metrics")
     families = text_string_to_metric_families(response.text)
     values = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
@@ -608,7 +608,7 @@ def test_metrics_report_what_the_observer_saw(client, llm):
         ("hotplug_kv_blocks_swapped_in_total",): 6,
         ("hotplug_speculative_verifications_total",): 4,
         ("hotplug_speculative_proposed_tokens_total",): 20,
-        ("hotplug_speculative_confirmed_tokens_total",): 15,
+        ("hotplug_speculative_accepted_tokens_total",): 15,
         ("hotplug_speculative_acceptance_ratio",): 0.75,
         ("hotplug_speculative_tokens_per_verification",): 4.75,
     }

@@ -66,13 +66,13 @@ def drafter(**options: int) -> Drafter:
 LOOP = int32([1, 2, 3, 4] * 6)
 
 
-def test_the_window_doubles_while_all_is_confirmed_and_shrinks_to_what_was() -> None:
+def test_the_window_doubles_while_all_is_accepted_and_shrinks_to_what_was() -> None:
     one = drafter(tokens=8)
     sizes = []
-    for confirmed in (2, 4, 8, 8, 3, 3, 6):
+    for accepted in (2, 4, 8, 8, 3, 3, 6):
         draft = one.draft(LOOP, 100)
         sizes.append(len(draft))
-        one.learn(len(draft), min(confirmed, len(draft)))
+        one.learn(len(draft), min(accepted, len(draft)))
     assert sizes == [2, 4, 8, 8, 8, 2, 4]
 
 

@@ -52,7 +52,7 @@ def test_a_text_that_repeats_takes_fewer_steps(depth: int) -> None:
     stats = one.scheduler.stats()
     assert stats.generated_tokens == 50
     assert len(plans) < 30 and max(plan.total_tokens for plan in plans[1:]) == 5
-    assert stats.confirmed_tokens > 20
+    assert stats.accepted_tokens > 20
     assert stats.verifications == sum(plan.num_verifies for plan in plans)
     assert stats.proposed_tokens == sum(len(plan.drafts) - plan.num_verifies for plan in plans)
 
@@ -135,20 +135,20 @@ def test_a_wrong_proposal_leaves_no_wrong_block_in_the_prefix_cache() -> None:
     name = one.add([1, 2, 3], max_tokens=40)
     steps(one)
     stats = one.scheduler.stats()
-    assert stats.confirmed_tokens < stats.proposed_tokens
+    assert stats.accepted_tokens < stats.proposed_tokens
     one.add([1, 2, 3, *one.outputs[name][:-1]], max_tokens=10)
     steps(one)  # the device checks what each query reads
     assert one.scheduler.stats().prefix_hits >= 38
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_stop_token_among_the_confirmed_ones_ends_the_request(depth: int) -> None:
+def test_a_stop_token_among_the_accepted_ones_ends_the_request(depth: int) -> None:
     one = engine(depth=depth)
     one.add(CIRCLE * 2, max_tokens=40, stop_token_ids=(CIRCLE[2],))
     plans = steps(one)
     last = one.deltas[-1]
     assert (last.token_ids, last.finish_reason, last.stop_token) == (CIRCLE[1:3], "stop", CIRCLE[2])
-    assert plans[1].drafts.tolist() == CIRCLE[:3]  # a third token was confirmed, and dropped
+    assert plans[1].drafts.tolist() == CIRCLE[:3]  # a third token was accepted, and dropped
     assert one.scheduler.stats().generated_tokens == 3
     assert one.kv.pool.num_used == 0
 
@@ -232,7 +232,7 @@ def lives(draw: st.DrawFn) -> tuple[FakeEngine, list[tuple[str, int]]]:
 
 
 def test_random_lives_with_speculation_keep_every_invariant_and_every_output() -> None:
-    totals = {"confirmed": 0, "wrong": 0, "preemptions": 0}
+    totals = {"accepted": 0, "wrong": 0, "preemptions": 0}
 
     @settings(CHECKS, max_examples=150)
     @given(lives())
@@ -243,8 +243,8 @@ def test_random_lives_with_speculation_keep_every_invariant_and_every_output() -
         one.run()
         one.check_outputs()
         stats = one.scheduler.stats()
-        totals["confirmed"] += stats.confirmed_tokens
-        totals["wrong"] += stats.proposed_tokens - stats.confirmed_tokens
+        totals["accepted"] += stats.accepted_tokens
+        totals["wrong"] += stats.proposed_tokens - stats.accepted_tokens
         totals["preemptions"] += stats.preemptions
 
     check()

@@ -90,7 +90,7 @@ def test_the_only_size_is_measured_itself(tiny_model: Path) -> None:
 
 @dataclass
 class Warms(FakePlatform):
-    """Runs the rehearsed steps, and keeps where its kernel was called and on what."""
+    """Runs the run on the meta device steps, and keeps where its kernel was called and on what."""
 
     facts: Any = RECORDS
     fails: bool = False

@@ -46,8 +46,6 @@ class Runtime(FakePlatform):
 
     def set_device(self, device: Any) -> None: ...
 
-    def stream(self) -> Any: ...
-
     def event(self) -> Event:
         return Event()
 

@@ -22,15 +22,15 @@ from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, EngineDeadError, FeatureError
 from hotplug.core.models.decoder import MODELS, Qwen3Decoder
 from hotplug.core.platform.base import DeviceInfo, Feature
-from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.request import Request, SamplingParams, TokenDelta
 from hotplug.core.startup.bind import Bound, bind
-from hotplug.core.startup.ranks import check_ranks, group_faults
-from hotplug.core.startup.warmup import rehearse
+from hotplug.core.startup.ranks import check_ranks, packed_split_faults
+from hotplug.core.startup.warmup import run_on_meta
 from hotplug.core.startup.weight_format import WeightFormat
 
 pytestmark = pytest.mark.timeout(180)
-KINDS = [*parallel_models.MODELS, "stored"]
+KINDS = [*parallel_models.MODELS, "packed"]
 MANY = SamplingParams(temperature=0.8, seed=4, max_tokens=40, ignore_eos=True)
 
 
@@ -74,14 +74,14 @@ def logprobs(found: dict[str, list[TokenDelta]], request_id: str) -> list[float]
 def test_two_ranks_give_the_tokens_of_one(kind: str, model: Callable[[str], Path], start: Any) -> None:
     """With chunked prefill (prompts are longer than a step), a shared prefix, penalties and log-probabilities."""
     one, two = start(model(kind), 1), start(model(kind), 2)
-    several = requests() if kind != "stored" else [r for r in requests() if max(r.prompt_token_ids) < 96]
+    several = requests() if kind != "packed" else [r for r in requests() if max(r.prompt_token_ids) < 96]
     expected, found = run(one, several), run(two, several)
     assert tokens(found) == tokens(expected)
     assert len({tuple(t) for t in tokens(expected).values()}) == len(several)
     for request in several:
         ours, theirs = logprobs(found, request.id), logprobs(expected, request.id)
         assert len(ours) == len(theirs)
-        near = 2e-2 if kind == "stored" else 2e-4
+        near = 2e-2 if kind == "packed" else 2e-4
         assert all(math.isclose(a, b, abs_tol=near) for a, b in zip(ours, theirs, strict=True))
     assert two.num_blocks == one.num_blocks
     assert two.stats().prefix_hits == one.stats().prefix_hits > 0
@@ -116,7 +116,7 @@ def test_ways_to_run(options: dict[str, Any], model: Callable[[str], Path], star
     stats = two.stats()
     assert (stats.preemptions > 0) == ("kv_cache_memory" in options)
     assert (stats.blocks_swapped_in > 0) == ("swap_space" in options)
-    assert (stats.confirmed_tokens > 0) == ("speculative" in options)
+    assert (stats.accepted_tokens > 0) == ("speculative" in options)
     if "trace_ops" in options:
         assert {"all_reduce", "all_gather"} <= {entry["op"] for entry in two.trace()["ops"]}
 
@@ -129,7 +129,7 @@ def test_four_ranks_over_zmq_give_the_tokens_of_one(
     parallel_models.SIZES["vocab_size"], vocab = 260, parallel_models.SIZES["vocab_size"]
     folder = save(tmp_path, "llama")
     parallel_models.SIZES |= {"num_key_value_heads": before, "vocab_size": vocab}
-    monkeypatch.setattr("hotplug.core.startup.crew.TRANSPORT", "zmq")
+    monkeypatch.setattr("hotplug.core.startup.rank_processes.TRANSPORT", "zmq")
     assert tokens(run(start(folder, 4), requests())) == tokens(run(start(folder, 1), requests()))
 
 
@@ -232,7 +232,7 @@ def test_what_does_not_divide_is_refused_with_every_reason(model: Callable[[str]
     ("kind", "ranks", "options", "reason"),
     [
         ("llama", 2, {"exec": "compile"}, "programs have no collectives"),
-        ("stored", 4, {"quantization": "stored"}, "key/value heads"),
+        ("packed", 4, {"quantization": "packed"}, "key/value heads"),
     ],
 )
 def test_what_several_ranks_cannot_do_is_refused_by_name(
@@ -247,7 +247,7 @@ def test_a_connector_a_plugins_model_a_plugins_scheme_and_comparisons_are_refuse
 ) -> None:
     part = bound(model("llama"))
     config = EngineConfig(tensor_parallel_size=2, kv_connector="folder:/somewhere")
-    scheme = WeightFormat("int8", "asked for", StoredScheme("q8_0"))
+    scheme = WeightFormat("int8", "asked for", PackedScheme("q8_0"))
     plugins = dataclasses.replace(scheme, scheme=object())  # type: ignore[arg-type]
     with pytest.raises(FeatureError) as caught:
         check_ranks(config, part.checkpoint.config, {"LlamaForCausalLM": Qwen3Decoder}, plugins, part.selection,
@@ -259,10 +259,10 @@ def test_a_connector_a_plugins_model_a_plugins_scheme_and_comparisons_are_refuse
 
 
 def test_groups_that_a_rank_would_have_in_part_are_refused_or_dequantized(model: Callable[[str], Path]) -> None:
-    config = bound(model("stored")).checkpoint.config
-    assert group_faults(config, 2) == []
-    assert group_faults(config, 1) == []
-    assert len(group_faults(config, 32)) == 2
+    config = bound(model("packed")).checkpoint.config
+    assert packed_split_faults(config, 2) == []
+    assert packed_split_faults(config, 1) == []
+    assert len(packed_split_faults(config, 32)) == 2
 
 
 def test_a_platform_without_the_feature_or_the_devices_is_refused(
@@ -280,7 +280,7 @@ def test_a_platform_without_the_feature_or_the_devices_is_refused(
     assert [(part.selection.device.index, part.sharing) for part in parts] == [(1, 1), (2, 1)]
     assert {c.provider for c in parts[0].plan.choices if c.spec.op == "all_reduce"} == {"torch.distributed"}
     for part in parts:  # a warm-up's steps, which each rank runs for itself
-        rehearse(part)
+        run_on_meta(part)
 
 
 def test_workers_are_not_left_behind_by_a_failed_start(

@@ -88,7 +88,7 @@ def test_a_worker_that_is_killed_while_nothing_runs_is_named_by_the_next_call(co
 
 @pytest.mark.parametrize("how", ["load", "step", "exit"])
 def test_a_worker_that_fails_says_why(how: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hotplug.core.startup.crew.WORKER", "failing_worker")
+    monkeypatch.setattr("hotplug.core.startup.rank_processes.WORKER", "failing_worker")
     monkeypatch.setenv(failing_worker.HOW, how)
     if how == "step":
         core = engine(model, 2)

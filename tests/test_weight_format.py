@@ -11,16 +11,16 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.ops import stored
+from hotplug.core.ops import packed_linear
 from hotplug.core.ops.registry import Impl, SiteSpec, Verdict
 from hotplug.core.startup.bind import Bound, bind
 from hotplug.platforms.cpu import CpuPlatform
 
-PREFERRED = limits(quantization=("stored", "none", "*"), accelerator=False)
+PREFERRED = limits(quantization=("packed", "none", "*"), accelerator=False)
 
 
 def linear(x: Any, data: Any, bias: Any) -> Any:
-    return stored.linear_stored(x, data, bias)
+    return packed_linear.linear_packed(x, data, bias)
 
 
 def four_bits_only(spec: SiteSpec) -> Verdict:
@@ -33,8 +33,8 @@ def broken(spec: SiteSpec) -> Verdict:
 
 def kernels(check: Any = lambda _: Verdict(True), *, logits: Any = None) -> tuple[Impl, ...]:
     return (
-        Impl("linear_stored", "acme", linear, check=check),
-        Impl("logits_stored", "acme", linear, check=logits or check),
+        Impl("linear_packed", "acme", linear, check=check),
+        Impl("logits_packed", "acme", linear, check=logits or check),
     )
 
 
@@ -47,7 +47,7 @@ def bound(folder: Path, platform: Any, quant: Kind | None = Kind.Q4_0, others: A
 def format_of(found: Bound) -> tuple[str, str]:
     report = found.report()
     ops = {site["op"] for site in report["sites"]}
-    assert ("linear_stored" in ops) is (report["quantization"] == "stored")
+    assert ("linear_packed" in ops) is (report["quantization"] == "packed")
     return report["quantization"], report["quantization_because"]
 
 
@@ -55,13 +55,13 @@ def test_groups_are_kept_where_the_platform_prefers_it_and_its_kernels_read_them
     platform = FakePlatform(facts=PREFERRED, kernels=kernels())
     tables = {"attn_output": Kind.Q4_0, "token_embd": Kind.Q8_0, "output.weight": Kind.Q8_0}
     assert format_of(bound(tmp_path, platform, others=tables)) == (
-        "stored",
+        "packed",
         "the platform's kernels read q4_0 and q8_0 as stored",
     )
 
 
 def test_a_platform_that_does_not_say_so_serves_floating_point(tmp_path: Path) -> None:
-    platform = FakePlatform(facts=limits(quantization=("none", "stored")), kernels=kernels())
+    platform = FakePlatform(facts=limits(quantization=("none", "packed")), kernels=kernels())
     name, reason = format_of(bound(tmp_path, platform))
     assert (name, "unless asked" in reason) == ("none", True)
 
@@ -70,13 +70,13 @@ def test_what_is_asked_for_wins(tmp_path: Path) -> None:
     preferring = FakePlatform(facts=PREFERRED, kernels=kernels())
     other = FakePlatform(facts=limits(quantization=("none", "*"), accelerator=False))
     assert format_of(bound(tmp_path, preferring, quantization="none")) == ("none", "asked for")
-    assert format_of(bound(tmp_path, other, quantization="stored")) == ("stored", "asked for")
+    assert format_of(bound(tmp_path, other, quantization="packed")) == ("packed", "asked for")
 
 
 @pytest.mark.parametrize(
     ("platform", "reason"),
     [
-        (FakePlatform(facts=PREFERRED), "no kernel of the platform serves linear_stored; no kernel of the platform"),
+        (FakePlatform(facts=PREFERRED), "no kernel of the platform serves linear_packed; no kernel of the platform"),
         (FakePlatform(facts=PREFERRED, kernels=kernels(four_bits_only)), "cannot read q8_0 (acme)"),
         (FakePlatform(facts=PREFERRED, kernels=kernels(logits=four_bits_only)), "cannot read q8_0 (acme)"),
         (FakePlatform(facts=PREFERRED, kernels=kernels(broken)), "failed in its check: KeyError: 'rows' (acme)"),

@@ -78,7 +78,7 @@ def engines(folder: Path, cores: int) -> list[Peer]:
                 f"hotplug {kind}",
                 "hotplug",
                 "",
-                {**ours, "model": str(folder / kind / "model.gguf"), "dtype": "float32", "quantization": "stored"},
+                {**ours, "model": str(folder / kind / "model.gguf"), "dtype": "float32", "quantization": "packed"},
             )
             for kind in KINDS
             if kind != "F16"
@@ -93,7 +93,7 @@ def engines(folder: Path, cores: int) -> list[Peer]:
             "hotplug Q4_1 compiled",
             "hotplug",
             "",
-            {**ours, "dtype": "float32", "quantization": "stored", "exec": "compile"},
+            {**ours, "dtype": "float32", "quantization": "packed", "exec": "compile"},
         ),
         Peer("transformers", "transformers", "", {"model": str(folder / "hf")}),
         Peer(

@@ -81,7 +81,7 @@ def main() -> None:
     for kind, form in FORMS:
         core = EngineCore(EngineConfig(
             model=str(folder / kind / "model.gguf"), device="cpu", dtype="float32", max_model_len=1024,
-            kv_cache_memory="128MiB", quantization="stored" if form == "kept" else "none", enable_prefix_cache=False,
+            kv_cache_memory="128MiB", quantization="packed" if form == "kept" else "none", enable_prefix_cache=False,
         ))  # fmt: skip
         value, tokens = perplexity(core, windows), continuations(core, prompts)
         if not rows:

@@ -31,7 +31,7 @@ from hotplug.cli.bench_engine import decode_rate, measure, random_prompts
 from hotplug.cli.bench_serve import Load, drive
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.scheduler.scheduler import Scheduler
 from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
 from hotplug.core.weights.source import resolve
@@ -156,7 +156,7 @@ def batching_gain(core: EngineCore, tokenizer: Tokenizer, repeat: int, tokens: i
 def host_share(core: EngineCore, tokenizer: Tokenizer, tokens: int) -> Figure:
     """Share of a step's time that scheduling and input preparation take at batch 16, all rows decoding."""
     prompts = [tokenizer.encode(p) for p in PROMPTS[:BATCH]]
-    parts = ((Scheduler, "schedule"), (Scheduler, "update"), (Batch, "update_tables"), (Batch, "inputs"))
+    parts = ((Scheduler, "schedule"), (Scheduler, "update"), (DeviceBatch, "update_tables"), (DeviceBatch, "inputs"))
     shares, steps = [], []
     step = core.step
     with _timed(parts) as spent:

@@ -105,8 +105,8 @@ def line(core: EngineCore, name: str, prompts: list[list[int]], args: argparse.N
         tokens, steps = tokens + len(best[0].tokens) - 1, steps + best[1].steps
     stats = core.stats()
     proposed = stats.proposed_tokens - before.proposed_tokens
-    confirmed = stats.confirmed_tokens - before.confirmed_tokens
-    acceptance = f"{confirmed / proposed:.0%}" if proposed else "-"
+    accepted = stats.accepted_tokens - before.accepted_tokens
+    acceptance = f"{accepted / proposed:.0%}" if proposed else "-"
     rates = [tokens / one for one in seconds]
     return (f"| {name} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} | {tokens / steps:.2f} | "
             f"{acceptance} |")  # fmt: skip

@@ -102,8 +102,8 @@ def speculation_figures(core: EngineCore) -> dict[str, float]:
     if not stats.verifications:
         return {}
     return {
-        "speculative_acceptance": stats.confirmed_tokens / stats.proposed_tokens,
-        "tokens_per_verification": 1 + stats.confirmed_tokens / stats.verifications,
+        "speculative_acceptance": stats.accepted_tokens / stats.proposed_tokens,
+        "tokens_per_verification": 1 + stats.accepted_tokens / stats.verifications,
     }
 
 

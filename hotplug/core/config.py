@@ -60,8 +60,8 @@ class EngineConfig:
         "auto", "How a step runs on the device; auto takes the platform's preference")  # fmt: skip
     quantization: str | None = option(
         None,
-        "stored keeps a GGUF file's groups of weights, none dequantizes them, a plugin's scheme quantizes as they "
-        "load; default: stored where the platform prefers it, else none",
+        "packed keeps a GGUF file's groups of weights, none dequantizes them, a plugin's scheme quantizes as they "
+        "load; default: packed where the platform prefers it, else none",
     )
     force: tuple[str, ...] = option((), "Pin kernels: op=provider or site-pattern=provider; repeatable")
     trace_ops: bool = option(False, "Time every call of every op, by site and kernel; steps run eagerly and slower")

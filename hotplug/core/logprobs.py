@@ -60,11 +60,11 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
         """As of a list."""
         if isinstance(index, slice):
             return list(self)[index]
-        place = range(len(self))[index]
-        if place == 0:
+        position = range(len(self))[index]
+        if position == 0:
             return None
         ids, logprobs, ranks = self.columns
-        return TokenLogprobs(ids[place - 1].tolist(), logprobs[place - 1].tolist(), int(ranks[place - 1]))
+        return TokenLogprobs(ids[position - 1].tolist(), logprobs[position - 1].tolist(), int(ranks[position - 1]))
 
     def __iter__(self) -> Iterator[TokenLogprobs | None]:
         yield None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     TokenIds = Any  # msgspec reads annotations, and knows no arrays
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "error"]
 NO_TOKEN = -2
 """What is sampled where no token can be chosen (`core.ops.sampling`). -1 stands for tokens not given or proposed."""
 
@@ -267,8 +267,8 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
     verifications: int = 0
     """Decodes of a request that verified proposed tokens."""
     proposed_tokens: int = 0
-    confirmed_tokens: int = 0
-    """Proposed tokens, and those of them that the model's own choice confirmed."""
+    accepted_tokens: int = 0
+    """Proposed tokens, and those of them that the model's own choice accepted."""
     phase_ns: list[int] = []
     """Nanoseconds of the loop in each of `hotplug.core.runner.timing.PHASES`."""
     step_buckets: list[int] = []

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from hotplug.core.client.async_llm import AsyncLLM
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.engine.process import freeze_started_objects
 from hotplug.server import tracing
 from hotplug.server.app import create_app
@@ -43,7 +43,7 @@ class Place:
 
     engine: EngineConfig
     server: ServerConfig
-    link: Link
+    link: Endpoints
     client: int
     generation: int
     """Which process of that number it is."""

@@ -31,7 +31,7 @@ import zmq
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import messages, process
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.errors import EngineDeadError
 from hotplug.core.weights.source import resolve
 from hotplug.server import frontend
@@ -109,7 +109,7 @@ class _Supervisor:
         self._sockets = sockets
         self._signals = signals
         self._context = context
-        self._link = Link(str(folder), config.frontends + 1)
+        self._link = Endpoints(str(folder), config.frontends + 1)
         self._table = folder / "figures"
         self._figures = Figures.create(self._table, config.frontends + 1)
         self._sending: list[zmq.Socket[bytes]] = []
@@ -121,7 +121,7 @@ class _Supervisor:
         self._fork = multiprocessing.get_context("forkserver")
         self._fork.set_forkserver_preload([frontend.__name__])
         self._front_ends: dict[int, _FrontEnd] = {}
-        self._stillborn = dict.fromkeys(range(config.frontends), 0)
+        self._failed_at_start = dict.fromkeys(range(config.frontends), 0)
         self._killing: float | None = None
         """When front ends that are left are killed (`time.monotonic`); None while serving."""
         self._finishing: dict[int, int] | None = {}
@@ -189,7 +189,7 @@ class _Supervisor:
             return
         if kind == frontend.READY:
             front_end.ready = True
-            self._stillborn[front_end.client] = 0
+            self._failed_at_start[front_end.client] = 0
         elif kind == frontend.FINISHING:
             self._on_finishing(front_end.client, int(text))
         elif self._killing is None:  # a front end that ends has no use for the engine, either
@@ -215,8 +215,8 @@ class _Supervisor:
             return
         reason = f"front end {client} ended: {_exit(front_end.process.exitcode)}"
         self._to_engine.send(messages.encode(messages.ClientGone(client, front_end.generation)))
-        self._stillborn[client] += not front_end.ready
-        if self._stillborn[client] == MOST_STILLBORN:
+        self._failed_at_start[client] += not front_end.ready
+        if self._failed_at_start[client] == MOST_STILLBORN:
             self._fail(f"{reason}, {MOST_STILLBORN} times in a row before it could serve")
             return
         _logger.error("%s; its requests are aborted and another takes its place", reason)

@@ -107,13 +107,13 @@ class EngineMetrics(Collector):
             ("swap_space_usage_ratio", "Share of host blocks that hold KV of preempted requests", swap_usage),
             (
                 "speculative_acceptance_ratio",
-                "Share of proposed tokens that were confirmed, since start",
-                _ratio(stats.confirmed_tokens, stats.proposed_tokens),
+                "Share of proposed tokens that were accepted, since start",
+                _ratio(stats.accepted_tokens, stats.proposed_tokens),
             ),
             (
                 "speculative_tokens_per_verification",
                 "Tokens that a decode with proposals gave on average, since start",
-                _ratio(stats.verifications + stats.confirmed_tokens, stats.verifications),
+                _ratio(stats.verifications + stats.accepted_tokens, stats.verifications),
             ),
             ("reference_ops", "Call sites that run a reference op on an accelerator", stats.reference_ops),
         ):
@@ -128,7 +128,7 @@ class EngineMetrics(Collector):
             ("generation_tokens", "Tokens generated", stats.generated_tokens),
             ("speculative_verifications", "Decodes that verified proposed tokens", stats.verifications),
             ("speculative_proposed_tokens", "Tokens proposed by speculation", stats.proposed_tokens),
-            ("speculative_confirmed_tokens", "Proposed tokens that the model confirmed", stats.confirmed_tokens),
+            ("speculative_accepted_tokens", "Proposed tokens that the model accepted", stats.accepted_tokens),
             ("unplanned_recompiles", "Step shapes compiled while serving, beyond those planned", stats.recompiles),
         ):
             yield CounterMetricFamily(f"hotplug_{name}", doc, total)

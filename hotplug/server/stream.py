@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hotplug.core.errors import HotplugError
 from hotplug.server.body import encode, json_response
 from hotplug.server.errors import describe, log_failure
 
@@ -171,8 +170,6 @@ class Usage:
         self.completion_tokens += len(chunk.token_ids)
         if chunk.num_cached_tokens and chunk.index % self._count == 0:
             self.cached_tokens += chunk.num_cached_tokens
-        if chunk.finish_reason in ("abort", "error"):  # no reason that the API knows
-            raise HotplugError(f"the engine ended the request: {chunk.finish_reason}")
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -65,7 +65,7 @@ def test_speculating_gives_the_tokens_of_one_a_step(tmp_path: Path, mode: str) -
         return found
 
     assert tokens(speculative=True) == tokens(speculative=False)
-    assert core.stats().confirmed_tokens > 20
+    assert core.stats().accepted_tokens > 20
 
 
 def test_captured_steps_give_the_tokens_of_eager_ones(tmp_path: Path) -> None:

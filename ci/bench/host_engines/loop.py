@@ -22,7 +22,7 @@ import zmq
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.engine.process import EngineProcess
 from hotplug.core.request import Request, SamplingParams
 
@@ -90,7 +90,7 @@ class Stamps:
 
 def measure(model: str, rows: int, steps: int, repeat: int, profile: bool = False) -> list[float]:
     """Milliseconds a step, a value a run."""
-    link = Link(tempfile.mkdtemp())
+    link = Endpoints(tempfile.mkdtemp())
     context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     inbox.bind(link.inbox)

@@ -2,7 +2,7 @@
 
 Text, streams and statistics are here; the engine process sees token ids only. Every request in flight ends
 with tokens or with an error: when the engine dies, all of them are told why. One front end owns its engine; several
-attach to one that somebody else owns (`hotplug.core.engine.link`).
+attach to one that somebody else owns (`hotplug.core.engine.endpoints`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hotplug.core.client.submission import Submission
 from hotplug.core.client.watch import SILENT, Watch
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import main_script, messages, process
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, RequestError
 from hotplug.core.request import MAX_ID_CHARS, Request, SamplingParams
 from hotplug.core.startup.installed import check_names
@@ -75,7 +75,7 @@ class AsyncLLM:
         config: EngineConfig,
         observer: EngineObserver | None = None,
         *,
-        link: Link | None = None,
+        link: Endpoints | None = None,
         client: int = 0,
         generation: int = 0,
     ) -> None:
@@ -105,7 +105,7 @@ class AsyncLLM:
         self._last_words = asyncio.Event()
         self._dead = asyncio.Event()
         self._folder = None if link is not None else tempfile.mkdtemp(prefix="hotplug-")
-        self._link = Link(str(self._folder)) if link is None else link
+        self._link = Endpoints(str(self._folder)) if link is None else link
         self._context = zmq.Context()
         self._send = self._context.socket(zmq.PUSH)
         self._receive = self._context.socket(zmq.PULL)
@@ -362,7 +362,7 @@ class AsyncLLM:
                     self.observer.stats(message.stats)
             case messages.Refused():
                 self._streams.refuse(message.request_tag, message.to_error())
-            case messages.Plan(report, error):
+            case messages.PlanReport(report, error):
                 self._plan.answered(report, error)
             case messages.Ready():
                 self.max_model_len, self.vocab_size = message.max_model_len, message.vocab_size

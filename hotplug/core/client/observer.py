@@ -24,7 +24,7 @@ class EngineObserver(Protocol):
         """Time from arrival to first being scheduled."""
 
     def finished(self, reason: str, prompt_tokens: int, output_tokens: int, seconds: float) -> None:
-        """A sequence ended: its finish reason, sizes and time from arrival."""
+        """A sequence ended: its finish reason, "abort" or "error"; its sizes and time from arrival."""
 
     def stats(self, stats: EngineStats) -> None:
         """The engine's own counts, after a step."""

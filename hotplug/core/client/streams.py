@@ -19,7 +19,7 @@ from hotplug.core.client.outputs import Completion, CompletionChunk
 from hotplug.core.client.submission import Submission
 from hotplug.core.engine.messages import Outputs
 from hotplug.core.errors import EngineDeadError, HotplugError
-from hotplug.core.request import FinishReason, TokenDelta
+from hotplug.core.request import TokenDelta
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT
 
 _logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class Streams:
             _tell_end(stream, chunk.finish_reason, now, observer)
 
 
-def _tell_end(stream: _Stream, reason: FinishReason, now: float, observer: EngineObserver | None) -> None:
+def _tell_end(stream: _Stream, reason: str, now: float, observer: EngineObserver | None) -> None:
     if observer is not None:
         submission = stream.submission
         seconds = now - submission.arrival

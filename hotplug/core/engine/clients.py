@@ -13,7 +13,7 @@ from collections import deque
 import zmq
 
 from hotplug.core.engine import messages
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.request import EngineStats
 from hotplug.core.scheduler.tokens import StepTokens
 
@@ -87,7 +87,7 @@ class Outlet:
 class Clients:
     """All front ends of an engine."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], link: Link, most_bytes: int = QUEUE_BYTES) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], link: Endpoints, most_bytes: int = QUEUE_BYTES) -> None:
         """`most_bytes` bounds the queue of each."""
         self._outlets = [Outlet(context, link.outbox(client), most_bytes) for client in range(link.clients)]
         self._gone = [False] * link.clients

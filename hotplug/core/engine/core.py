@@ -41,7 +41,6 @@ from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerCo
 from hotplug.core.scheduler.tokens import StepTokens, token_array
 from hotplug.core.startup.bind import Bound, bind
 from hotplug.core.startup.connect import make_connector, make_transfer
-from hotplug.core.startup.crew import give_share_back, start_workers, take_share
 from hotplug.core.startup.executables import (
     captured,
     captured_prompts,
@@ -52,6 +51,7 @@ from hotplug.core.startup.executables import (
     short_prompts,
 )
 from hotplug.core.startup.phases import Phases
+from hotplug.core.startup.rank_processes import give_share_back, start_workers, take_share
 from hotplug.core.startup.swap import make_space, make_swap
 from hotplug.core.startup.warmup import WarmUp
 
@@ -384,7 +384,7 @@ class EngineCore(RankCore):
             "max_requests": config.speculative_max_requests,
             "verifications": stats.verifications,
             "proposed_tokens": stats.proposed_tokens,
-            "confirmed_tokens": stats.confirmed_tokens,
+            "accepted_tokens": stats.accepted_tokens,
         }
 
     def trace(self) -> dict[str, Any]:

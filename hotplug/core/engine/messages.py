@@ -130,7 +130,9 @@ class Refused(msgspec.Struct, tag="refused"):
                 return RequestError(self.message, param=self.param)
 
 
-class Plan(msgspec.Struct, tag="plan"):
+class PlanReport(msgspec.Struct, tag="plan"):
+    """The answer to a question for the kernel plan."""
+
     report: dict[str, Any]
     error: str = ""
     """Why there is no report, where there is none."""
@@ -151,7 +153,7 @@ class Failed(msgspec.Struct, tag="failed"):
     """Whether the message is worded for the user (a HotplugError) and the traceback adds nothing."""
 
 
-FromEngine = Ready | Outputs | Refused | Plan | Dropped | Failed
+FromEngine = Ready | Outputs | Refused | PlanReport | Dropped | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 _decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

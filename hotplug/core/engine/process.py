@@ -24,7 +24,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine import main_script, messages
 from hotplug.core.engine.clients import Clients
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.errors import EngineDeadError, HotplugError, QueueFullError, RequestError
 from hotplug.core.request import Request
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT
@@ -41,7 +41,7 @@ RETRY_MS = 10
 """Milliseconds between attempts to send what a front end did not take, while there is no work."""
 
 
-def main(config: EngineConfig, link: Link) -> None:
+def main(config: EngineConfig, link: Endpoints) -> None:
     """Entry of the process."""
     # A signal to the whole process group is the front end's to handle: it lets running requests finish first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -168,10 +168,10 @@ class EngineProcess:
     def _explain(self, client: int) -> None:
         """Tell the plan, or why it cannot be told."""
         try:
-            self._clients.post(client, messages.Plan(self._core.report()))
+            self._clients.post(client, messages.PlanReport(self._core.report()))
         except Exception as e:
             _logger.exception("the plan cannot be told")
-            self._clients.post(client, messages.Plan({}, messages.as_text(f"{type(e).__name__}: {e}")))
+            self._clients.post(client, messages.PlanReport({}, messages.as_text(f"{type(e).__name__}: {e}")))
 
     def _abort_client(self, client: int) -> None:
         for request in self._core.requests:
@@ -195,7 +195,7 @@ def freeze_started_objects() -> None:
     gc.freeze()
 
 
-def start(config: EngineConfig, link: Link) -> multiprocessing.process.BaseProcess:
+def start(config: EngineConfig, link: Endpoints) -> multiprocessing.process.BaseProcess:
     """Start the process for all front ends of `link`. Spawned, not forked: devices and threads do not survive a fork.
 
     It belongs to the caller, with whom it ends.

@@ -10,7 +10,7 @@ import traceback
 from collections import deque
 
 from hotplug.core.errors import HotplugError
-from hotplug.core.parallel.link import Begin, Failed, Link
+from hotplug.core.parallel.channel import Begin, RankChannel, RankFailed
 
 _FAILED = 1
 _KEPT = 2
@@ -23,7 +23,7 @@ def main(end: int, life: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(life,), name="hotplug-life", daemon=True).start()
-    link = Link(socket.socket(fileno=end))
+    link = RankChannel(socket.socket(fileno=end))
     try:
         begin = link.receive()
         assert isinstance(begin, Begin)
@@ -31,11 +31,11 @@ def main(end: int, life: int) -> None:
     except EOFError:
         os._exit(_FAILED)  # rank 0 is gone
     except BaseException as e:
-        link.send(Failed(str(e) or type(e).__name__, traceback.format_exc(), isinstance(e, HotplugError)))
+        link.send(RankFailed(str(e) or type(e).__name__, traceback.format_exc(), isinstance(e, HotplugError)))
         os._exit(_FAILED)  # other threads, and peers in a collective, are not waited for
 
 
-def _serve(link: Link, begin: Begin) -> None:
+def _serve(link: RankChannel, begin: Begin) -> None:
     from hotplug.core.config import EngineConfig
     from hotplug.core.engine.core import RankCore
     from hotplug.core.engine.process import freeze_started_objects

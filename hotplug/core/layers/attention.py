@@ -35,13 +35,13 @@ class Attention(nn.Module):
         self.out = make_linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
         self.q_norm = ctx.weight(dim) if qk_norm else None
         self.k_norm = ctx.weight(dim) if qk_norm else None
-        cache: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": ctx.block_size,
+        geometry: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": ctx.block_size,
                  "layout": ctx.kv_layout, "kv_dtype": ctx.kv_dtype}  # fmt: skip
         write = "qk_norm_rope_kv_write" if qk_norm else "rope_kv_write"
-        self.rope_kv_write = ctx.bind(write, f"{site}.write", num_heads=heads, rotary_dim=dim, **cache)
+        self.rope_kv_write = ctx.bind(write, f"{site}.write", num_heads=heads, rotary_dim=dim, **geometry)
         self.attention = ctx.bind(
             "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None,
-            soft_cap=self.soft_cap, static=ctx.static_steps, **cache,
+            soft_cap=self.soft_cap, static=ctx.static_steps, **geometry,
         )  # fmt: skip
 
     def forward(
@@ -53,11 +53,11 @@ class Attention(nn.Module):
         """
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.head_counts, dim=1)
-        place = (step.positions, cos_sin, *kv, step.slots, self.layout)
+        cache = (step.positions, cos_sin, *kv, step.slots, self.layout)
         if self.q_norm is None:
-            q, k_cache, v_cache = self.rope_kv_write(q, k, v, *place)
+            q, k_cache, v_cache = self.rope_kv_write(q, k, v, *cache)
         else:
-            q, k_cache, v_cache = self.rope_kv_write(q, k, v, self.q_norm, self.k_norm, self.eps, *place)
+            q, k_cache, v_cache = self.rope_kv_write(q, k, v, self.q_norm, self.k_norm, self.eps, *cache)
         queries = step.attention
         if scored_only:
             assert step.scored is not None

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hotplug.core.ops.registry import Fact, Fn
+from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.quant.scheme import QuantScheme
-from hotplug.core.quant.stored import StoredScheme
 
 
 class Binder(Protocol):
@@ -35,9 +35,9 @@ class BuildContext:
     """Whether steps may run in static shapes, where kernels cannot read lengths on the host."""
     scheme: QuantScheme | None = None
     """How linear layers store their weights; None is plain floating point."""
-    table_scheme: StoredScheme | None = None
+    table_scheme: PackedScheme | None = None
     """How the embedding and the head store theirs."""
-    site_schemes: Mapping[str, StoredScheme | None] = field(default_factory=dict)
+    site_schemes: Mapping[str, PackedScheme | None] = field(default_factory=dict)
     """Of call sites whose matrix is stored otherwise than these two say."""
     max_position: int
     """Positions the rotary table must cover."""
@@ -53,7 +53,7 @@ class BuildContext:
         """How the linear layer of a call site stores its weights."""
         return self.site_schemes.get(site, self.scheme)
 
-    def table_scheme_at(self, site: str) -> StoredScheme | None:
+    def table_scheme_at(self, site: str) -> PackedScheme | None:
         """How the embedding or the head stores its table."""
         return self.site_schemes.get(site, self.table_scheme)
 

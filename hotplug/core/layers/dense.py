@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.destination import Destination
+from hotplug.core.quant.packed_scheme import PackedRows, PackedScheme
 from hotplug.core.quant.scheme import NONE, QuantizedRows, QuantScheme
-from hotplug.core.quant.stored import StoredRows, StoredScheme
 
 
 class Embedding(nn.Module):
@@ -40,7 +40,7 @@ class Linear(nn.Module):
         return self.op(x, self.weight, self.bias)
 
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
-        """Places for the checkpoint matrices that are stacked here, `sizes` rows each."""
+        """Destinations of the checkpoint matrices that are stacked here, `sizes` rows each."""
         return torch.split(self.weight, list(sizes))
 
 
@@ -58,7 +58,7 @@ class LinearSiluMul(nn.Module):
         return self.op(x, self.weight, self.bias)
 
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
-        """Places for the checkpoint matrices that are stacked here, `sizes` rows each."""
+        """Destinations of the checkpoint matrices that are stacked here, `sizes` rows each."""
         return torch.split(self.weight, list(sizes))
 
 
@@ -76,27 +76,27 @@ class QuantizedLinear(nn.Module):
             for shape, dtype in scheme.tensors(out_features, in_features).values()
         )
         self.bias = ctx.weight(out_features) if bias else None
-        facts = {"scheme": scheme.name} if isinstance(scheme, StoredScheme) else {}
+        facts = {"scheme": scheme.name} if isinstance(scheme, PackedScheme) else {}
         self.op = ctx.bind(scheme.op.name, site, in_features=in_features, out_features=out_features, bias=bias, **facts)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x, *self.stored, self.bias)
 
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
-        """Places that quantize the checkpoint matrices that are stacked here, `sizes` rows each."""
+        """Destinations that quantize the checkpoint matrices that are stacked here, `sizes` rows each."""
         scheme = self._scheme
         whole = len(sizes) == 1
         parts = [tuple(self.stored)] if whole else zip(*(t.split(list(sizes)) for t in self.stored), strict=True)
-        if isinstance(scheme, StoredScheme):
-            return [StoredRows(scheme, part, self._in_features) for part in parts]
+        if isinstance(scheme, PackedScheme):
+            return [PackedRows(scheme, part, self._in_features) for part in parts]
         return [QuantizedRows(scheme, part, self._in_features, self._dtype) for part in parts]
 
 
-class StoredLinearSiluMul(nn.Module):
+class PackedLinearSiluMul(nn.Module):
     """`LinearSiluMul` with its weight in groups as the checkpoint stores them."""
 
     def __init__(
-        self, ctx: BuildContext, scheme: StoredScheme, site: str, in_features: int, width: int, *, bias: bool
+        self, ctx: BuildContext, scheme: PackedScheme, site: str, in_features: int, width: int, *, bias: bool
     ) -> None:
         super().__init__()
         self.site = site
@@ -104,19 +104,19 @@ class StoredLinearSiluMul(nn.Module):
         self.weight = scheme.parameter(2 * width, in_features, ctx.device)
         self.bias = ctx.weight(2 * width) if bias else None
         self.op = ctx.bind(
-            "linear_stored_silu_mul", site, in_features=in_features, width=width, bias=bias, scheme=scheme.name
+            "linear_packed_silu_mul", site, in_features=in_features, width=width, bias=bias, scheme=scheme.name
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x, self.weight, self.bias)
 
     def rows(self, sizes: Sequence[int]) -> Sequence[Destination]:
-        """Places for the groups of the checkpoint matrices that are stacked here, `sizes` rows each."""
+        """Destinations of the packed checkpoint matrices that are stacked here, `sizes` rows each."""
         parts = [self.weight] if len(sizes) == 1 else torch.split(self.weight, list(sizes))
-        return [StoredRows(self._scheme, [part], self._in_features) for part in parts]
+        return [PackedRows(self._scheme, [part], self._in_features) for part in parts]
 
 
-GateUp = LinearSiluMul | StoredLinearSiluMul
+GateUp = LinearSiluMul | PackedLinearSiluMul
 """Gate and up projection with the gating in one op."""
 
 
@@ -125,8 +125,8 @@ def make_gate_up(ctx: BuildContext, site: str, in_features: int, width: int, *, 
     scheme = ctx.scheme_at(site)
     if scheme is None:
         return LinearSiluMul(ctx, site, in_features, width, bias=bias)
-    if isinstance(scheme, StoredScheme):
-        return StoredLinearSiluMul(ctx, scheme, site, in_features, width, bias=bias)
+    if isinstance(scheme, PackedScheme):
+        return PackedLinearSiluMul(ctx, scheme, site, in_features, width, bias=bias)
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Destination(Protocol):
-    """What loading needs of a place; a tensor is one."""
+    """What loading needs of where a tensor goes; a tensor is one."""
 
     @property
     def shape(self) -> torch.Size:
@@ -31,7 +31,7 @@ class Destination(Protocol):
 
 
 class Converted:
-    """A place that stores `convert(source)` in `target`, of the same shape."""
+    """Stores `convert(source)` in `target`, of the same shape."""
 
     def __init__(self, target: Destination, convert: Callable[[Tensor], Tensor]) -> None:
         self.target = target

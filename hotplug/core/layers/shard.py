@@ -1,4 +1,4 @@
-"""Places for one rank's part of a checkpoint tensor."""
+"""Destinations for one rank's part of a checkpoint tensor."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from hotplug.core.layers.destination import Destination
-from hotplug.core.quant.stored import StoredRows
-from hotplug.core.weights.stored import StoredMatrix
+from hotplug.core.quant.packed_scheme import PackedRows
+from hotplug.core.weights.packed_matrix import PackedMatrix
 
 
 def shard(target: Destination, dim: int, rank: int, ranks: int) -> Destination:
-    """A place for a tensor of which `target` takes part number `rank` of `ranks` equal ones along `dim`."""
-    if isinstance(target, StoredRows):
-        return StoredShard(target, dim, rank, ranks)
+    """Destination of a tensor of which `target` takes part number `rank` of `ranks` equal ones along `dim`."""
+    if isinstance(target, PackedRows):
+        return PackedShard(target, dim, rank, ranks)
     return Shard(target, dim, rank, ranks)
 
 
@@ -22,7 +22,7 @@ def _whole(part: torch.Size, dim: int, ranks: int) -> torch.Size:
 
 
 class Shard:
-    """A place that keeps a part of what it is given (`hotplug.core.layers.destination.Destination`)."""
+    """Keeps a part of the tensor that it is given (`hotplug.core.layers.destination.Destination`)."""
 
     def __init__(self, target: Destination, dim: int, rank: int, ranks: int) -> None:
         self._target = target
@@ -36,10 +36,10 @@ class Shard:
         self._target.copy_(source.narrow(self._dim, self._rank * size, size))
 
 
-class StoredShard(StoredRows):
+class PackedShard(PackedRows):
     """`Shard` of a matrix in groups. Columns are those of whole groups."""
 
-    def __init__(self, target: StoredRows, dim: int, rank: int, ranks: int) -> None:
+    def __init__(self, target: PackedRows, dim: int, rank: int, ranks: int) -> None:
         self._target = target
         self._dim, self._rank = dim, rank
         self.shape = _whole(target.shape, dim, ranks)
@@ -49,15 +49,15 @@ class StoredShard(StoredRows):
         size = self._target.shape[self._dim]
         self._target.copy_(source.narrow(self._dim, self._rank * size, size))
 
-    def take(self, matrix: StoredMatrix) -> None:
+    def take(self, matrix: PackedMatrix) -> None:
         part = self._target.shape
         size = matrix.data.shape[self._dim] * part[self._dim] // matrix.shape[self._dim]
         data = matrix.data.narrow(self._dim, self._rank * size, size)
-        self._target.take(StoredMatrix(matrix.scheme, data.contiguous(), part))
+        self._target.take(PackedMatrix(matrix.scheme, data.contiguous(), part))
 
 
 class OnFirstRank:
-    """A place that keeps what it is given on rank 0, and zeros on all others: what is added to a sum once."""
+    """Keeps the tensor on rank 0 and zeros on all others: it is added to a sum once."""
 
     def __init__(self, target: Destination, rank: int) -> None:
         self._target = target

@@ -10,19 +10,19 @@ from hotplug.core.errors import ModelError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.dense import Embedding
 from hotplug.core.layers.destination import Destination
+from hotplug.core.quant.packed_scheme import PackedRows, PackedScheme
 from hotplug.core.quant.scheme import NONE
-from hotplug.core.quant.stored import StoredRows, StoredScheme
 
 
-class StoredEmbedding(nn.Module):
+class PackedEmbedding(nn.Module):
     """`Embedding` with its table in groups."""
 
-    def __init__(self, ctx: BuildContext, scheme: StoredScheme, site: str, vocab: int, hidden: int) -> None:
+    def __init__(self, ctx: BuildContext, scheme: PackedScheme, site: str, vocab: int, hidden: int) -> None:
         super().__init__()
         self._hidden, self._dtype = hidden, ctx.dtype
         self.scheme = scheme
         self.weight = scheme.parameter(vocab, hidden, ctx.device)
-        self.op = ctx.bind("embed_stored", site, vocab=vocab, hidden=hidden, scheme=scheme.name)
+        self.op = ctx.bind("embed_packed", site, vocab=vocab, hidden=hidden, scheme=scheme.name)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.op(token_ids, self.weight, self._hidden).to(self._dtype)
@@ -31,7 +31,7 @@ class StoredEmbedding(nn.Module):
 class SplitEmbedding(nn.Module):
     """An embedding of which each rank has a part of the vocabulary: `part`, with `rows` of it."""
 
-    def __init__(self, ctx: BuildContext, site: str, part: Embedding | StoredEmbedding, rows: int, hidden: int) -> None:
+    def __init__(self, ctx: BuildContext, site: str, part: Embedding | PackedEmbedding, rows: int, hidden: int) -> None:
         super().__init__()
         self.part = part
         self._first, self._rows = ctx.rank * rows, rows
@@ -42,7 +42,7 @@ class SplitEmbedding(nn.Module):
         return self.part.weight
 
     @property
-    def scheme(self) -> StoredScheme | None:
+    def scheme(self) -> PackedScheme | None:
         return self.part.scheme
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Head(nn.Module):
             self.weight = scheme.parameter(vocab, hidden, ctx.device)
         else:
             self.weight = ctx.weight(vocab, hidden)
-        name, stored = ("logits", NONE) if scheme is None else ("logits_stored", scheme.name)
+        name, stored = ("logits", NONE) if scheme is None else ("logits_packed", scheme.name)
         self.op = ctx.bind(name, site, hidden=hidden, vocab=vocab, bias=False, scheme=stored)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -82,25 +82,25 @@ class Head(nn.Module):
         return scores if self.gather is None else self.gather(scores)
 
 
-AnyEmbedding = Embedding | StoredEmbedding | SplitEmbedding
+AnyEmbedding = Embedding | PackedEmbedding | SplitEmbedding
 
 
 def make_embedding(ctx: BuildContext, site: str, vocab: int, hidden: int) -> AnyEmbedding:
     """The embedding as the context has tables stored, or a rank's part of it."""
     scheme, rows = ctx.table_scheme_at(site), vocab // ctx.ranks
     args = (site, rows, hidden)
-    table = Embedding(ctx, *args) if scheme is None else StoredEmbedding(ctx, scheme, *args)
+    table = Embedding(ctx, *args) if scheme is None else PackedEmbedding(ctx, scheme, *args)
     return table if ctx.ranks == 1 else SplitEmbedding(ctx, site, table, rows, hidden)
 
 
-def table_place(table: nn.Module, hidden: int) -> Destination:
+def table_destination(table: nn.Module, hidden: int) -> Destination:
     """Where the checkpoint's table goes. `table` is one of the above, or a module of a plugin's model around one.
 
     Raises ModelError for a module that hides how its table is stored.
     """
     weight, scheme = cast("Tensor", table.weight), getattr(table, "scheme", None)
     if scheme is not None:
-        return StoredRows(scheme, [weight], hidden)
+        return PackedRows(scheme, [weight], hidden)
     if not weight.is_floating_point():
         raise ModelError("its weight is in groups, and it does not say in which", where=type(table).__name__,
                          hint="Give it the `scheme` of what it wraps, or run with --quantization none.")  # fmt: skip

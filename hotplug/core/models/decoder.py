@@ -18,8 +18,8 @@ from hotplug.core.layers.destination import Destination
 from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.moe import SparseMLP, unstacked
 from hotplug.core.layers.rope import rotary_table
-from hotplug.core.layers.table import Head, make_embedding, table_place
-from hotplug.core.models.split import place_of_rank
+from hotplug.core.layers.table import Head, make_embedding, table_destination
+from hotplug.core.models.split import destination_of_rank
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.weights.config import ModelConfig
 
@@ -102,16 +102,16 @@ class Decoder(nn.Module):
 
     def destinations(self) -> Iterator[tuple[str, Destination]]:
         """Where each checkpoint tensor goes: its Hugging Face name and the parameter, or slice of one, it fills."""
-        for name, place in self._places():
-            yield name, place_of_rank(name, place, self._rank, self._ranks)
+        for name, destination in self._whole_destinations():
+            yield name, destination_of_rank(name, destination, self._rank, self._ranks)
 
-    def _places(self) -> Iterator[tuple[str, Destination]]:
+    def _whole_destinations(self) -> Iterator[tuple[str, Destination]]:
         """`destinations` of a model that one rank has alone."""
         hidden = self.config.hidden_size
-        yield "model.embed_tokens.weight", table_place(self.embed, hidden)
+        yield "model.embed_tokens.weight", table_destination(self.embed, hidden)
         yield "model.norm.weight", self.norm.weight
         if not self.config.tie_word_embeddings:
-            yield "lm_head.weight", table_place(self.head, hidden)
+            yield "lm_head.weight", table_destination(self.head, hidden)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             yield from _layer_destinations(f"model.layers.{i}", layer)

@@ -11,12 +11,12 @@ from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.destination import Destination
 from hotplug.core.models.decoder import MODELS, Decoder
-from hotplug.core.quant.stored import StoredRows
+from hotplug.core.quant.packed_scheme import PackedRows
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.dummy import DummyCheckpoint
+from hotplug.core.weights.packed_matrix import PackedMatrix
 from hotplug.core.weights.promised import some
-from hotplug.core.weights.stored import StoredMatrix
 
 
 def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, type[Decoder]] = MODELS) -> Decoder:
@@ -31,15 +31,15 @@ def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, typ
 
 @torch.no_grad()
 def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
-    """Copy every tensor of the checkpoint to its place. Raises WeightsError."""
+    """Copy every tensor of the checkpoint to its destination. Raises WeightsError."""
     if isinstance(checkpoint, DummyCheckpoint):
-        for name, place in model.destinations():
-            _fill(checkpoint, name, place)
+        for name, destination in model.destinations():
+            _fill(checkpoint, name, destination)
         return
-    places: dict[str, Destination] = dict(model.destinations())
-    missing = dict(places)
+    destinations: dict[str, Destination] = dict(model.destinations())
+    missing = dict(destinations)
     unknown: list[str] = []
-    for name, tensor in _parts(model, checkpoint, places):
+    for name, tensor in _parts(model, checkpoint, destinations):
         target = missing.pop(name, None)
         if target is None:
             unknown.append(name)
@@ -47,8 +47,8 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
             raise WeightsError(
                 f"the shape is {list(tensor.shape)}, the config makes it {list(target.shape)}", where=name
             )
-        elif isinstance(tensor, StoredMatrix):
-            assert isinstance(target, StoredRows)
+        elif isinstance(tensor, PackedMatrix):
+            assert isinstance(target, PackedRows)
             target.take(tensor)
         elif tensor is not target:  # else it was written there
             target.copy_(tensor)
@@ -59,32 +59,32 @@ def load_weights(model: Decoder, checkpoint: Checkpoint) -> None:
 
 
 def _parts(
-    model: Decoder, checkpoint: Checkpoint, places: Mapping[str, Destination]
-) -> Iterator[tuple[str, Tensor | StoredMatrix]]:
-    """The checkpoint's tensors by the names of `places`: in groups where a place takes them, or there already."""
-    keep = {name for name, place in places.items() if isinstance(place, StoredRows)}
+    model: Decoder, checkpoint: Checkpoint, destinations: Mapping[str, Destination]
+) -> Iterator[tuple[str, Tensor | PackedMatrix]]:
+    """The checkpoint's tensors by the names of `destinations`: packed, or there already."""
+    keep = {name for name, destination in destinations.items() if isinstance(destination, PackedRows)}
 
-    def room(name: str, shape: tuple[int, ...]) -> Tensor | None:
-        place = places.get(name)
-        if not isinstance(place, Tensor) or place.shape != shape or place.dtype is not torch.float32:
+    def target(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        destination = destinations.get(name)
+        if not isinstance(destination, Tensor) or destination.shape != shape or destination.dtype is not torch.float32:
             return None
-        return place if place.is_cpu and place.is_contiguous() else None
+        return destination if destination.is_cpu and destination.is_contiguous() else None
 
-    for name, tensor in checkpoint.tensors(keep, room):
-        if isinstance(tensor, StoredMatrix):
+    for name, tensor in checkpoint.tensors(keep, target):
+        if isinstance(tensor, PackedMatrix):
             yield name, tensor
         else:
             yield from model.named(name, tensor)
 
 
-def _fill(checkpoint: DummyCheckpoint, name: str, place: Destination) -> None:
-    """Random weights, drawn where they stay if the place is a tensor."""
-    if isinstance(place, torch.Tensor):
-        checkpoint.fill(name, place)
+def _fill(checkpoint: DummyCheckpoint, name: str, destination: Destination) -> None:
+    """Random weights, drawn in the destination itself if it is a tensor."""
+    if isinstance(destination, torch.Tensor):
+        checkpoint.fill(name, destination)
         return
-    drawn = torch.empty(place.shape, dtype=place.dtype, device=place.device)
+    drawn = torch.empty(destination.shape, dtype=destination.dtype, device=destination.device)
     checkpoint.fill(name, drawn)
-    place.copy_(drawn)
+    destination.copy_(drawn)
 
 
 def _files(checkpoint: Checkpoint) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from hotplug.core.layers.dense import Linear, LinearSiluMul, QuantizedLinear, StoredLinearSiluMul
+from hotplug.core.layers.dense import Linear, LinearSiluMul, PackedLinearSiluMul, QuantizedLinear
 from hotplug.core.layers.table import Head
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.plan import Choice, Plan
@@ -36,7 +36,7 @@ def repack_weights(model: Decoder, plan: Plan, platform: HasWeights, checkpoint:
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Call site, owner and attribute of every matrix that products read."""
     for module in model.modules():
-        if isinstance(module, Linear | LinearSiluMul | StoredLinearSiluMul | Head):
+        if isinstance(module, Linear | LinearSiluMul | PackedLinearSiluMul | Head):
             yield module.site, module, "weight"
         elif isinstance(module, QuantizedLinear) and len(module.stored) == 1:
             yield module.site, module.stored, "0"

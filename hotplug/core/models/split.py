@@ -40,12 +40,12 @@ def local_config(config: ModelConfig, ranks: int) -> ModelConfig:
     return config if ranks == 1 else dataclasses.replace(config, **divided)
 
 
-def place_of_rank(name: str, place: Destination, rank: int, ranks: int) -> Destination:
-    """Where the checkpoint tensor `name` goes on a rank: `place` takes the rank's part of it, or all."""
+def destination_of_rank(name: str, destination: Destination, rank: int, ranks: int) -> Destination:
+    """Where the checkpoint tensor `name` goes on a rank: `destination` takes the rank's part of it, or all."""
     matrix, _, kind = name.rpartition(".")
     matrix = matrix.rpartition(".")[2]
     if ranks == 1 or matrix not in (*_ROWS, *_COLUMNS):
-        return place
+        return destination
     if matrix in _ROWS:
-        return shard(place, 0, rank, ranks)
-    return OnFirstRank(place, rank) if kind == "bias" else shard(place, 1, rank, ranks)
+        return shard(destination, 0, rank, ranks)
+    return OnFirstRank(destination, rank) if kind == "bias" else shard(destination, 1, rank, ranks)

@@ -10,17 +10,29 @@ from hotplug.core.ops import (
     inputs,
     moe,
     norm,
+    packed_linear,
     rope,
     rope_kv_write,
     sampling,
-    stored,
 )
 from hotplug.core.ops.registry import Op, OpRegistry
 
 
 def builtin_ops() -> tuple[Op, ...]:
     """Every built-in op."""
-    modules = (dense, norm, rope, attention, rope_kv_write, block_copy, moe, inputs, sampling, stored, collective)
+    modules = (
+        dense,
+        norm,
+        rope,
+        attention,
+        rope_kv_write,
+        block_copy,
+        moe,
+        inputs,
+        sampling,
+        packed_linear,
+        collective,
+    )
     return tuple(op for module in modules for op in module.OPS)
 
 

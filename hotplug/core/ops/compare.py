@@ -97,7 +97,7 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from leaves(f"{name}.{field.name}", getattr(value, field.name))
 
 
-_ROUNDED = {"linear_stored": "int8", "logits_stored": "int8", "linear_stored_silu_mul": "int8_gated"}
+_ROUNDED = {"linear_packed": "int8", "logits_packed": "int8", "linear_packed_silu_mul": "int8_gated"}
 """Ops whose kernels may round what they multiply with."""
 
 

@@ -91,7 +91,6 @@ class Impl:
     check: may this call site use it? Sees static facts only.
     accepts: of a site it serves, which step shapes? Others go to the next candidate. None = all.
     rank: the highest ok rank wins; equal ranks at one site are an error. Above 0.
-    tags: properties that tools look for, e.g. "graph-safe".
     """
 
     op: str
@@ -100,7 +99,6 @@ class Impl:
     check: Callable[[SiteSpec], Verdict] = field(default=lambda _: Verdict(True))
     accepts: Callable[[Bucket], bool] | None = None
     rank: int = 1
-    tags: frozenset[str] = frozenset()
 
 
 class OpRegistry:

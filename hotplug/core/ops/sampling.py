@@ -134,13 +134,14 @@ def reject_sample(tokens: Tensor, proposed: Tensor, first: Tensor) -> tuple[Tens
 
     tokens: int64 [S], what the model chose to follow each of the S tokens of R requests, one after the other; proposed:
     [S], what was proposed to follow it, -1 after a request's last; first: [R + 1], where each request begins.
-    A choice depends on the request's seed and its own place alone (`sample`), not on what was proposed. So a proposal
-    holds if it is the choice and all before it hold, and outputs are those of one token a step, greedy or drawn: the
-    rejection sampling of Leviathan et al. (2023) would keep their distribution only. `NO_TOKEN` is nobody's proposal.
+    A choice depends on the request's seed and its own position alone (`sample`), not on what was proposed. So a
+    proposal holds if it is the choice and all before it hold, and outputs are those of one token a step, greedy or
+    drawn: the rejection sampling of Leviathan et al. (2023) would keep their distribution only. `NO_TOKEN` is
+    nobody's proposal.
     Returns the numbers, in the dtype of `first`, and the tokens, int64, each [R].
     """
-    place = torch.arange(len(tokens), dtype=first.dtype, device=first.device)
-    wrong = torch.where(tokens == proposed, len(tokens), place)
+    position = torch.arange(len(tokens), dtype=first.dtype, device=first.device)
+    wrong = torch.where(tokens == proposed, len(tokens), position)
     end = wrong.flip(0).cummin(0).values.flip(0)[first[:-1]]  # the first wrong proposal from each request's begin on
     return end - first[:-1], tokens[end]
 

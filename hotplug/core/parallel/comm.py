@@ -21,9 +21,9 @@ def register_collectives(registry: OpRegistry, platform: Platform, ranks: int) -
     own = isinstance(platform, HasComm)
     for name, default in (("all_reduce", all_reduce), ("all_gather", all_gather)):
         times = ranks if name == "all_gather" else 1
-        registry.add(Impl(name, TORCH, _rehearsed(default, times)))
+        registry.add(Impl(name, TORCH, _skipped_on_meta(default, times)))
         if own:
-            fn = _rehearsed(_either(getattr(platform, name), default, ranks), times)
+            fn = _skipped_on_meta(_either(getattr(platform, name), default, ranks), times)
             registry.add(Impl(name, f"{platform.name}.comm", fn, rank=2))
 
 
@@ -40,7 +40,7 @@ def _either(
     return call
 
 
-def _rehearsed(fn: Collective, times: int) -> Collective:
+def _skipped_on_meta(fn: Collective, times: int) -> Collective:
     """`fn`, but for tensors without memory, whose steps one rank runs by itself: wider by `times`, and no call."""
 
     def call(x: Tensor) -> Tensor:

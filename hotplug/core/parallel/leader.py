@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hotplug.core.parallel import group
-from hotplug.core.parallel.link import Begin, Blocks, Link, Loaded, Message, Ready
+from hotplug.core.parallel.channel import Begin, Blocks, Loaded, Message, RankChannel, RankReady
 from hotplug.core.parallel.ring import RingReader
 from hotplug.core.parallel.transport import Reader
 from hotplug.core.parallel.zmq_transport import ZmqReader
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=Message)
 class Leader:
     """Rank 0, as rank `begin.rank` sees it. Implements `Peers`; raises EOFError where rank 0 is gone."""
 
-    def __init__(self, link: Link, begin: Begin, ranks: int) -> None:
+    def __init__(self, link: RankChannel, begin: Begin, ranks: int) -> None:
         self.rank = begin.rank
         self._link = link
         self._begin = begin
@@ -31,7 +31,7 @@ class Leader:
 
     def join(self, plan: str) -> None:
         self._link.send(Loaded(plan))
-        self._next(Ready)
+        self._next(RankReady)
         group.join(Path(self._begin.store), self.rank, self._ranks)
 
     def agree(self, blocks: int) -> int:
@@ -39,7 +39,7 @@ class Leader:
         return self._next(Blocks).count
 
     def ready(self) -> None:
-        self._link.send(Ready())
+        self._link.send(RankReady())
 
     def close(self) -> None:
         """Nothing: the process ends."""

@@ -10,7 +10,7 @@ class Peers(Protocol):
 
     @property
     def rank(self) -> int:
-        """One's own."""
+        """The rank of this process."""
         ...
 
     def join(self, plan: str) -> None:

@@ -112,11 +112,11 @@ class RingWriter:
     def send(self, message: bytes, check: Check | None = None) -> None:
         """Implements `Writer`. Raises TransportError where a reader takes nothing for a minute."""
         layout, view = self._layout, memoryview(message)
-        room, at = layout.slot_bytes - _HEADER, 0
+        most, at = layout.slot_bytes - _HEADER, 0
         while True:
             if self._position - self._slowest >= layout.slots:
-                self._wait_for_room(check)
-            part = view[at : at + room]
+                self._wait_for_slot(check)
+            part = view[at : at + most]
             at += len(part)
             word, contents = layout.slot(self._position)
             contents[: len(part)] = part
@@ -127,7 +127,7 @@ class RingWriter:
             if at == len(view):
                 break
             if self._position - self._slowest >= layout.slots:
-                self._ring()  # for the room that the rest needs
+                self._ring()  # for the slots that the rest needs
         self._ring()
 
     def unlink(self) -> None:
@@ -141,16 +141,16 @@ class RingWriter:
         self._layout.release()
         self._shared.close()
 
-    def _wait_for_room(self, check: Check | None) -> None:
+    def _wait_for_slot(self, check: Check | None) -> None:
         layout = self._layout
 
-        def room() -> bool:
+        def free_slot() -> bool:
             positions = [layout.words[layout.word_of(reader)] for reader in range(layout.readers)]
             self._slowest = min(positions, default=self._position)
             return self._position - self._slowest < layout.slots
 
         deadline = time.monotonic() + STALLED
-        while not _spin(room):
+        while not _spin(free_slot):
             if check is not None:
                 check()
             if time.monotonic() > deadline:

@@ -30,7 +30,7 @@ class Reader(Protocol):
     """Another rank's end."""
 
     def receive(self, check: Check | None = None) -> bytes:
-        """The next message; waits for it, if need be for ever. Raises TransportError where one is lost or torn."""
+        """The next message; waits for it, if need be for ever. Raises TransportError where one is lost or cut."""
         ...
 
     def close(self) -> None: ...

@@ -25,7 +25,7 @@ from typing import TypeVar
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import EngineDeadError
 from hotplug.core.parallel import group
-from hotplug.core.parallel.link import Begin, Blocks, Failed, Link, Loaded, Message, Ready
+from hotplug.core.parallel.channel import Begin, Blocks, Loaded, Message, RankChannel, RankFailed, RankReady
 from hotplug.core.parallel.ring import RingWriter
 from hotplug.core.parallel.transport import Writer
 from hotplug.core.parallel.zmq_transport import ZmqWriter
@@ -57,11 +57,11 @@ class Workers:
         group.require_free()
         self._ranks = config.tensor_parallel_size
         self._folder = Path(tempfile.mkdtemp(prefix="hotplug-ranks-"))
-        self._crew = _Crew(self._folder)
-        self.close = weakref.finalize(self, self._crew.end)
+        self._processes = _Processes(self._folder)
+        self.close = weakref.finalize(self, self._processes.end)
         """End the workers and leave the group; also done when this object goes, or the program ends."""
         pipes = [os.pipe() for _ in range(1, self._ranks)]
-        self._crew.bells = [bell for _, bell in pipes]
+        self._processes.bells = [bell for _, bell in pipes]
         for _, bell in pipes:
             os.set_blocking(bell, False)
         writer: RingWriter | ZmqWriter
@@ -69,21 +69,21 @@ class Workers:
             writer = ZmqWriter(self._ranks - 1)
             addresses = writer.addresses
         else:
-            writer = RingWriter(self._ranks - 1, doorbells=self._crew.bells)
+            writer = RingWriter(self._ranks - 1, doorbells=self._processes.bells)
             addresses = [writer.name] * (self._ranks - 1)
-        self._crew.writer = writer
+        self._processes.writer = writer
         for rank, ((doorbell, _), steps) in enumerate(zip(pipes, addresses, strict=True), start=1):
-            self._crew.start(module, rank, doorbell)
+            self._processes.start(module, rank, doorbell)
             os.close(doorbell)
             self._tell(rank, Begin(dataclasses.asdict(config), rank, str(self._folder / "store"), steps, doorbell))
         self._poll = select.poll()
-        for link in self._crew.links:
+        for link in self._processes.links:
             self._poll.register(link, select.POLLIN)
 
     @property
     def sentinels(self) -> tuple[int, ...]:
         """File descriptors that become readable when a worker has ended."""
-        return tuple(link.fileno() for link in self._crew.links)
+        return tuple(link.fileno() for link in self._processes.links)
 
     def join(self, plan: str) -> None:
         others = {loaded.plan for loaded in self._each(Loaded)}
@@ -93,9 +93,9 @@ class Workers:
                 why=f"plans {', '.join(sorted({plan, *others}))}", hint="Run them on devices of one kind.",
             )  # fmt: skip
         for rank in range(1, self._ranks):
-            self._tell(rank, Ready())
+            self._tell(rank, RankReady())
         group.join(self._folder / "store", 0, self._ranks)
-        self._crew.joined = True
+        self._processes.joined = True
 
     def agree(self, blocks: int) -> int:
         count = min(blocks, *(found.count for found in self._each(Blocks)))
@@ -104,13 +104,13 @@ class Workers:
         return count
 
     def ready(self) -> None:
-        self._each(Ready)
-        if isinstance(self._crew.writer, RingWriter):
-            self._crew.writer.unlink()
+        self._each(RankReady)
+        if isinstance(self._processes.writer, RingWriter):
+            self._processes.writer.unlink()
 
     def send(self, message: bytes) -> None:
         """Give every rank a plan. Raises EngineDeadError where one has ended."""
-        writer = self._crew.writer
+        writer = self._processes.writer
         assert writer is not None
         writer.send(message, self.check)
 
@@ -133,17 +133,17 @@ class Workers:
     def _tell(self, rank: int, message: Message) -> None:
         """Send to a worker; that it has ended is found where its answer is waited for."""
         with contextlib.suppress(EOFError):
-            self._crew.links[rank - 1].send(message)
+            self._processes.links[rank - 1].send(message)
 
     def _each(self, kind: type[M]) -> list[M]:
         """A message of every worker. Raises EngineDeadError as soon as one has ended."""
         found: dict[int, M] = {}
-        links = {link.fileno(): i for i, link in enumerate(self._crew.links)}
+        links = {link.fileno(): i for i, link in enumerate(self._processes.links)}
         while len(found) < len(links):
             for end, _ in self._poll.poll():
                 index = links[end]
                 try:
-                    message = self._crew.links[index].receive()
+                    message = self._processes.links[index].receive()
                 except EOFError:
                     raise self._ended() from None
                 if not isinstance(message, kind):
@@ -154,36 +154,36 @@ class Workers:
     def _ended(self, said: dict[int, Message] | None = None) -> EngineDeadError:
         """The error that names every worker which has ended or is about to, with its last words."""
         words, causes = [], []
-        for i, link in enumerate(self._crew.links):
+        for i, link in enumerate(self._processes.links):
             failed, over = (said or {}).get(i), False
-            while not over and not isinstance(failed, Failed) and _readable(link):
+            while not over and not isinstance(failed, RankFailed) and _readable(link):
                 try:
                     failed = link.receive()
                 except EOFError:
                     over = True
-            if isinstance(failed, Failed):
+            if isinstance(failed, RankFailed):
                 causes.append(failed.message if failed.deliberate else f"{failed.message}\n{failed.traceback}")
             elif not over:
                 continue  # it lives
-            words.append(f"rank {i + 1} has ended, {_exit(self._crew.exit_code(i))}")
+            words.append(f"rank {i + 1} has ended, {_exit(self._processes.exit_code(i))}")
         return EngineDeadError("; ".join(words), where="--tensor-parallel-size", why=causes)
 
 
-def _readable(link: Link) -> bool:
+def _readable(link: RankChannel) -> bool:
     """Whether there is a message, or the end."""
     poll = select.poll()
     poll.register(link, select.POLLIN)
     return bool(poll.poll(0))
 
 
-class _Crew:
+class _Processes:
     """What has to be ended: it knows nothing of the object whose end it is."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._owner = os.getpid()
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.links: list[Link] = []
+        self.links: list[RankChannel] = []
         self.lives: list[int] = []
         """Ends of pipes; a worker ends when its own is closed."""
         self.bells: list[int] = []
@@ -200,7 +200,7 @@ class _Crew:
             self.processes.append(subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL))
         os.close(life)
         self.lives.append(held)
-        self.links.append(Link(ours))
+        self.links.append(RankChannel(ours))
 
     def exit_code(self, index: int) -> int | None:
         """Of a worker that has ended or is about to; None for one that does not."""

@@ -100,15 +100,13 @@ class Limits:
     quantization: tuple[str, ...] = ("none",)
     """Weight schemes served; "none" is plain floating point, "*" any other by its plain-PyTorch reference.
 
-    With "stored" first, checkpoints whose matrices are in groups are served from them where nothing else is asked for
+    With "packed" first, checkpoints whose matrices are in groups are served from them where nothing else is asked for
     and kernels read them; with anything else first, in floating point."""
     block_sizes: tuple[int, ...] = (16,)
     """Tokens in a KV block."""
     kv_layouts: tuple[KVLayout, ...] = (KVLayout.NHD,)
     index_dtype: str = "int64"
     """Dtype of positions, slots and block tables on the device: int32 or int64."""
-    alignment: int = 1
-    """Elements that a row of a weight or of the KV cache is padded to a multiple of."""
     exec_modes: tuple[ExecMode, ...] = (ExecMode.EAGER,)
     max_graph_shapes: int = 0
     """Most step shapes that may be captured or compiled; 0 = no such limit."""

@@ -39,13 +39,10 @@ class HasDiagnosis(Protocol):
 
 @runtime_checkable
 class HasRuntime(Protocol):
-    """Streams, events and pinned memory. Default: no stream, copies wait."""
+    """Events and pinned memory. Default: copies wait."""
 
     def set_device(self, device: DeviceInfo) -> None:
         """Make `device` current for this thread."""
-
-    def stream(self) -> Any:
-        """A new stream, usable as a context manager."""
 
     def event(self) -> Any:
         """A new event with `record()`, `synchronize()` and `query()`."""

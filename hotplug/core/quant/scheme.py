@@ -38,7 +38,7 @@ class QuantScheme(Protocol):
 
 
 class QuantizedRows:
-    """A place for some rows of a quantized layer (`hotplug.core.layers.destination.Destination`)."""
+    """Destination of some rows of a quantized layer (`hotplug.core.layers.destination.Destination`)."""
 
     def __init__(self, scheme: QuantScheme, rows: Sequence[Tensor], in_features: int, dtype: torch.dtype) -> None:
         self._scheme = scheme

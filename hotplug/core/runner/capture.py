@@ -18,8 +18,8 @@ import torch
 from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.optional import HasCapture
 from hotplug.core.runner import capture_prompts
-from hotplug.core.runner.batch import Batch
 from hotplug.core.runner.capture_prompts import PromptShape, RecordedPrompts
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.static import StepShape
 from hotplug.core.runner.timing import PREPARE
@@ -62,7 +62,7 @@ def decode_shapes_on_use(max_num_seqs: int) -> list[StepShape]:
 class _Decodes:
     """One size: its input on the device, and a recorded step for each way to draw."""
 
-    def __init__(self, size: int, eager: EagerStep, batch: Batch, sampler: Sampler, logits: torch.Tensor) -> None:
+    def __init__(self, size: int, eager: EagerStep, batch: DeviceBatch, sampler: Sampler, logits: torch.Tensor) -> None:
         self.size = size
         self._eager = eager
         self._batch = batch
@@ -138,7 +138,7 @@ class _Decodes:
 class _Sizes:
     """A `_Decodes` a shape, made when asked for. They share the memory of the scores."""
 
-    def __init__(self, eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape]) -> None:
+    def __init__(self, eager: EagerStep, batch: DeviceBatch, sampler: Sampler, shapes: Sequence[StepShape]) -> None:
         self.sizes = [shape.num_requests for shape in shapes]
         self._logits = torch.empty((self.sizes[-1], sampler.vocab), dtype=torch.float32, device=batch.device)
         self._step = eager, batch, sampler
@@ -152,7 +152,11 @@ class _Sizes:
 
 @torch.inference_mode()
 def run_once(
-    eager: EagerStep, batch: Batch, sampler: Sampler, shapes: Sequence[StepShape], prompts: Sequence[PromptShape] = ()
+    eager: EagerStep,
+    batch: DeviceBatch,
+    sampler: Sampler,
+    shapes: Sequence[StepShape],
+    prompts: Sequence[PromptShape] = (),
 ) -> None:
     """Run what `CapturedSteps` would record of these shapes, op by op."""
     decodes = _Sizes(eager, batch, sampler, shapes)
@@ -171,7 +175,7 @@ class CapturedSteps:
     def __init__(
         self,
         eager: EagerStep,
-        batch: Batch,
+        batch: DeviceBatch,
         sampler: Sampler,
         platform: HasCapture,
         device: DeviceInfo,

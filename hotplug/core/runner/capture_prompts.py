@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hotplug.core.runner.batch import Batch, Region
+from hotplug.core.runner.device_batch import DeviceBatch, Region
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.timing import PREPARE
 from hotplug.core.sample.sampler import Draw, Sampler
@@ -58,7 +58,7 @@ def prompt_shapes(max_num_seqs: int, max_tokens: int) -> list[PromptShape]:
 class RecordedPrompts:
     """One shape: its inputs on the device, and a recorded step for each way to draw that is recorded."""
 
-    def __init__(self, shape: PromptShape, eager: EagerStep, batch: Batch, sampler: Sampler) -> None:
+    def __init__(self, shape: PromptShape, eager: EagerStep, batch: DeviceBatch, sampler: Sampler) -> None:
         self.shape = shape
         self._eager = eager
         self._batch = batch

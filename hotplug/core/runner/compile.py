@@ -21,7 +21,7 @@ from hotplug.core.errors import PlatformError
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.platform.optional import HasCompile
-from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
 from hotplug.core.runner.static import StaticInputs, StepShape
@@ -93,7 +93,7 @@ class CompiledSteps:
         compile_shape: Callable[[StaticInputs | DynamicInputs], Compiled],
         inputs: Sequence[StaticInputs | DynamicInputs],
         kv: list[KVBlocks],
-        batch: Batch,
+        batch: DeviceBatch,
         eager: EagerStep | None,
     ) -> None:
         self._platform = platform

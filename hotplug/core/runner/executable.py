@@ -13,7 +13,7 @@ from torch import Tensor
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
-from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.runner.static import StepShape
 from hotplug.core.runner.timing import PREPARE, StepTimer
 from hotplug.core.sample.sampler import Draw
@@ -72,7 +72,7 @@ class EagerStep:
     shapes: tuple[StepShape, ...] = ()
     recompiles = 0
 
-    def __init__(self, model: Decoder, kv: Sequence[KVBlocks], batch: Batch) -> None:
+    def __init__(self, model: Decoder, kv: Sequence[KVBlocks], batch: DeviceBatch) -> None:
         self._model = model
         self._kv = kv
         self._batch = batch

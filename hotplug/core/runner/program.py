@@ -64,8 +64,8 @@ class ModelProgram:
         return found
 
 
-class StepProgram:
-    """Implements `hotplug.core.platform.program.StepProgram` for one shape."""
+class ExportedStep:
+    """Implements `hotplug.core.platform.program.ExportedStep` for one shape."""
 
     def __init__(self, model: ModelProgram, inputs: StaticInputs | DynamicInputs) -> None:
         self._model = model

@@ -15,7 +15,7 @@ from torch import Tensor
 from hotplug.core.logprobs import Columns, TokenLogprobs
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.platform.optional import HasRuntime
-from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.runner.executable import Executable, HostStep, StepOutputs
 from hotplug.core.runner.timing import LAUNCH, StepTimer
 from hotplug.core.sample.sampler import Logprobs, Sampled, Sampler
@@ -79,8 +79,8 @@ class StepHandle:
             tokens = self.tokens.wait()
             if plan.num_verifies:
                 begins = _begins(plan)
-                tokens, confirmed = tokens[: begins[-1]], tokens[begins[-1] :]
-                ends = begins[:-1] + confirmed
+                tokens, accepted = tokens[: begins[-1]], tokens[begins[-1] :]
+                ends = begins[:-1] + accepted
                 for i in plan.verifies:
                     verified[int(plan.rows[i])] = tokens[begins[i] : ends[i] + 1].tolist()
                 tokens = tokens[ends]
@@ -114,7 +114,7 @@ class Runner:
     def __init__(
         self,
         model: Decoder,
-        batch: Batch,
+        batch: DeviceBatch,
         sampler: Sampler,
         executable: Executable,
         transfer: BlockTransfer | None = None,
@@ -172,8 +172,8 @@ class Runner:
         if plan.num_verifies:
             begins = _begins(plan)
             where, first, proposed = batch.upload(rows, begins, _proposed(plan, begins))
-            confirmed, last = self._sampler.verify(tokens, proposed, first)
-            host = torch.cat((tokens, confirmed.to(tokens.dtype)))
+            accepted, last = self._sampler.verify(tokens, proposed, first)
+            host = torch.cat((tokens, accepted.to(tokens.dtype)))
         else:
             (where,), last, host = batch.upload(rows), tokens, tokens
         batch.last_tokens[where] = last.to(batch.last_tokens.dtype)

@@ -209,8 +209,8 @@ class Sampler:
     def verify(self, tokens: Tensor, proposed: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """The op `reject_sample`: how many proposals of each request hold, and the token after them."""
         assert self._reject_sample is not None
-        confirmed, last = self._reject_sample(tokens, proposed, first)
-        return confirmed, last
+        accepted, last = self._reject_sample(tokens, proposed, first)
+        return accepted, last
 
     def _send(self) -> None:
         if self._stale:

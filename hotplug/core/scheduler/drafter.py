@@ -1,7 +1,7 @@
 """What a speculating request proposes: tokens by prompt lookup, as many as its recent proposals were worth.
 
 Proposals never change an output, only how many tokens a step gives (`StepPlan.drafts`). The window follows the text:
-twice as wide after a step that confirmed all of it, as wide as what was confirmed after one that did not. It is a power
+twice as wide after a step that accepted all of it, as wide as what was accepted after one that did not. It is a power
 of two, so that steps come in few sizes. Where the first proposal is wrong, matches are passed over, twice as many each
 time, so that a text that does not repeat costs next to nothing.
 """
@@ -64,7 +64,7 @@ class Drafter:
         self._most = config.tokens
         self._window = min(_FIRST_WINDOW, self._most)
         self._misses = 0
-        """Proposals in a row of which nothing was confirmed."""
+        """Proposals in a row of which nothing was accepted."""
         self._passed_over = 0
         """Matches yet to be passed over."""
 
@@ -83,11 +83,11 @@ class Drafter:
         """Whether there will probably be proposals once the token after `tokens` [n] is known."""
         return not self._passed_over and self._index.find(tokens) is not None
 
-    def learn(self, proposed: int, confirmed: int) -> None:
+    def learn(self, proposed: int, accepted: int) -> None:
         """Take note of how many of the `proposed` tokens were right."""
-        if confirmed:
+        if accepted:
             self._misses = 0
-            self._window = min(2 * max(self._window, proposed), self._most) if confirmed == proposed else confirmed
+            self._window = min(2 * max(self._window, proposed), self._most) if accepted == proposed else accepted
         else:
             self._misses += 1
             self._window = max(self._window // 2, 1)

@@ -1,6 +1,6 @@
 """The contract between the scheduler and the runner: what one step computes.
 
-A *row* is a request's place in the persistent batch, given by the scheduler at admission and kept until the
+A *row* is a request's index in the persistent batch, given by the scheduler at admission and kept until the
 request ends or is preempted. Both sides keep their state in arrays indexed by row, so a steady decode step
 is described by a few small arrays and nothing per request.
 """
@@ -105,11 +105,11 @@ class StepPlan:
         counts[self.num_decodes : self.first_chunk] = self.num_tokens[self.num_decodes : self.first_chunk]
         of = np.repeat(np.arange(len(self.rows)), counts)
         num_tokens = np.where(counts > 1, 1, self.num_tokens)
-        place = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+        offset = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
         return replace(
             self,
             rows=self.rows[of],
-            start=self.start[of] + place.astype(np.int32),
+            start=self.start[of] + offset.astype(np.int32),
             num_tokens=num_tokens[of],
             samples=self.samples[of],
             num_decodes=self.num_decodes + len(self.drafts),
@@ -129,4 +129,4 @@ class StepResult:
     prompt_logprobs: dict[int, Columns] = field(default_factory=dict)
     """By row: log-probabilities of prompt tokens start+1 .. of this chunk, for rows that asked."""
     verified: dict[int, list[int]] = field(default_factory=dict)
-    """By row, for verifications: the proposals that were confirmed and the token sampled after them."""
+    """By row, for verifications: the proposals that were accepted and the token sampled after them."""

@@ -37,11 +37,11 @@ from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.request import NO_TOKEN, EngineStats, Request, TokenDelta
-from hotplug.core.scheduler.batch import Batch
 from hotplug.core.scheduler.builder import StepBuilder
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import IntArray, StepPlan, StepResult
 from hotplug.core.scheduler.policy import FCFS, SchedulingPolicy, rank_of
+from hotplug.core.scheduler.running import RunningBatch
 from hotplug.core.scheduler.sequence import Sequence
 from hotplug.core.scheduler.speculator import Speculator
 from hotplug.core.scheduler.tokens import StepTokens, token_array
@@ -139,7 +139,7 @@ class Scheduler:
         self.max_model_len = min(config.max_model_len, kv.max_tokens_alone(config.max_num_batched_tokens) + 1)
         """Longest sequence that can be served: the configured one, or less where the KV pool is smaller."""
         self._most_scored = config.max_prefill_requests or max(config.max_num_seqs, MOST_SCORED)
-        self._batch = Batch(config.max_num_seqs, self.max_model_len)
+        self._batch = RunningBatch(config.max_num_seqs, self.max_model_len)
         self._waiting = WaitingQueue()
         self._no_bound = ShortPrompts(config.max_num_batched_tokens, self._most_scored)
         self._requests: dict[str, Sequence] = {}
@@ -357,7 +357,7 @@ class Scheduler:
             if self.kv.cost(matched, total, chunk) + self._reserved_blocks() > self.kv.pool.num_free:
                 return
             self._waiting.pop()
-            row = self._batch.place(seq)
+            row = self._batch.assign_row(seq)
             if swapped is not None:
                 builder.swap_in += self.kv.swap_in(row, swapped, matched)
             else:
@@ -459,10 +459,10 @@ class Scheduler:
         if seq is None or seq.in_flight:
             return
         by_key = sorted(self._batch.running(), key=lambda other: other.key)
-        while by_key and by_key[-1].key[0] > seq.key[0] and not self._has_room(seq):
+        while by_key and by_key[-1].key[0] > seq.key[0] and not self._fits(seq):
             self._preempt(by_key.pop())
 
-    def _has_room(self, seq: Sequence) -> bool:
+    def _fits(self, seq: Sequence) -> bool:
         cost = self.kv.cost(self._kept(seq)[0], len(seq.token_ids), self.config.max_num_batched_tokens)
         return self._batch.num_free > 0 and cost + self._reserved_blocks() <= self.kv.pool.num_free
 
@@ -581,7 +581,7 @@ class Scheduler:
         """What a verification, entry `i` of a step, gives to the request that still has its row."""
         batch, row = self._batch, int(plan.rows[i])
         seq = batch.owner(row)
-        delta, stopped = self._confirmed(seq, plan, i, result)
+        delta, stopped = self._accepted(seq, plan, i, result)
         if NO_TOKEN in delta.token_ids or not _scored(seq, delta.logprobs):
             return self._fail(seq, delta.token_ids)
         batch.confirm(row, delta.token_ids)
@@ -590,15 +590,15 @@ class Scheduler:
             self._finish(seq, delta, stopped=stopped)
         return delta
 
-    def _confirmed(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> tuple[TokenDelta, bool]:
+    def _accepted(self, seq: Sequence, plan: StepPlan, i: int, result: StepResult) -> tuple[TokenDelta, bool]:
         """The tokens that a verification gives a request, up to a stop token; whether there is one."""
         row, proposed = int(plan.rows[i]), int(plan.num_tokens[i]) - 1
-        confirmed = len(result.verified[row]) - 1
+        accepted = len(result.verified[row]) - 1
         if seq.drafter is not None:
-            seq.drafter.learn(proposed, confirmed)
+            seq.drafter.learn(proposed, accepted)
         self._stats.verifications += 1
         self._stats.proposed_tokens += proposed
-        self._stats.confirmed_tokens += confirmed
+        self._stats.accepted_tokens += accepted
         tokens, stopped = seq.until_stop(result.verified[row])
         delta = TokenDelta(seq.request.id, tokens, tag=seq.request.tag)
         if (entries := result.logprobs.get(row)) is not None:
@@ -612,7 +612,7 @@ class Scheduler:
             return []
         seq.in_flight -= 1
         if i in plan.verifies:
-            delta, stopped = self._confirmed(seq, plan, i, result)
+            delta, stopped = self._accepted(seq, plan, i, result)
         else:
             token = int(result.token_ids[i])
             delta, stopped = TokenDelta(seq.request.id, [token], tag=seq.request.tag), token in seq.stop_tokens

@@ -9,9 +9,9 @@ from __future__ import annotations
 from hotplug.core.errors import RequestError
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request
-from hotplug.core.scheduler.batch import Batch
 from hotplug.core.scheduler.drafter import Drafter, Speculation, obstacle
 from hotplug.core.scheduler.plan import IntArray
+from hotplug.core.scheduler.running import RunningBatch
 
 Drafts = dict[int, IntArray]
 """By row: the tokens proposed to follow its last one."""
@@ -21,7 +21,7 @@ class Speculator:
     """Asks the requests' drafters, within what a step has room for. The scheduler counts `num_requests`."""
 
     def __init__(
-        self, config: Speculation | None, batch: Batch, kv: KVManager, *, max_tokens: int, most_scored: int
+        self, config: Speculation | None, batch: RunningBatch, kv: KVManager, *, max_tokens: int, most_scored: int
     ) -> None:
         """`max_tokens` and `most_scored` bound a step: its tokens, and those of them that have scores."""
         self._config = config

@@ -29,9 +29,9 @@ from hotplug.core.platform.discovery import Candidate, discover
 from hotplug.core.platform.features import Resolved, compute_dtype, resolve
 from hotplug.core.platform.optional import HasRuntime
 from hotplug.core.platform.select import Selection, select
-from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.runner import kv_memory, memory_guard
-from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.runner.kv_memory import KVShape, swap_blocks, torch_device
 from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.sample.sampler import Sampler
@@ -39,7 +39,7 @@ from hotplug.core.scheduler.policy import SchedulingPolicy
 from hotplug.core.startup import mode_record, step_record
 from hotplug.core.startup.compile_check import compiled_by
 from hotplug.core.startup.installed import gather
-from hotplug.core.startup.ranks import check_ranks, group_faults, place
+from hotplug.core.startup.ranks import check_ranks, device_of_rank, packed_split_faults
 from hotplug.core.startup.step_record import StepSize
 from hotplug.core.startup.weight_format import WeightFormat, asked_format, preferred_format
 from hotplug.core.transfer.connector import KVConnector, KVFormat
@@ -78,7 +78,7 @@ class Bound:
     context: BuildContext
     """What the model was built with."""
     model: Decoder
-    batch: Batch
+    batch: DeviceBatch
     sampler: Sampler
     kv_shape: KVShape
     policy: SchedulingPolicy
@@ -149,7 +149,7 @@ def bind(
     """
     ranks = config.tensor_parallel_size
     first = select(config.device, discover() if candidates is None else candidates)
-    selection, sharing = place(first, rank, ranks)
+    selection, sharing = device_of_rank(first, rank, ranks)
     limits = selection.platform.limits(selection.device)
     extension = gather()
     policy = extension.find("scheduling", config.scheduling, option="--scheduling")
@@ -170,7 +170,7 @@ def bind(
 
     registry = _registry(selection.platform, extension, asked, ranks)
     weights = asked or preferred_format(limits, registry, checkpoint, dtype=resolved.dtype, arch=selection.device.arch,
-                                        torn=group_faults(checkpoint.config, ranks))  # fmt: skip
+                                        split_faults=packed_split_faults(checkpoint.config, ranks))  # fmt: skip
     device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
     tracer = Tracer(synchronizer(selection.platform, selection.device, device)) if config.trace_ops else None
     observe = tracer.observe if observe is None and tracer is not None else observe
@@ -178,7 +178,7 @@ def bind(
                 observe=observe)  # fmt: skip
     kv_shape = KVShape(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, resolved.block_size,
                        resolved.kv_layout, TORCH_DTYPES[resolved.kv_dtype])  # fmt: skip
-    reach = min(max_model_len, _room(config, model_config, kv_shape, resolved, max_model_len, sharing))
+    reach = min(max_model_len, _reachable(config, model_config, kv_shape, resolved, max_model_len, sharing))
     if not meta:
         kv_memory.check_context(config, limits, selection.platform.memory(selection.device), kv_shape, reach, sharing)
     context = BuildContext(
@@ -242,7 +242,7 @@ def _registry(platform: Platform, extension: Extension, asked: WeightFormat | No
     registry = builtin_registry()
     for op in extension.ops:
         registry.define(op)
-    if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, StoredScheme):
+    if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, PackedScheme):
         registry.define(asked.scheme.op)  # that of stored groups is built in
     platform.register(registry)
     if ranks > 1:
@@ -252,11 +252,11 @@ def _registry(platform: Platform, extension: Extension, asked: WeightFormat | No
 
 def _batch(
     plan: Plan, selection: Selection, limits: Limits, resolved: Resolved, device: torch.device, reach: int
-) -> Batch:
+) -> DeviceBatch:
     """The rows of a step, each of up to `reach` tokens. Raises OutOfMemoryError."""
     platform = selection.platform
     with MemoryGuard("making room for the rows of a step", selection, memory_guard.ROWS):
-        return Batch(
+        return DeviceBatch(
             plan,
             max_rows=resolved.max_num_seqs,
             max_len=reach,
@@ -280,7 +280,7 @@ def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat
     return lambda kv_format: factory(argument, kv_format)
 
 
-def _room(
+def _reachable(
     config: EngineConfig, model: ModelConfig, shape: KVShape, resolved: Resolved, max_model_len: int, sharing: int
 ) -> int:
     """Positions that a sequence can reach in the KV cache that the user allows; `max_model_len` where he sets none."""

@@ -18,7 +18,7 @@ from hotplug.core.runner.capture_prompts import CHUNKS, PromptShape, prompt_shap
 from hotplug.core.runner.compile import Compiled, CompiledSteps, StepBounds, checked_shapes
 from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep
-from hotplug.core.runner.program import ModelProgram, StepProgram
+from hotplug.core.runner.program import ExportedStep, ModelProgram
 from hotplug.core.runner.static import StaticInputs, StepShape
 from hotplug.core.scheduler.scheduler import MOST_SCORED, ShortPrompts
 from hotplug.core.startup.bind import Bound
@@ -118,7 +118,7 @@ def compiled(bound: Bound, shapes: Sequence[StepShape], kv: list[KVBlocks], eage
 
     def compile_shape(inputs: StaticInputs | DynamicInputs) -> Compiled:
         folder = artifact_folder(root, {**facts, "shape": list(inputs.shape)})
-        return platform.compile(StepProgram(programs, inputs), device, folder)
+        return platform.compile(ExportedStep(programs, inputs), device, folder)
 
     kind = DynamicInputs if bound.limits.compiled.dynamic else StaticInputs
     return CompiledSteps(

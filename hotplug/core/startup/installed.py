@@ -25,7 +25,7 @@ def check_names(config: EngineConfig) -> None:
     connector = None if config.kv_connector is None else config.kv_connector.partition(":")[0]
     named = (
         ("scheduling", config.scheduling, "--scheduling", ("fcfs", "priority")),
-        ("quantization", config.quantization, "--quantization", (None, "none", "stored")),
+        ("quantization", config.quantization, "--quantization", (None, "none", "packed")),
         ("kv_connectors", connector, "--kv-connector", (None,)),
     )
     unknown = [(kind, name, option) for kind, name, option, own in named if name not in own]

@@ -8,11 +8,11 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.errors import FeatureError
 from hotplug.core.models.decoder import MODELS, Decoder
 from hotplug.core.models.split import split_faults
-from hotplug.core.ops.stored import GROUP
+from hotplug.core.ops.packed_linear import GROUP
 from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.optional import HasShare
 from hotplug.core.platform.select import Selection
-from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.startup.weight_format import WeightFormat
 from hotplug.core.weights.config import ModelConfig
 
@@ -38,8 +38,8 @@ def check_ranks(
     if models.get(model.architecture) is not MODELS.get(model.architecture):
         faults.append(f"the plugin of {model.architecture} does not say how it is split")
     if asked is not None and asked.scheme is not None:
-        if isinstance(asked.scheme, StoredScheme):
-            faults += group_faults(model, ranks)
+        if isinstance(asked.scheme, PackedScheme):
+            faults += packed_split_faults(model, ranks)
         else:
             faults.append(f"quantization {asked.name} is not split: its scales may span a row")
     if config.kv_connector is not None:
@@ -53,7 +53,7 @@ def check_ranks(
                            hint="Choose a number that divides them, or run one rank.")  # fmt: skip
 
 
-def group_faults(model: ModelConfig, ranks: int) -> list[str]:
+def packed_split_faults(model: ModelConfig, ranks: int) -> list[str]:
     """Why matrices in groups cannot be split: of the two whose columns are, a rank's must be whole groups."""
     if ranks == 1:
         return []
@@ -65,7 +65,7 @@ def group_faults(model: ModelConfig, ranks: int) -> list[str]:
     ]
 
 
-def place(selection: Selection, rank: int, ranks: int) -> tuple[Selection, int]:
+def device_of_rank(selection: Selection, rank: int, ranks: int) -> tuple[Selection, int]:
     """What a rank runs on, and how many ranks share that.
 
     The selected device is rank 0's; the others have those after it, or the same where there are not as many.

@@ -52,7 +52,7 @@ def make_swap(bound: Bound, kv: list[KVBlocks], space: SwapSpace | None) -> Bloc
     return BlockSwap(kv, space, copy, bound.block_copy, bound.batch.index_dtype)
 
 
-def rehearse_swap(bound: Bound, kv: list[KVBlocks]) -> None:
+def warm_up_swap(bound: Bound, kv: list[KVBlocks]) -> None:
     """Swap a block out and in again on torch's meta device, if `bound` swaps: `kv` and the plan are on it."""
     if bound.block_copy is None:
         return

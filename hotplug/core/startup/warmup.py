@@ -18,7 +18,7 @@ from hotplug.core.runner.runner import Runner
 from hotplug.core.scheduler.scheduler import MOST_SCORED
 from hotplug.core.startup.bind import Bound, bind
 from hotplug.core.startup.executables import captured_prompts, captured_shapes
-from hotplug.core.startup.swap import rehearse_swap
+from hotplug.core.startup.swap import warm_up_swap
 
 
 class WarmUp:
@@ -40,14 +40,14 @@ class WarmUp:
 
     def _run(self, bound: Bound, platform: HasWarmup) -> None:
         try:
-            platform.warm_up(lambda: rehearse(bound), bound.selection.device)
+            platform.warm_up(lambda: run_on_meta(bound), bound.selection.device)
         except Exception as e:  # whatever a platform or a kernel cannot do without memory
             self.outcome = f"{type(e).__name__}: {e}"
         else:
             self.outcome = "done"
 
 
-def rehearse(bound: Bound) -> None:
+def run_on_meta(bound: Bound) -> None:
     """Run the steps of an engine's start, and a swap, on torch's meta device, with the kernels that its plan chose."""
     selection = bound.selection
     rank, name = bound.context.rank, f"{selection.platform.name}:{selection.device.index}"
@@ -72,4 +72,4 @@ def rehearse(bound: Bound) -> None:
     shapes = captured_shapes(twin)
     if shapes:
         capture.run_once(eager, twin.batch, twin.sampler, shapes, captured_prompts(twin))
-    rehearse_swap(twin, cache)
+    warm_up_swap(twin, cache)

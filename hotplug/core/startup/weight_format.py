@@ -14,8 +14,8 @@ from hotplug.core.errors import ConfigError
 from hotplug.core.extension.points import Extension
 from hotplug.core.ops.registry import Fact, OpRegistry, SiteSpec
 from hotplug.core.platform.base import Limits
+from hotplug.core.quant.packed_scheme import HEAD, PACKED, PackedFormats, PackedScheme, packed_formats
 from hotplug.core.quant.scheme import NONE, QuantScheme
-from hotplug.core.quant.stored import HEAD, STORED, StoredFormats, StoredScheme, stored_formats
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
 
@@ -29,9 +29,9 @@ class WeightFormat:
     reason: str
     scheme: QuantScheme | None = None
     """How linear layers store their weights; None is floating point."""
-    table_scheme: StoredScheme | None = None
+    table_scheme: PackedScheme | None = None
     """How the embedding and the head store theirs."""
-    site_schemes: Mapping[str, StoredScheme | None] = field(default_factory=dict)
+    site_schemes: Mapping[str, PackedScheme | None] = field(default_factory=dict)
     """Of the call sites that differ from these two."""
 
 
@@ -42,8 +42,8 @@ def asked_format(config: EngineConfig, extension: Extension, checkpoint: Checkpo
         return None
     if name == NONE:
         return WeightFormat(NONE, "asked for")
-    if name == STORED:
-        return _stored("asked for", stored_formats(checkpoint.formats))
+    if name == PACKED:
+        return _packed("asked for", packed_formats(checkpoint.formats))
     scheme: QuantScheme = extension.find("quantization", name, option="--quantization")
     return WeightFormat(name, "asked for", scheme)
 
@@ -55,32 +55,32 @@ def preferred_format(
     *,
     dtype: str,
     arch: str,
-    torn: Sequence[str] = (),
+    split_faults: Sequence[str] = (),
 ) -> WeightFormat:
     """Groups as they are stored where the platform puts that first and its kernels read them, else floating point.
 
-    `torn` says why groups cannot be split over the ranks there are.
+    `split_faults` says why groups cannot be split over the ranks there are.
     """
-    if limits.quantization[:1] != (STORED,):
+    if limits.quantization[:1] != (PACKED,):
         return WeightFormat(NONE, "the platform serves floating point unless asked for another format")
     try:
-        formats = stored_formats(checkpoint.formats)
+        formats = packed_formats(checkpoint.formats)
     except ConfigError as e:
         return WeightFormat(NONE, ": ".join((e.what, *e.why)))
-    refusals = list(torn)
+    refusals = list(split_faults)
     for site in _products(checkpoint.config, formats, dtype, arch):
         refusals += _refusals(registry, site)
     if refusals:
         return WeightFormat(NONE, "; ".join(dict.fromkeys(refusals)))
     names = " and ".join(scheme.name for scheme in formats.all)
-    return _stored(f"the platform's kernels read {names} as stored", formats)
+    return _packed(f"the platform's kernels read {names} as packed", formats)
 
 
-def _stored(reason: str, formats: StoredFormats) -> WeightFormat:
-    return WeightFormat(STORED, reason, formats.layers, formats.table, formats.others)
+def _packed(reason: str, formats: PackedFormats) -> WeightFormat:
+    return WeightFormat(PACKED, reason, formats.layers, formats.table, formats.others)
 
 
-def _products(config: ModelConfig, formats: StoredFormats, dtype: str, arch: str) -> Iterator[SiteSpec]:
+def _products(config: ModelConfig, formats: PackedFormats, dtype: str, arch: str) -> Iterator[SiteSpec]:
     """Call sites that stand for the model's products with groups."""
     hidden = config.hidden_size
     for scheme in formats.all:
@@ -88,7 +88,7 @@ def _products(config: ModelConfig, formats: StoredFormats, dtype: str, arch: str
         yield SiteSpec(scheme.op.name, "layers", dtype, arch, facts)
     if formats.table is not None:
         facts = {"hidden": hidden, "vocab": config.vocab_size, "bias": False, "scheme": formats.table.name}
-        yield SiteSpec("logits_stored", HEAD, dtype, arch, facts)
+        yield SiteSpec("logits_packed", HEAD, dtype, arch, facts)
 
 
 def _refusals(registry: OpRegistry, site: SiteSpec) -> list[str]:

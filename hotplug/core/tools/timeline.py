@@ -53,27 +53,27 @@ class Timeline:
         self._requests: list[_Request] = []
         self._open: dict[str, _Request] = {}
         self.left_out = 0
-        """Records that found no room."""
+        """Records beyond the capacity, which are dropped."""
 
     # --- what a step tells (hotplug.core.runner.timing.StepRecorder) ---
 
     def lap(self, phase: int, begin: int, end: int) -> None:
-        if self._room(self._laps):
+        if self._has_capacity(self._laps):
             self._laps.append((phase, begin, end))
 
     def launched(self, requests: int, tokens: int) -> None:
-        if self._room(self._launched):
+        if self._has_capacity(self._launched):
             self._launched.append((requests, tokens))
 
     def step(self, begin: int, end: int) -> None:
-        if self._room(self._steps):
+        if self._has_capacity(self._steps):
             self._steps.append((begin, end))
 
     # --- what the loop tells ---
 
     def added(self, request_id: str, prompt_tokens: int) -> None:
         """A request was given to the engine."""
-        if self._room(self._requests):
+        if self._has_capacity(self._requests):
             request = _Request(request_id, prompt_tokens, perf_counter_ns())
             self._requests.append(request)
             self._open[request_id] = request
@@ -93,10 +93,10 @@ class Timeline:
 
     def counters(self, stats: EngineStats) -> None:
         """What the engine holds now."""
-        if self._room(self._counters):
+        if self._has_capacity(self._counters):
             self._counters.append((perf_counter_ns(), stats.running, stats.waiting, stats.kv_blocks_used))
 
-    def _room(self, records: list[Any]) -> bool:
+    def _has_capacity(self, records: list[Any]) -> bool:
         if len(records) < self._limit:
             return True
         self.left_out += 1

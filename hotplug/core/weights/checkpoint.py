@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from hotplug.core.errors import ConfigError, UnsupportedModelError, WeightsError, nearest
 from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.dequantize_target import DequantizeTarget, no_target
 from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES, ConfigReader, read_hf_config
 from hotplug.core.weights.metadata import open_regular, read_json
-from hotplug.core.weights.room import Room, no_room
 
 if TYPE_CHECKING:
     import torch
 
-    from hotplug.core.weights.stored import StoredMatrix
+    from hotplug.core.weights.packed_matrix import PackedMatrix
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 _ADAPTER = "adapter_config.json"
@@ -43,12 +43,12 @@ class Checkpoint(Protocol):
         ...
 
     def tensors(
-        self, keep: Collection[str] = (), room: Room = no_room
-    ) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
+        self, keep: Collection[str] = (), target: DequantizeTarget = no_target
+    ) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
         """Name and CPU tensor of each weight, one in memory at a time. Raises WeightsError.
 
         Matrices in groups whose names are in `keep` come as they are stored, all others in floating point. What has to
-        be dequantized is written to the tensor that `room` has for it, and is that tensor.
+        be dequantized is written to the tensor that `target` has for it, and is that tensor.
         """
         ...
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hotplug.core.weights.config import ModelConfig
-from hotplug.core.weights.room import Room, no_room
+from hotplug.core.weights.dequantize_target import DequantizeTarget, no_target
 
 _STD = 0.02
 
@@ -31,7 +31,9 @@ class DummyCheckpoint:
         """No matrix is in groups."""
         return {}
 
-    def tensors(self, keep: Collection[str] = (), room: Room = no_room) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(
+        self, keep: Collection[str] = (), target: DequantizeTarget = no_target
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names with CPU tensors of the config's dtype."""
         dtype = getattr(torch, self.config.dtype)
         for name, shape in parameter_shapes(self.config).items():

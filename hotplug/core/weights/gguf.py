@@ -21,12 +21,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.dequantize_target import DequantizeTarget, no_target
 from hotplug.core.weights.dummy import parameter_shapes
 from hotplug.core.weights.gguf_config import gguf_config
 from hotplug.core.weights.gguf_file import GgufFile, GgufTensor
+from hotplug.core.weights.packed_matrix import PackedMatrix
 from hotplug.core.weights.promised import check_promised, some
-from hotplug.core.weights.room import Room, no_room
-from hotplug.core.weights.stored import StoredMatrix
 
 _CHUNK = 4096
 """Quantization blocks dequantized at once: the temporaries stay in cache and the threads keep busy."""
@@ -72,8 +72,8 @@ class GgufCheckpoint:
         return {name: tensor.kind.name.lower() for name, tensor in self._names.items() if len(tensor.shape) == 2}
 
     def tensors(
-        self, keep: Collection[str] = (), room: Room = no_room
-    ) -> Iterator[tuple[str, torch.Tensor | StoredMatrix]]:
+        self, keep: Collection[str] = (), target: DequantizeTarget = no_target
+    ) -> Iterator[tuple[str, torch.Tensor | PackedMatrix]]:
         """Hugging Face names with CPU tensors: F16 and BF16 as stored, every other type as float32.
 
         Matrices in `keep` come in their groups, as views of the mapped file where rows need no other order.
@@ -84,14 +84,14 @@ class GgufCheckpoint:
                 data = self._raw(name, tensor)
                 if name in keep and tensor.kind not in _PLAIN:
                     rows = _view(data.reshape(tensor.shape[0], -1))
-                    yield name, StoredMatrix(formats[name], rows, torch.Size(tensor.shape))
+                    yield name, PackedMatrix(formats[name], rows, torch.Size(tensor.shape))
                 elif tensor.kind in _PLAIN:
                     yield (
                         name,
                         torch.from_numpy(data.reshape(-1).copy()).view(_PLAIN[tensor.kind]).reshape(tensor.shape),
                     )
                 else:
-                    out = room(name, tensor.shape)
+                    out = target(name, tensor.shape)
                     out = torch.empty(tensor.shape) if out is None else out
                     dequantize(data, tensor.kind, pool, out)
                     yield name, out

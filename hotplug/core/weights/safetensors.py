@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.weights.config import ModelConfig
+from hotplug.core.weights.dequantize_target import DequantizeTarget, no_target
 from hotplug.core.weights.hf_config import SUPPORTED_ARCHITECTURES
 from hotplug.core.weights.metadata import Metadata, brief, open_regular, read_json, shown
 from hotplug.core.weights.promised import check_promised, some
-from hotplug.core.weights.room import Room, no_room
 
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -57,7 +57,9 @@ class SafetensorsCheckpoint:
         """No matrix is in groups."""
         return {}
 
-    def tensors(self, keep: Collection[str] = (), room: Room = no_room) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(
+        self, keep: Collection[str] = (), target: DequantizeTarget = no_target
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names with CPU tensors, file by file."""
         for file in self.files:
             with _open(file) as shard:

@@ -45,7 +45,7 @@ class CpuPlatform:
             dtypes=("float32", "bfloat16", "float16"),
             auto_dtype="float32" if narrow_is_slow else None,
             kv_dtypes=("float32", "bfloat16", "float16", "fp8_e4m3"),
-            quantization=("stored", "none", "*"),  # decoding goes by the bytes of the weights
+            quantization=("packed", "none", "*"),  # decoding goes by the bytes of the weights
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
             exec_modes=modes if not_compiled else (*modes, ExecMode.COMPILE),
@@ -55,7 +55,7 @@ class CpuPlatform:
                 refusal=not_compiled,
                 dtypes=("float32",),
                 kv_dtypes=("float32", "float16"),
-                quantization=("stored", "none"),
+                quantization=("packed", "none"),
                 block_sizes=(32,),
                 kv_layouts=(KVLayout.HND,),
             ),
@@ -77,11 +77,11 @@ class CpuPlatform:
 
     def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
         """Matrices in groups are packed for the native kernels; others stay as they are."""
-        from hotplug.platforms.cpu.native import stored
+        from hotplug.platforms.cpu.native import packed
 
-        if provider != stored.PROVIDER or spec.op not in stored.PACKED_OPS:
+        if provider != packed.PROVIDER or spec.op not in packed.PACKED_OPS:
             return weight
-        return stored.repack(weight, spec["scheme"])
+        return packed.repack(weight, spec["scheme"])
 
     def share(self, device: DeviceInfo, rank: int, ranks: int) -> None:
         from hotplug.platforms.cpu.cores import take

@@ -17,9 +17,9 @@ from hotplug.platforms.cpu.native.inputs import KERNELS as INPUTS_KERNELS
 from hotplug.platforms.cpu.native.library import refusal
 from hotplug.platforms.cpu.native.linear import linear_float32
 from hotplug.platforms.cpu.native.norm import KERNELS as NORM_KERNELS
+from hotplug.platforms.cpu.native.packed import KERNELS as PACKED_KERNELS
 from hotplug.platforms.cpu.native.rope import KERNELS as ROPE_KERNELS
 from hotplug.platforms.cpu.native.sampling import KERNELS as SAMPLING_KERNELS
-from hotplug.platforms.cpu.native.stored import KERNELS as STORED_KERNELS
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict, gather_kv
 
 FEW_ROWS = 16
@@ -249,5 +249,5 @@ KERNELS = (
     *NORM_KERNELS,
     *ROPE_KERNELS,
     *SAMPLING_KERNELS,
-    *STORED_KERNELS,
+    *PACKED_KERNELS,
 )

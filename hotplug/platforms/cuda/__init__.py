@@ -182,9 +182,6 @@ class CudaPlatform:
 
         torch.cuda.set_device(device.index)
 
-    def stream(self) -> Any:
-        import torch
-
         return torch.cuda.stream(torch.cuda.Stream())
 
     def event(self) -> Any:

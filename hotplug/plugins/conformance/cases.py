@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hotplug.core.ops.attention import AttentionInputs, kv_write
 from hotplug.core.ops.registry import Fact
-from hotplug.core.quant.stored import StoredScheme
+from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.request import NO_TOKEN
 
 TORCH_DTYPES = {
@@ -85,26 +85,26 @@ class Builder:
     def _logits(self, facts: Any, lens: Lens, view: bool) -> Call:
         return self._linear({**facts, "in_features": facts["hidden"], "out_features": facts["vocab"]}, lens, view)
 
-    def _embed_stored(self, facts: Any, lens: Lens, view: bool) -> Call:
+    def _embed_packed(self, facts: Any, lens: Lens, view: bool) -> Call:
         ids = self._ints(_tokens(lens), facts["vocab"])
         return Call((ids, self._groups(facts["vocab"], facts["hidden"], facts["scheme"]), facts["hidden"]))
 
-    def _linear_stored(self, facts: Any, lens: Lens, view: bool) -> Call:
+    def _linear_packed(self, facts: Any, lens: Lens, view: bool) -> Call:
         wide, out = facts["in_features"], facts["out_features"]
         bias = self._normal(out) if facts["bias"] else None
         return Call((self._normal(_tokens(lens), wide, view=view), self._groups(out, wide, facts["scheme"]), bias))
 
-    def _linear_stored_silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
-        return self._linear_stored({**facts, "out_features": 2 * facts["width"]}, lens, view)
+    def _linear_packed_silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return self._linear_packed({**facts, "out_features": 2 * facts["width"]}, lens, view)
 
-    def _logits_stored(self, facts: Any, lens: Lens, view: bool) -> Call:
-        return self._linear_stored(
+    def _logits_packed(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return self._linear_packed(
             {**facts, "in_features": facts["hidden"], "out_features": facts["vocab"]}, lens, view
         )
 
     def _groups(self, rows: int, columns: int, scheme: str) -> Tensor:
         weight = torch.randn((rows, columns), generator=self.random) * columns**-0.5
-        (data,) = StoredScheme(scheme).quantize(weight)
+        (data,) = PackedScheme(scheme).quantize(weight)
         return data
 
     def _silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:

@@ -7,9 +7,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hotplug.core.ops.packed_linear import GROUP_BYTES
+from hotplug.core.ops.packed_linear import OPS as _PACKED_OPS
 from hotplug.core.ops.registry import Fact
-from hotplug.core.ops.stored import GROUP_BYTES
-from hotplug.core.ops.stored import OPS as _STORED_OPS
 from hotplug.core.platform.base import Limits
 from hotplug.plugins.conformance.cases import Lens
 
@@ -17,7 +17,7 @@ HEADS = ((4, 4, 64), (8, 2, 64), (9, 3, 64), (6, 2, 32), (4, 1, 128))
 """(query heads, key/value heads, head dim)."""
 EXPERTS = ((64, 32, 8, 2), (130, 33, 5, 5), (128, 96, 60, 4))
 """(hidden, width, experts, experts a token)."""
-STORED_OPS = frozenset(op.name for op in _STORED_OPS)
+PACKED_OPS = frozenset(op.name for op in _PACKED_OPS)
 WINDOWS = (None, 7, 1)
 
 
@@ -33,14 +33,14 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
                 yield {"in_features": i, "out_features": o, "bias": b, "scheme": "none"}
         case "logits":
             yield {"hidden": 64, "vocab": 257, "bias": False, "scheme": "none"}
-        case "linear_stored":
+        case "linear_packed":
             for scheme, (i, o, b) in itertools.product(GROUP_BYTES, ((64, 48, True), (96, 33, False))):
                 yield {"in_features": i, "out_features": o, "bias": b, "scheme": scheme}
-        case "linear_stored_silu_mul":
+        case "linear_packed_silu_mul":
             for scheme, (i, w, b) in itertools.product(GROUP_BYTES, ((64, 48, True), (96, 33, False))):
                 yield {"in_features": i, "width": w, "bias": b, "scheme": scheme}
-        case "embed_stored" | "logits_stored":
-            bias = {"bias": False} if op == "logits_stored" else {}
+        case "embed_packed" | "logits_packed":
+            bias = {"bias": False} if op == "logits_packed" else {}
             yield from ({"vocab": 257, "hidden": 96, "scheme": scheme, **bias} for scheme in GROUP_BYTES)
         case "rms_norm" | "add_rms_norm" | "silu_mul":
             yield from ({"width": width} for width in (64, 96, 130))
@@ -149,7 +149,7 @@ class Fuzz:
             "bias": pick((False, True)),
             "scheme": "none",
         }
-        if op in STORED_OPS:  # rows of whole groups, and enough results for what rounding to eight bits may change
+        if op in PACKED_OPS:  # rows of whole groups, and enough results for what rounding to eight bits may change
             pool |= {"hidden": pick((32, 64, 160)), "in_features": pick((32, 64, 160, 576)), "vocab": pick((257, 1000)),
                      "out_features": pick((33, 48, 256)), "width": pick((33, 48, 256)),
                      "scheme": pick(tuple(GROUP_BYTES))}  # fmt: skip

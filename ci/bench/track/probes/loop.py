@@ -17,7 +17,7 @@ from typing import Any
 
 import zmq
 
-from track.probes.places import attribute, find
+from track.probes.places import attribute, find, first
 
 STEPS = {"loop-64": (64, 250), "loop-256": (256, 120), "loop-1024": (1024, 30)}
 """Requests, and steps of a run."""
@@ -57,7 +57,7 @@ class Loop:
         """`drain` takes the messages that come to an address."""
         engine = "hotplug.core.engine"
         config = find("EngineConfig", "hotplug.core.config")
-        link = find("Link", f"{engine}.link")(tempfile.mkdtemp())
+        link = first(f"{engine}.endpoints.Endpoints", f"{engine}.link.Link")(tempfile.mkdtemp())
         context = zmq.Context()
         inbox = context.socket(zmq.PULL)
         inbox.bind(link.inbox)

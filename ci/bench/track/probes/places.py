@@ -26,3 +26,14 @@ def attribute(owner: object, *names: str) -> Any:
         if hasattr(owner, name):
             return getattr(owner, name)
     raise CannotError(f"{type(owner).__name__} has none of {', '.join(names)}")
+
+
+def first(*paths: str) -> Any:
+    """What the first of these dotted paths, `module.name`, that exists leads to. Raises CannotError."""
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise CannotError(f"none of {', '.join(paths)} exists")

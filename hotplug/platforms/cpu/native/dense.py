@@ -1,4 +1,4 @@
-"""Embedding and gating by the native library (`src/step.h`), in float32. Products are in `linear` and `stored`."""
+"""Embedding and gating by the native library (`src/step.h`), in float32. Products are in `linear` and `packed`."""
 
 from __future__ import annotations
 

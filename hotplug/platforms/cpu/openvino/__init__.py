@@ -3,7 +3,7 @@
     recipe.py      a step's program as plain data: calls in order (rows.py selects rows early)
     store.py       recipes on disk
     build.py       from a recipe to an OpenVINO model, weights as constants over torch's memory
-    operations.py  what each operation becomes; attention.py and stored.py hold the two that take more than a line
+    operations.py  what each operation becomes; attention.py and packed_constants.py hold the two longest
     compiler.py    the platform's `HasCompile`
 
 Nothing here imports OpenVINO before a step is compiled.

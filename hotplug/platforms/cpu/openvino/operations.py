@@ -12,7 +12,7 @@ import openvino as ov
 from openvino import opset15 as op
 
 from hotplug.platforms.cpu.openvino.attention import attention, kv_write
-from hotplug.platforms.cpu.openvino.stored import embed_stored, linear_stored
+from hotplug.platforms.cpu.openvino.packed_constants import embed_packed, linear_packed
 
 if TYPE_CHECKING:
     from openvino import Output
@@ -53,8 +53,8 @@ def linear_silu_mul(graph: Graph, site: str, x: Output, weight: Weight, bias: We
     return silu_mul(graph, site, linear(graph, site, x, weight, bias))
 
 
-def linear_stored_silu_mul(graph: Graph, site: str, x: Output, data: Weight, bias: Weight | None) -> Output:
-    return silu_mul(graph, site, linear_stored(graph, site, x, data, bias))
+def linear_packed_silu_mul(graph: Graph, site: str, x: Output, data: Weight, bias: Weight | None) -> Output:
+    return silu_mul(graph, site, linear_packed(graph, site, x, data, bias))
 
 
 def rope(graph: Graph, site: str, q: Output, k: Output, positions: Output, cos_sin: Weight) -> tuple[Output, Output]:
@@ -141,16 +141,16 @@ def item(graph: Graph, site: str, values: Any, index: int) -> Any:
 
 TRANSLATIONS = {
     "hotplug::embed": embed,
-    "hotplug::embed_stored": embed_stored,
+    "hotplug::embed_packed": embed_packed,
     "hotplug::linear": linear,
-    "hotplug::linear_stored": linear_stored,
+    "hotplug::linear_packed": linear_packed,
     "hotplug::logits": linear,
-    "hotplug::logits_stored": linear_stored,
+    "hotplug::logits_packed": linear_packed,
     "hotplug::rms_norm": rms_norm,
     "hotplug::add_rms_norm": add_rms_norm,
     "hotplug::silu_mul": silu_mul,
     "hotplug::linear_silu_mul": linear_silu_mul,
-    "hotplug::linear_stored_silu_mul": linear_stored_silu_mul,
+    "hotplug::linear_packed_silu_mul": linear_packed_silu_mul,
     "hotplug::rope": rope,
     "hotplug::qk_norm_rope": qk_norm_rope,
     "hotplug::kv_write": kv_write,

@@ -12,8 +12,8 @@ BLOCK = 64
 
 
 @triton.jit(do_not_specialize=["tokens", "proposed", "first"])
-def _reject_sample(tokens, proposed, first, confirmed, last, BLOCK: tl.constexpr):
-    """The first token that is not the proposed one ends what is confirmed; a request's last never is."""
+def _reject_sample(tokens, proposed, first, accepted, last, BLOCK: tl.constexpr):
+    """The first token that is not the proposed one ends what is accepted; a request's last never is."""
     request = tl.program_id(0)
     begin, end = tl.load(first + request), tl.load(first + request + 1)
     wrong = end - 1
@@ -23,15 +23,15 @@ def _reject_sample(tokens, proposed, first, confirmed, last, BLOCK: tl.constexpr
         chosen = tl.load(tokens + place, mask=inside, other=0)
         differs = inside & (chosen != tl.load(proposed + place, mask=inside, other=0).to(tl.int64))
         wrong = tl.minimum(wrong, tl.min(tl.where(differs, place, end - 1), 0))
-    tl.store(confirmed + request, wrong - begin)
+    tl.store(accepted + request, wrong - begin)
     tl.store(last + request, tl.load(tokens + wrong))
 
 
 def reject_sample(tokens: Tensor, proposed: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """int64 `tokens` [S]; `proposed` [S] and `first` [R + 1] of int32 or int64."""
     requests = len(first) - 1
-    confirmed = torch.empty(requests, dtype=first.dtype, device=first.device)
+    accepted = torch.empty(requests, dtype=first.dtype, device=first.device)
     last = torch.empty(requests, dtype=torch.int64, device=first.device)
     if requests:
-        _reject_sample[(requests,)](tokens, proposed, first, confirmed, last, BLOCK=BLOCK, num_warps=2)
-    return confirmed, last
+        _reject_sample[(requests,)](tokens, proposed, first, accepted, last, BLOCK=BLOCK, num_warps=2)
+    return accepted, last

@@ -22,7 +22,7 @@ _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Of each matrix in groups, for as long as it lives. Weights do not change once they are used."""
 
 
-def linear_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+def linear_packed(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     """`x` float32 [n, in], rounded to eight bits by groups, times a matrix in groups, transposed.
 
     `data` is uint8: groups [out, bytes of a row], or what `repack` made of them.
@@ -30,12 +30,12 @@ def linear_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x if x.stride(-1) == 1 else x.contiguous(), weight_of(data, x.shape[1]), bias)
 
 
-def linear_stored_silu_mul(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_stored` to 2n outputs, then silu of the first n times the others: float32 [num_tokens, n]."""
+def linear_packed_silu_mul(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_packed` to 2n outputs, then silu of the first n times the others: float32 [num_tokens, n]."""
     return linear_silu_mul(x if x.stride(-1) == 1 else x.contiguous(), weight_of(data, x.shape[1]), bias)
 
 
-def embed_stored(token_ids: Tensor, data: Tensor, hidden: int) -> Tensor:
+def embed_packed(token_ids: Tensor, data: Tensor, hidden: int) -> Tensor:
     """The op, from the groups as they are. Raises PlatformError for a token that there is none of."""
     return rows_of_table(token_ids, data, hidden, KINDS[_KINDS[data.shape[1] * GROUP // hidden]])
 
@@ -83,10 +83,10 @@ def _check_gated(spec: SiteSpec) -> Verdict:
 
 
 _PRODUCTS = (
-    Impl("linear_stored", PROVIDER, linear_stored, check=_check, rank=10),
-    Impl("linear_stored_silu_mul", PROVIDER, linear_stored_silu_mul, check=_check_gated, rank=10),
-    Impl("logits_stored", PROVIDER, linear_stored, check=_check, rank=10),
+    Impl("linear_packed", PROVIDER, linear_packed, check=_check, rank=10),
+    Impl("linear_packed_silu_mul", PROVIDER, linear_packed_silu_mul, check=_check_gated, rank=10),
+    Impl("logits_packed", PROVIDER, linear_packed, check=_check, rank=10),
 )
 PACKED_OPS = frozenset(kernel.op for kernel in _PRODUCTS)
 """Ops whose kernels read what `repack` gives."""
-KERNELS = (Impl("embed_stored", PROVIDER, embed_stored, check=_check, rank=10), *_PRODUCTS)
+KERNELS = (Impl("embed_packed", PROVIDER, embed_packed, check=_check, rank=10), *_PRODUCTS)

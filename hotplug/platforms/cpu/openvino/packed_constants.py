@@ -25,14 +25,14 @@ BYTES = {18: "q4_0", 20: "q4_1", 34: "q8_0"}
 """Of a group, by format."""
 
 
-def linear_stored(graph: Graph, site: str, x: Output, data: Weight, bias: Weight | None) -> Output:
+def linear_packed(graph: Graph, site: str, x: Output, data: Weight, bias: Weight | None) -> Output:
     width = x.get_partial_shape()[-1].get_length()
-    product = op.matmul(x, graph.once(("stored", data.tensor.data_ptr()), lambda: _matrix(graph, data, width, site)),
+    product = op.matmul(x, graph.once(("packed", data.tensor.data_ptr()), lambda: _matrix(graph, data, width, site)),
                         False, True)  # fmt: skip
     return (product if bias is None else op.add(product, bias.output)).output(0)
 
 
-def embed_stored(graph: Graph, site: str, token_ids: Output, data: Weight, hidden: int) -> Output:
+def embed_packed(graph: Graph, site: str, token_ids: Output, data: Weight, hidden: int) -> Output:
     """Rows are gathered first and dequantized then."""
     table = graph.once(("table", data.tensor.data_ptr()), lambda: _table(graph, data, hidden, site))
     weights, scale, zero = (
@@ -89,7 +89,7 @@ _Parts = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
 
 def _of_rows(data: np.ndarray, rows: int, count: int, scheme: str) -> _Parts:
-    """Of groups as a file has them, row by row (`hotplug.core.quant.stored`)."""
+    """Of groups as a file has them, row by row (`hotplug.core.quant.packed_scheme`)."""
     groups = data.reshape(rows, count, -1)
     start = 4 if scheme == "q4_1" else 2
     heads = np.ascontiguousarray(groups[..., :start]).view(np.float16)

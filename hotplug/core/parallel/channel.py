@@ -38,11 +38,11 @@ class Blocks(msgspec.Struct, tag="blocks"):
     count: int
 
 
-class Ready(msgspec.Struct, tag="ready"):
+class RankReady(msgspec.Struct, tag="ready"):
     """From a rank: it waits for steps."""
 
 
-class Failed(msgspec.Struct, tag="failed"):
+class RankFailed(msgspec.Struct, tag="failed"):
     """A rank's last words."""
 
     message: str
@@ -51,13 +51,13 @@ class Failed(msgspec.Struct, tag="failed"):
     """Whether the message is worded for the user (a HotplugError) and the traceback adds nothing."""
 
 
-Message = Begin | Loaded | Blocks | Ready | Failed
+Message = Begin | Loaded | Blocks | RankReady | RankFailed
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
 
-class Link:
+class RankChannel:
     """One end. Raises EOFError where the other is gone."""
 
     def __init__(self, end: socket.socket) -> None:

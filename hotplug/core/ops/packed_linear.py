@@ -1,6 +1,6 @@
 """Ops on matrices in groups, as checkpoints store them: their references dequantize, then compute in floating point.
 
-The formats are described in `hotplug.core.quant.stored`.
+The formats are described in `hotplug.core.quant.packed_scheme`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def scheme_of(data: Tensor, columns: int) -> str:
     raise ValueError(f"rows of {data.shape[1]} bytes do not hold {columns} weights in a format that is known")
 
 
-def embed_stored(token_ids: Tensor, data: Tensor, hidden: int) -> Tensor:
+def embed_packed(token_ids: Tensor, data: Tensor, hidden: int) -> Tensor:
     """Rows of a table in groups, `data` uint8 [vocab, bytes of a row], for `token_ids` [num_tokens].
 
     Returns float32 [num_tokens, hidden].
@@ -53,7 +53,7 @@ def embed_stored(token_ids: Tensor, data: Tensor, hidden: int) -> Tensor:
     return dequantize(data[token_ids], scheme_of(data, hidden))
 
 
-def linear_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+def linear_packed(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` with its weight in groups: `x` [num_tokens, in], `data` uint8 [out, bytes of a row], `bias` [out].
 
     Kernels may round x to eight bits with a scale a group.
@@ -61,14 +61,14 @@ def linear_stored(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, dequantize(data, scheme_of(data, x.shape[1])).to(x.dtype), bias)
 
 
-def linear_stored_silu_mul(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_stored` to 2n outputs, then `silu_mul`: [num_tokens, in] to [num_tokens, n]. Gate rows come first."""
-    return silu_mul(linear_stored(x, data, bias))
+def linear_packed_silu_mul(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_packed` to 2n outputs, then `silu_mul`: [num_tokens, in] to [num_tokens, n]. Gate rows come first."""
+    return silu_mul(linear_packed(x, data, bias))
 
 
-def lower_linear_stored_silu_mul(bind: Bind, spec: SiteSpec) -> Fn:
+def lower_linear_packed_silu_mul(bind: Bind, spec: SiteSpec) -> Fn:
     width = spec["width"]
-    project = bind("linear_stored", "linear", in_features=spec["in_features"], out_features=2 * width,
+    project = bind("linear_packed", "linear", in_features=spec["in_features"], out_features=2 * width,
                    bias=spec["bias"], scheme=spec["scheme"])  # fmt: skip
     gate = bind("silu_mul", "act", width=width)
 
@@ -78,20 +78,20 @@ def lower_linear_stored_silu_mul(bind: Bind, spec: SiteSpec) -> Fn:
     return composed
 
 
-def logits_stored(hidden: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
-    """`logits` with its weight in groups: float32 [num_rows, vocab]. Kernels may round as those of `linear_stored`."""
-    return linear_stored(hidden, data, bias).to(torch.float32)
+def logits_packed(hidden: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    """`logits` with its weight in groups: float32 [num_rows, vocab]. Kernels may round as those of `linear_packed`."""
+    return linear_packed(hidden, data, bias).to(torch.float32)
 
 
-LINEAR = Op("linear_stored", linear_stored, facts=("in_features", "out_features", "bias", "scheme"))
+LINEAR = Op("linear_packed", linear_packed, facts=("in_features", "out_features", "bias", "scheme"))
 OPS = (
-    Op("embed_stored", embed_stored, facts=("vocab", "hidden", "scheme")),
+    Op("embed_packed", embed_packed, facts=("vocab", "hidden", "scheme")),
     LINEAR,
     Op(
-        "linear_stored_silu_mul",
-        linear_stored_silu_mul,
+        "linear_packed_silu_mul",
+        linear_packed_silu_mul,
         facts=("in_features", "width", "bias", "scheme"),
-        lower=lower_linear_stored_silu_mul,
+        lower=lower_linear_packed_silu_mul,
     ),
-    Op("logits_stored", logits_stored, facts=("hidden", "vocab", "bias", "scheme")),
+    Op("logits_packed", logits_packed, facts=("hidden", "vocab", "bias", "scheme")),
 )

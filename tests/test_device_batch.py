@@ -16,15 +16,15 @@ from hotplug.core.engine.core import EngineCore
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
 from hotplug.core.request import Request, SamplingParams
-from hotplug.core.runner.batch import Batch
+from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.scheduler.plan import StepPlan
 
 NONE = np.zeros(0, np.int32)
 
 
 @pytest.fixture(params=[torch.int64, torch.int32], ids=["int64", "int32"])
-def batch(request: pytest.FixtureRequest) -> Batch:
-    return Batch(Plan(builtin_registry(), arch="test"), max_rows=5, max_len=64, block_size=4,
+def batch(request: pytest.FixtureRequest) -> DeviceBatch:
+    return DeviceBatch(Plan(builtin_registry(), arch="test"), max_rows=5, max_len=64, block_size=4,
                  index_dtype=request.param, device=torch.device("cpu"), pin=Pins())  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def plan(blocks: list[tuple[int, int, int]], rows: list[int], start: list[int], 
     )  # fmt: skip
 
 
-def test_new_block_table_entries_go_with_a_step_s_inputs_in_one_copy(batch: Batch) -> None:
+def test_new_block_table_entries_go_with_a_step_s_inputs_in_one_copy(batch: DeviceBatch) -> None:
     batch.tokens[3, :6] = range(10, 16)
     inputs = batch.inputs(plan([(3, 0, 8), (3, 1, 9), (1, 5, 4)], [1, 3], [20, 0], [1, 6]), scored_only=True)
     assert len(batch._pin.shapes) == 1
@@ -64,7 +64,7 @@ def test_new_block_table_entries_go_with_a_step_s_inputs_in_one_copy(batch: Batc
     assert inputs.scored.seq_lens.tolist() == inputs.attention.seq_lens.tolist() == [21, 6]
 
 
-def test_of_a_step_with_an_unfinished_chunk_only_who_samples_is_scored(batch: Batch) -> None:
+def test_of_a_step_with_an_unfinished_chunk_only_who_samples_is_scored(batch: DeviceBatch) -> None:
     step = plan([], [0, 2, 4], [7, 0, 0], [1, 5, 3])
     step.samples[1] = False
     inputs = batch.inputs(step, scored_only=True)
@@ -75,7 +75,7 @@ def test_of_a_step_with_an_unfinished_chunk_only_who_samples_is_scored(batch: Ba
     assert inputs.attention.seq_lens.tolist() == [8, 5, 3]
 
 
-def test_uploaded_arrays_begin_at_aligned_addresses(batch: Batch) -> None:
+def test_uploaded_arrays_begin_at_aligned_addresses(batch: DeviceBatch) -> None:
     arrays = [np.arange(n, dtype=np.int64) + 100 * n for n in (3, 0, 4, 1, 9)]
     sent = batch.upload(*arrays)
     assert [t.tolist() for t in sent] == [a.tolist() for a in arrays]

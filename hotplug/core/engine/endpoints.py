@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Endpoints:
     """The meeting place of one engine and `clients` front ends, which are numbered from 0."""
 
     folder: str

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     import torch
 
-Room: TypeAlias = "Callable[[str, tuple[int, ...]], torch.Tensor | None]"
+DequantizeTarget: TypeAlias = "Callable[[str, tuple[int, ...]], torch.Tensor | None]"
 """Where a weight of this name and shape may be written, float32 and contiguous on the host; None: nowhere yet."""
 
 
-def no_room(name: str, shape: tuple[int, ...]) -> None:
+def no_target(name: str, shape: tuple[int, ...]) -> None:
     """Weights come in memory of their own."""

@@ -19,7 +19,7 @@ import zmq
 from hotplug import AsyncLLM, SamplingParams
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine import messages, process
-from hotplug.core.engine.link import Link
+from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.errors import EngineDeadError
 from hotplug.core.request import EngineStats, Request
 
@@ -43,7 +43,7 @@ class Stats:
 class Shared:
     """An engine, its link, and the front ends attached to it."""
 
-    def __init__(self, config: EngineConfig, link: Link, engine: BaseProcess) -> None:
+    def __init__(self, config: EngineConfig, link: Endpoints, engine: BaseProcess) -> None:
         self.config, self.link, self.engine = config, link, engine
         self.context = zmq.Context()
         self.inbox = self.context.socket(zmq.PUSH)
@@ -71,7 +71,7 @@ class Shared:
 @asynccontextmanager
 async def shared(model: Path, folder: Path, clients: int, **options: Any) -> AsyncIterator[Shared]:
     options = {"max_model_len": 512, "kv_cache_memory": "16MiB", "max_num_seqs": 8, "load_format": "dummy", **options}
-    config, link = EngineConfig(model=str(model), **options), Link(str(folder), clients)
+    config, link = EngineConfig(model=str(model), **options), Endpoints(str(folder), clients)
     one = Shared(config, link, process.start(config, link))
     try:
         yield one

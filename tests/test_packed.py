@@ -17,13 +17,20 @@ from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, FeatureError, ModelError
-from hotplug.core.layers.table import table_place
-from hotplug.core.ops.stored import GROUP_BYTES, dequantize, embed_stored, linear_stored, logits_stored, scheme_of
-from hotplug.core.quant.stored import StoredRows, StoredScheme
+from hotplug.core.layers.table import table_destination
+from hotplug.core.ops.packed_linear import (
+    GROUP_BYTES,
+    dequantize,
+    embed_packed,
+    linear_packed,
+    logits_packed,
+    scheme_of,
+)
+from hotplug.core.quant.packed_scheme import PackedRows, PackedScheme
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.startup import bind as bind_module
 from hotplug.core.weights.checkpoint import open_checkpoint
-from hotplug.core.weights.stored import StoredMatrix
+from hotplug.core.weights.packed_matrix import PackedMatrix
 from hotplug.platforms.cpu import CpuPlatform
 
 FORMATS = sorted(GROUP_BYTES)
@@ -55,8 +62,8 @@ def test_rows_of_no_format_are_refused() -> None:
 @pytest.mark.parametrize("scheme", FORMATS)
 def test_a_scheme_keeps_what_it_can_hold(scheme: str) -> None:
     _, values = groups(scheme)
-    ((shape, dtype),) = StoredScheme(scheme).tensors(5, 96).values()
-    (data,) = StoredScheme(scheme).quantize(values)
+    ((shape, dtype),) = PackedScheme(scheme).tensors(5, 96).values()
+    (data,) = PackedScheme(scheme).quantize(values)
     assert (tuple(data.shape), data.dtype) == (shape, dtype)
     assert torch.allclose(dequantize(data, scheme), values, atol=0.02)
 
@@ -65,12 +72,12 @@ def test_a_scheme_keeps_what_it_can_hold(scheme: str) -> None:
 def test_ops_are_those_of_the_dequantized_matrix(scheme: str) -> None:
     data, values = groups(scheme)
     x, bias = torch.randn(3, 96), torch.randn(5)
-    assert torch.equal(linear_stored(x, data, bias), torch.nn.functional.linear(x, values, bias))
-    assert logits_stored(x.bfloat16(), data, None).dtype is torch.float32
+    assert torch.equal(linear_packed(x, data, bias), torch.nn.functional.linear(x, values, bias))
+    assert logits_packed(x.bfloat16(), data, None).dtype is torch.float32
     ids = torch.tensor([4, 0, 4])
-    assert torch.equal(embed_stored(ids, data, 96), values[ids])
-    assert embed_stored(ids[:0], data, 96).shape == (0, 96)
-    assert linear_stored(x[:0], data, bias).shape == (0, 5)
+    assert torch.equal(embed_packed(ids, data, 96), values[ids])
+    assert embed_packed(ids[:0], data, 96).shape == (0, 96)
+    assert linear_packed(x[:0], data, bias).shape == (0, 5)
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -105,8 +112,8 @@ def tokens(core: EngineCore) -> list[int]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens_are_those_of_the_dequantized_model(start, tmp_path: Path, scheme: str, tied: bool) -> None:
     path = model(tmp_path, Kind[scheme.upper()], tied=tied)
-    kept = start(path, quantization="stored")
-    assert kept.report()["quantization"] == "stored"
+    kept = start(path, quantization="packed")
+    assert kept.report()["quantization"] == "packed"
     assert {p.dtype for p in kept.bound.model.parameters() if p.dim() == 2} == {torch.uint8}
     assert tokens(kept) == tokens(start(path))
 
@@ -125,7 +132,7 @@ def test_tokens_are_those_of_the_dequantized_model(start, tmp_path: Path, scheme
 def test_each_matrix_is_kept_in_its_own_format(start, tmp_path: Path, others: dict[str, Kind], on_cpu: bool) -> None:
     path = model(tmp_path, Kind.Q4_0, others=others)
     platform = CpuPlatform() if on_cpu else None
-    kept = start(path, platform, quantization="stored", dtype="float32")
+    kept = start(path, platform, quantization="packed", dtype="float32")
     found = {site["site"]: site["facts"]["scheme"] for site in kept.report()["sites"] if "scheme" in site["facts"]}
     expected = {"embed": "token_embd", "logits": "output.weight", "layers.0.attn.qkv": "0.attn_q.weight",
                 "layers.1.attn.out": "1.attn_output.weight", "layers.0.mlp.down": "0.ffn_down.weight"}  # fmt: skip
@@ -142,7 +149,7 @@ def test_each_matrix_is_kept_in_its_own_format(start, tmp_path: Path, others: di
 
 def test_tables_in_floating_point_stay_so(start, tmp_path: Path) -> None:
     path = model(tmp_path, Kind.Q4_1, tied=True, others={"token_embd": Kind.F16})
-    kept = start(path, quantization="stored")
+    kept = start(path, quantization="packed")
     assert kept.bound.model.embed.weight.dtype is torch.float32
     assert tokens(kept) == tokens(start(path))
 
@@ -151,7 +158,7 @@ def test_only_what_is_kept_comes_in_groups(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model(tmp_path, Kind.Q8_0))
     assert checkpoint.formats[DOWN] == "q8_0"
     found = dict(checkpoint.tensors({DOWN}))
-    assert isinstance(found[DOWN], StoredMatrix)
+    assert isinstance(found[DOWN], PackedMatrix)
     assert found[DOWN].shape == found[UP].shape[::-1]
     assert isinstance(found[UP], torch.Tensor)
     plain = dict(checkpoint.tensors())[DOWN]
@@ -185,31 +192,31 @@ def test_files_with_layers_in_other_formats_are_refused(
     start, tmp_path: Path, quant: Kind | None, others: dict[str, Kind], has: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"does not store its matrices(.|\n)*it has {has}"):
-        start(model(tmp_path, quant, others=others), quantization="stored")
+        start(model(tmp_path, quant, others=others), quantization="packed")
 
 
 def test_matrices_of_several_formats_that_are_read_together_are_refused(start, tmp_path: Path) -> None:
     path = model(tmp_path, Kind.Q8_0, others={"1.ffn_up": Kind.Q4_0})
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.gate_up reads matrices in q4_0 and q8_0 together"):
-        start(path, quantization="stored")
+        start(path, quantization="packed")
 
 
 def test_a_checkpoint_without_groups_is_refused(start, tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="it has floating point"):
-        start(tiny_model, quantization="stored", load_format="dummy")
+        start(tiny_model, quantization="packed", load_format="dummy")
 
 
 def test_a_platform_that_does_not_serve_it_is_refused(start, tmp_path: Path) -> None:
-    with pytest.raises(FeatureError, match="quantization stored is not among none"):
-        start(model(tmp_path, Kind.Q8_0), FakePlatform(facts=limits(quantization=("none",))), quantization="stored")
+    with pytest.raises(FeatureError, match="quantization packed is not among none"):
+        start(model(tmp_path, Kind.Q8_0), FakePlatform(facts=limits(quantization=("none",))), quantization="packed")
 
 
 def test_a_module_around_an_embedding_must_say_how_its_table_is_stored() -> None:
     wrapper = torch.nn.Module()
     wrapper.weight = torch.nn.Parameter(torch.zeros(4, 34, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match="its weight is in groups, and it does not say in which"):
-        table_place(wrapper, 32)
-    wrapper.scheme = StoredScheme("q8_0")
-    assert isinstance(table_place(wrapper, 32), StoredRows)
+        table_destination(wrapper, 32)
+    wrapper.scheme = PackedScheme("q8_0")
+    assert isinstance(table_destination(wrapper, 32), PackedRows)
     wrapper.scheme, wrapper.weight = None, torch.nn.Parameter(torch.zeros(4, 32))
-    assert table_place(wrapper, 32) is wrapper.weight
+    assert table_destination(wrapper, 32) is wrapper.weight

@@ -1,6 +1,6 @@
 """The scheduler's side of the persistent batch: per-row state in arrays, so that a step needs no loop.
 
-A row is placed at admission and removed at finish, abort or preemption. The runner keeps its own copy of
+A row is assigned at admission and removed at finish, abort or preemption. The runner keeps its own copy of
 what it needs on the device; nothing here is shared with it.
 """
 
@@ -19,7 +19,7 @@ STOP_TOKENS = 8
 """Stop tokens of a row that are compared in one vectorized pass; rows with more are looked at one by one."""
 
 
-class Batch:
+class RunningBatch:
     """State of `max_num_seqs` rows. All arrays are [max_num_seqs] unless said otherwise."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int) -> None:
@@ -79,7 +79,7 @@ class Batch:
         ready = (computed >= self.prefill) & (computed + 1 < self.limit) & ~self.verifying
         return np.flatnonzero(ready).astype(np.int32)
 
-    def place(self, seq: Sequence) -> int:
+    def assign_row(self, seq: Sequence) -> int:
         """Give a sequence the smallest free row."""
         row = heapq.heappop(self._free_rows)
         n = len(seq.token_ids)

@@ -38,12 +38,12 @@ class Region:
     Fill them by name and `send`; `begin` gives fresh host memory where the device may still copy from the last.
     """
 
-    def __init__(self, batch: Batch, sizes: Mapping[str, int]) -> None:
+    def __init__(self, batch: DeviceBatch, sizes: Mapping[str, int]) -> None:
         self._batch = batch
         ends = list(accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes.values()))
-        self._places = dict(zip(sizes, zip([0, *ends[:-1]], sizes.values(), strict=True), strict=True))
+        self._spans = dict(zip(sizes, zip([0, *ends[:-1]], sizes.values(), strict=True), strict=True))
         self._device = torch.zeros(ends[-1], dtype=batch.index_dtype, device=batch.device)
-        self.on_device = {name: self._device.narrow(0, *place) for name, place in self._places.items()}
+        self.on_device = {name: self._device.narrow(0, *span) for name, span in self._spans.items()}
         self._staged: Tensor
         self._values: npt.NDArray[Any]
         self.begin()
@@ -53,7 +53,7 @@ class Region:
         self._values = self._staged.numpy()
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        begin, size = self._places[name]
+        begin, size = self._spans[name]
         return self._values[begin : begin + size]
 
     def send(self) -> None:
@@ -61,7 +61,7 @@ class Region:
         self._device.copy_(self._staged, non_blocking=True)
 
 
-class Batch:
+class DeviceBatch:
     """Owns token histories (host), block tables and last tokens (device)."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Batch:
             self._cells.index_put_((cells,), ids)
 
     def _changed(self, plan: StepPlan) -> Ints:
-        """[B] places in `_cells` of the step's new block table entries."""
+        """[B] positions in `_cells` of the step's new block table entries."""
         return plan.block_rows.astype(np.int64) * self.max_blocks + plan.block_cols
 
     def inputs(self, plan: StepPlan, *, scored_only: bool = False) -> StepInputs:

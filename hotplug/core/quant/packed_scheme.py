@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from hotplug.core.errors import ConfigError
+from hotplug.core.ops.packed_linear import GROUP, GROUP_BYTES, LINEAR
 from hotplug.core.ops.registry import Op
-from hotplug.core.ops.stored import GROUP, GROUP_BYTES, LINEAR
 from hotplug.core.quant.scheme import QuantizedRows
-from hotplug.core.weights.stored import StoredMatrix
+from hotplug.core.weights.packed_matrix import PackedMatrix
 
-STORED = "stored"
+PACKED = "packed"
 """What `--quantization` calls keeping the checkpoint's groups."""
 EMBED, HEAD = "embed", "logits"
 """Call sites of the vocabulary's tables."""
@@ -32,7 +32,7 @@ _STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "out",
 
 
 @dataclass(frozen=True)
-class StoredScheme:
+class PackedScheme:
     """Keeps groups of one format. Implements `QuantScheme`; floating-point weights are rounded to it."""
 
     name: str
@@ -57,14 +57,14 @@ class StoredScheme:
         return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
-class StoredRows(QuantizedRows):
-    """A place for groups of one format, which takes them as they are. `rows` is a parameter, or some rows of one."""
+class PackedRows(QuantizedRows):
+    """Destination of packed rows of one format, taken as they are. `rows` is a parameter, or some rows of one."""
 
-    def __init__(self, scheme: StoredScheme, rows: Sequence[Tensor], columns: int) -> None:
+    def __init__(self, scheme: PackedScheme, rows: Sequence[Tensor], columns: int) -> None:
         super().__init__(scheme, rows, columns, torch.float32)
         self.scheme, self._data = scheme.name, rows[0]
 
-    def take(self, matrix: StoredMatrix) -> None:
+    def take(self, matrix: PackedMatrix) -> None:
         """Take `matrix`, of the same shape and format: the tensor itself where it is a whole parameter's, else a copy.
 
         So a parameter may be a view of the mapped file, which costs no memory of its own and must not be written to.
@@ -77,24 +77,24 @@ class StoredRows(QuantizedRows):
 
 
 @dataclass(frozen=True)
-class StoredFormats:
+class PackedFormats:
     """How a checkpoint stores the matrices that call sites read."""
 
-    layers: StoredScheme
+    layers: PackedScheme
     """Of most linear layers."""
-    table: StoredScheme | None
+    table: PackedScheme | None
     """Of the head, and of an embedding that is tied to it; None: in floating point."""
-    others: Mapping[str, StoredScheme | None]
+    others: Mapping[str, PackedScheme | None]
     """Of the sites that differ."""
 
     @property
-    def all(self) -> tuple[StoredScheme, ...]:
+    def all(self) -> tuple[PackedScheme, ...]:
         """Each scheme once."""
         found = (self.layers, self.table, *self.others.values())
         return tuple(dict.fromkeys(scheme for scheme in found if scheme is not None))
 
 
-def stored_formats(formats: Mapping[str, str]) -> StoredFormats:
+def packed_formats(formats: Mapping[str, str]) -> PackedFormats:
     """`formats` by the call sites that read them, from the format of each matrix by its Hugging Face name.
 
     Raises ConfigError where a layer's matrix is in a format that is not known, or matrices that one site reads
@@ -107,16 +107,16 @@ def stored_formats(formats: Mapping[str, str]) -> StoredFormats:
     has = {kind for kinds in sites.values() for kind in kinds}
     if not has or not has <= GROUP_BYTES.keys():
         kinds = ", ".join(sorted(has | set(tables.values())))
-        raise _not_stored(f"it has {kinds or 'floating point'}")
-    if torn := [site for site, kinds in sites.items() if len(kinds) > 1]:
-        raise _not_stored(f"{torn[0]} reads matrices in {' and '.join(sorted(sites[torn[0]]))} together")
-    by_site = {site: StoredScheme(kinds.pop()) for site, kinds in sites.items()}
+        raise _not_packed(f"it has {kinds or 'floating point'}")
+    if split := [site for site, kinds in sites.items() if len(kinds) > 1]:
+        raise _not_packed(f"{split[0]} reads matrices in {' and '.join(sorted(sites[split[0]]))} together")
+    by_site = {site: PackedScheme(kinds.pop()) for site, kinds in sites.items()}
     layers = Counter(by_site.values()).most_common(1)[0][0]
-    by_table = {site: StoredScheme(kind) if kind in GROUP_BYTES else None for site, kind in tables.items()}
+    by_table = {site: PackedScheme(kind) if kind in GROUP_BYTES else None for site, kind in tables.items()}
     table = by_table.get(HEAD, by_table.get(EMBED))
-    others: dict[str, StoredScheme | None] = {s: scheme for s, scheme in by_site.items() if scheme != layers}
+    others: dict[str, PackedScheme | None] = {s: scheme for s, scheme in by_site.items() if scheme != layers}
     others |= {s: scheme for s, scheme in by_table.items() if scheme != table}
-    return StoredFormats(layers, table, others)
+    return PackedFormats(layers, table, others)
 
 
 def _site(name: str) -> str:
@@ -128,10 +128,10 @@ def _site(name: str) -> str:
     return f"{block}.{_BLOCKS.get(part, part)}.{_STACKED.get(matrix, matrix)}"
 
 
-def _not_stored(why: str) -> ConfigError:
+def _not_packed(why: str) -> ConfigError:
     return ConfigError(
         f"the checkpoint does not store its matrices in {', '.join(GROUP_BYTES)}",
-        where="--quantization stored",
+        where="--quantization packed",
         why=why,
         hint="Leave --quantization out, then it is served in floating point.",
     )

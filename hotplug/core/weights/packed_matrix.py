@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class StoredMatrix:
-    """What a checkpoint gives of a matrix that the model keeps as it is (`hotplug.core.quant.stored`)."""
+class PackedMatrix:
+    """What a checkpoint gives of a matrix that the model keeps as it is (`hotplug.core.quant.packed_scheme`)."""
 
     scheme: str
     """The format, as `Checkpoint.formats` names it."""
