@@ -34,11 +34,14 @@ class ModelRun:
         config = EngineConfig(**{**fixed, "block_size": block_size, **options})
         self.bound = bind(config, candidates=candidates)
         load_weights(self.bound.model, self.bound.checkpoint)
-        blocks = -(-max_len // block_size)
+        tables, blocks = self.bound.groups.num_tables, -(-max_len // block_size)
+        pages = tables * blocks
         self.kv = kv_memory.allocate(
-            self.bound.kv_shape, 1 + blocks, self.bound.selection.platform, self.bound.selection.device
+            self.bound.groups, 1 + pages, self.bound.selection.platform, self.bound.selection.device
         )
-        self.block_ids = np.random.default_rng(0).permutation(np.arange(1, blocks + 1)).astype(np.int32)
+        self.block_ids = np.random.default_rng(0).permutation(np.arange(1, pages + 1)).astype(np.int32)
+        self.cells = np.indices((tables, blocks), np.int32).reshape(2, -1)
+        """[2, pages] table and column that each of `block_ids` goes to."""
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
@@ -58,7 +61,7 @@ class ModelRun:
         return torch.cat(found)
 
     def _plan(self, token_ids: Sequence[int], start: int, count: int, *, decode: bool) -> StepPlan:
-        columns = np.arange(len(self.block_ids), dtype=np.int32) if start == 0 else NO_INTS
+        tables, columns = self.cells if start == 0 else (NO_INTS, NO_INTS)
         admission = Admission(ROW, int32(*token_ids), len(token_ids), SamplingParams(), seed=0, eos_token_ids=())
         return StepPlan(
             rows=int32(ROW),
@@ -68,7 +71,8 @@ class ModelRun:
             num_decodes=int(decode),
             released=NO_INTS,
             admitted=[] if start else [admission],
+            block_tables=tables,
             block_rows=np.full_like(columns, ROW),
             block_cols=columns,
-            block_ids=self.block_ids[columns],
+            block_ids=self.block_ids[: len(columns)],
         )

@@ -11,8 +11,9 @@ import itertools
 from collections import deque
 
 import numpy as np
+from kv_groups import one_group
 
-from hotplug.core.kv.groups import KVGroup
+from hotplug.core.kv.groups import KVGroups
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request, SamplingParams, TokenDelta
 from hotplug.core.scheduler.plan import StepPlan, StepResult
@@ -77,6 +78,10 @@ class FakeConnector:
         return [self.blocks[digest] for digest in found]
 
 
+Content = tuple[int, int]
+"""What a cell of the cache holds: its table, and the hash of all tokens up to its own."""
+
+
 class FakeDevice:
     """Executes plans at once, in order, as a device stream would. `salts` maps a request's seed to its salt."""
 
@@ -85,10 +90,11 @@ class FakeDevice:
     ) -> None:
         self.connector = connector
         self.repeats = repeats
-        self.block_size, self.window = kv.block_size, kv.group.window
-        self.tables = np.full_like(kv.tables, -1)
-        self.slots: dict[int, int | None] = {}
-        self.host: dict[int, list[int | None]] = {}
+        self.block_size = kv.block_size
+        self.windows = [group.spec.reach for group in kv.groups.groups for _ in group.tables]  # type: ignore[attr-defined]
+        self.tables = np.full((kv.groups.num_tables, *kv.tables[0].pages.shape[1:]), -1, np.int32)
+        self.slots: dict[int, Content | None] = {}
+        self.host: dict[int, list[Content | None]] = {}
         self.salts = salts
         self.rows: dict[int, list[int]] = {}
         self.chains: dict[int, list[int]] = {}
@@ -112,7 +118,8 @@ class FakeDevice:
         for row, start, n in entries:
             chain = self.chains[row] if row not in drafts else self._chain_of_draft(row, drafts[row])
             for position in range(start, start + n):
-                self.slots[self._slot(row, position)] = chain[position]
+                for table in range(len(self.tables)):
+                    self.slots[self._slot(table, row, position)] = table, chain[position]
         tokens, verified = [], {}
         for i, (row, start, n) in enumerate(entries):
             self.computed_tokens += n
@@ -182,26 +189,27 @@ class FakeDevice:
             for token in admission.token_ids.tolist():
                 self._append(admission.row, token, hash_of_salt(self.salts[admission.seed]))
             self.admitted_len[admission.row] = len(admission.token_ids)
-        cells = list(zip(plan.block_rows.tolist(), plan.block_cols.tolist(), strict=True))
+        changed = plan.block_tables, plan.block_rows, plan.block_cols
+        cells = list(zip(*(each.tolist() for each in changed), strict=True))
         assert len(set(cells)) == len(cells), "a block-table cell changes twice in a step"
-        self.tables[plan.block_rows, plan.block_cols] = plan.block_ids
+        self.tables[changed] = plan.block_ids
 
     def _append(self, row: int, token: int, root: int = 0) -> None:
         chain = self.chains[row]
         self.rows[row].append(token)
         chain.append(fold(chain[-1] if chain else root, token))
 
-    def _slot(self, row: int, position: int) -> int:
-        block = int(self.tables[row, position // self.block_size])
-        assert block > 0, f"row {row} has no block for position {position}"
+    def _slot(self, table: int, row: int, position: int) -> int:
+        block = int(self.tables[table, row, position // self.block_size])
+        assert block > 0, f"row {row} has no block for position {position} in table {table}"
         return block * self.block_size + position % self.block_size
 
     def _read(self, row: int, start: int, end: int) -> None:
-        first = 0 if self.window is None else max(0, start - self.window + 1)
-        for position in range(first, end):
-            assert self.slots.get(self._slot(row, position)) == self.chains[row][position], (
-                f"row {row} reads a wrong KV at position {position}"
-            )
+        for table, window in enumerate(self.windows):
+            for position in range(0 if window is None else max(0, start - window + 1), end):
+                assert self.slots.get(self._slot(table, row, position)) == (table, self.chains[row][position]), (
+                    f"row {row} reads a wrong KV at position {position} of table {table}"
+                )
 
 
 class FakeEngine:
@@ -213,6 +221,7 @@ class FakeEngine:
         num_blocks: int = 65,
         block_size: int = 4,
         window: int | None = None,
+        groups: KVGroups | None = None,
         depth: int = 0,
         prefix_cache: bool = True,
         connector: FakeConnector | None = None,
@@ -223,12 +232,12 @@ class FakeEngine:
         defaults: dict[str, object] = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64}
         self.config = SchedulerConfig(**{**defaults, **config})  # type: ignore[arg-type]
         self.kv = KVManager(
-            KVGroup(block_size=block_size, window=window),
-            num_blocks=num_blocks,
+            one_group(block_size, window) if groups is None else groups,
+            num_pages=num_blocks,
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
             enable_prefix_cache=prefix_cache,
-            num_host_blocks=num_host_blocks,
+            num_host_pages=num_host_blocks,
         )
         self.scheduler = Scheduler(self.config, self.kv, connector)
         self.salts: dict[int, str] = {}

@@ -303,7 +303,7 @@ def test_an_import_along_the_arrows_passes(module: str, source: str) -> None:
 
 def test_a_cycle_is_found() -> None:
     planted = {
-        "hotplug.core.kv.pool": "from hotplug.core.kv.groups import KVGroup",
+        "hotplug.core.kv.pool": "from hotplug.core.kv.groups import KVGroups",
         "hotplug.core.kv.groups": "from hotplug.core.kv import manager",
         "hotplug.core.kv.manager": "import hotplug.core.kv.pool",
     }

@@ -162,12 +162,12 @@ def test_padding_rows_change_nothing_of_other_rows(model: Path) -> None:
         ask(core, i)
     run(core, steps=2)
     batch, (first, *_) = core.bound.batch, core._executable._eager._kv
-    used = batch.block_tables[:3].unique().tolist()
+    used = batch.block_tables[0, :3].unique().tolist()
     others = [i for i in range(len(first[0])) if i not in used]
     before = [batch.last_tokens.clone(), batch.block_tables.clone(), first[0].clone()]
     run(core, steps=1)
     assert torch.equal(batch.last_tokens[3:-1], before[0][3:-1])
     assert torch.equal(batch.block_tables, before[1])
-    assert not batch.block_tables[batch.spare_row].any()
+    assert not batch.block_tables[:, batch.spare_row].any()
     assert torch.equal(first[0][others], before[2][others])
     assert not torch.equal(first[0], before[2])

@@ -394,7 +394,7 @@ def test_swapped_blocks_go_from_and_to_the_caches_of_the_last_step(tmp_path):
         return core, found
 
     roomy, expected = run(FakePlatform(facts=limits(accelerator=False, block_sizes=(32,))), kv_cache_memory="4MiB")
-    size = roomy.bound.kv_shape.block_bytes
+    size = roomy.bound.groups.page_bytes
     swapping, found = run(Compiler(shapes=FEW), kv_cache_memory=7 * size, swap_space=9 * size)
     assert found == expected
     assert swapping.stats().blocks_swapped_in > 0

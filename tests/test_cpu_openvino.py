@@ -134,7 +134,7 @@ def test_prompts_in_chunks_beside_decodes(model: Path, cache: Path) -> None:
 @needs_openvino
 def test_preempted_requests(model: Path, compiled: EngineCore) -> None:
     asked = prompts(8, longest=12, seed=3)
-    size = compiled.bound.kv_shape.block_bytes
+    size = compiled.bound.groups.page_bytes
     core = engine(model, "compile", kv_cache_memory=10 * size)
     assert generate(core, asked, 64) == generate(compiled, asked, 64)
     assert core.stats().preemptions > 0
@@ -143,7 +143,7 @@ def test_preempted_requests(model: Path, compiled: EngineCore) -> None:
 @needs_openvino
 def test_blocks_swapped_to_the_host_and_back(model: Path, compiled: EngineCore) -> None:
     asked = prompts(8, longest=12, seed=4)
-    size = compiled.bound.kv_shape.block_bytes
+    size = compiled.bound.groups.page_bytes
     core = engine(model, "compile", kv_cache_memory=10 * size, swap_space=20 * size)
     assert generate(core, asked, 64) == generate(compiled, asked, 64)
     assert core.stats().blocks_swapped_in > 0

@@ -45,7 +45,7 @@ def plan(blocks: list[tuple[int, int, int]], rows: list[int], start: list[int], 
     return StepPlan(
         rows=int32(*rows), start=int32(*start), num_tokens=int32(*num_tokens), samples=np.ones(len(rows), bool),
         num_decodes=sum(n == 1 for n in num_tokens), released=NONE, admitted=[],
-        block_rows=row, block_cols=column, block_ids=block,
+        block_tables=np.zeros_like(row), block_rows=row, block_cols=column, block_ids=block,
     )  # fmt: skip
 
 
@@ -53,15 +53,15 @@ def test_new_block_table_entries_go_with_a_step_s_inputs_in_one_copy(batch: Devi
     batch.tokens[3, :6] = range(10, 16)
     inputs = batch.inputs(plan([(3, 0, 8), (3, 1, 9), (1, 5, 4)], [1, 3], [20, 0], [1, 6]), scored_only=True)
     assert len(batch._pin.shapes) == 1
-    assert batch.block_tables[3, :3].tolist() == [8, 9, 0]
-    assert batch.block_tables[1, 4:7].tolist() == [0, 4, 0]
+    assert batch.block_tables[0, 3, :3].tolist() == [8, 9, 0]
+    assert batch.block_tables[0, 1, 4:7].tolist() == [0, 4, 0]
     assert batch.block_tables.sum() == 21
     assert inputs.token_ids.tolist() == [0, *range(10, 16)]  # a decode's is what the device knows
-    assert inputs.slots.tolist() == [4 * 4, *range(32, 36), 36, 37]
+    assert inputs.slots[0].tolist() == [4 * 4, *range(32, 36), 36, 37]
     assert inputs.logit_indices.tolist() == [0, 6]
     assert inputs.scored is not None
-    assert inputs.scored.query_start.tolist() == [0, 1, 2]
-    assert inputs.scored.seq_lens.tolist() == inputs.attention.seq_lens.tolist() == [21, 6]
+    assert inputs.scored[0].query_start.tolist() == [0, 1, 2]
+    assert inputs.scored[0].seq_lens.tolist() == inputs.attention[0].seq_lens.tolist() == [21, 6]
 
 
 def test_of_a_step_with_an_unfinished_chunk_only_who_samples_is_scored(batch: DeviceBatch) -> None:
@@ -70,9 +70,9 @@ def test_of_a_step_with_an_unfinished_chunk_only_who_samples_is_scored(batch: De
     inputs = batch.inputs(step, scored_only=True)
     assert inputs.logit_indices.tolist() == [0, 8]
     assert inputs.scored is not None
-    assert inputs.scored.seq_lens.tolist() == [8, 3]
-    assert inputs.scored.block_table.shape[0] == 2
-    assert inputs.attention.seq_lens.tolist() == [8, 5, 3]
+    assert inputs.scored[0].seq_lens.tolist() == [8, 3]
+    assert inputs.scored[0].block_table.shape[0] == 2
+    assert inputs.attention[0].seq_lens.tolist() == [8, 5, 3]
 
 
 def test_uploaded_arrays_begin_at_aligned_addresses(batch: DeviceBatch) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from kv_groups import one_group
 
-from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.host import HostPool
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.prefix import BlockHashes
@@ -16,9 +16,14 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
+def table(kv: KVManager) -> np.ndarray:
+    """[rows, entries]: the only block table."""
+    return kv.tables[0].pages[0]
+
+
 def manager(num_host_blocks: int = 9, window: int | None = None) -> KVManager:
-    group = KVGroup(block_size=4, window=window)
-    return KVManager(group, num_blocks=9, max_num_seqs=4, max_model_len=40, num_host_blocks=num_host_blocks)
+    group = one_group(4, window)
+    return KVManager(group, num_pages=9, max_num_seqs=4, max_model_len=40, num_host_pages=num_host_blocks)
 
 
 def digests(n: int) -> list[bytes]:
@@ -115,12 +120,12 @@ def test_random_use_keeps_the_pool_consistent(script: list[tuple[int, int, int]]
 def test_swapping_out_keeps_the_computed_blocks_and_frees_the_rows_own() -> None:
     kv = manager()
     kv.extend(ints(0), ints(10))
-    before = kv.tables[0, :3].tolist()
+    before = table(kv)[0, :3].tolist()
     swapped = kv.swap_out(0, 10, digests(8))
     kv.free(0)
-    assert swapped is not None and (swapped.num_tokens, swapped.first) == (10, 0)
+    assert swapped is not None and (swapped.num_tokens, swapped.firsts) == (10, (0,))
     assert kv.pool.num_used == 0
-    assert sorted(kv.take_swap_out()) == sorted(zip(before, swapped.blocks, strict=True))
+    assert sorted(kv.take_swap_out()) == sorted(zip(before, swapped.pages, strict=True))
     kv.check()
 
 
@@ -133,13 +138,13 @@ def test_swapping_in_shares_what_is_cached_and_copies_the_rest() -> None:
     kv.free(0)
     others = kv.pool.allocate(7)  # all but the first block of the sequence, which is the last to be evicted
     shared = kv.match(digests(8))
-    assert len(shared) == 1
+    assert shared.num_blocks == 1
     kv.pool.release(others)
     kv.take_changes()
     copies = kv.swap_in(1, swapped, shared)
-    assert [host for _, host in copies] == swapped.blocks[1:]
-    assert kv.tables[1, :3].tolist() == [*shared, *(block for block, _ in copies)]
-    assert [a.tolist() for a in kv.take_changes()][:2] == [[1, 1, 1], [0, 1, 2]]
+    assert [host for _, host in copies] == swapped.pages[1:]
+    assert table(kv)[1, :3].tolist() == [*shared.pages[0][0], *(block for block, _ in copies)]
+    assert [a.tolist() for a in kv.take_changes()][1:3] == [[1, 1, 1], [0, 1, 2]]
     kv.drop(swapped)
     assert kv.host is not None and kv.host.blocks.num_used == 0
     kv.check()
@@ -151,9 +156,9 @@ def test_blocks_behind_a_window_are_not_kept() -> None:
     kv.trim(ints(0), ints(18))  # sees 13 .. 18
     swapped = kv.swap_out(0, 18, digests(16))
     kv.free(0)
-    assert swapped is not None and (swapped.first, len(swapped.blocks)) == (3, 2)
-    copies = kv.swap_in(0, swapped, [])
-    assert kv.tables[0, :6].tolist() == [0, 0, 0, copies[0][0], copies[1][0], 0]
+    assert swapped is not None and (swapped.firsts, len(swapped.pages)) == ((3,), 2)
+    copies = kv.swap_in(0, swapped, kv.match([]))
+    assert table(kv)[0, :6].tolist() == [0, 0, 0, copies[0][0], copies[1][0], 0]
     kv.check()
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kv_groups import one_group
 
 from hotplug.core.errors import ConfigError, OutOfMemoryError
-from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.pool import BlockPool
 
@@ -18,8 +18,8 @@ def ints(*values: int) -> np.ndarray:
 
 
 def manager(num_blocks: int = 17, window: int | None = None) -> KVManager:
-    group = KVGroup(block_size=4, window=window)
-    return KVManager(group, num_blocks=num_blocks, max_num_seqs=4, max_model_len=40)
+    group = one_group(4, window)
+    return KVManager(group, num_pages=num_blocks, max_num_seqs=4, max_model_len=40)
 
 
 def test_the_null_block_is_never_allocated() -> None:
@@ -131,31 +131,30 @@ def test_random_use_keeps_the_pool_consistent(script: list[tuple[int, int]]) -> 
 @pytest.mark.parametrize(("position", "first"), [(0, 0), (5, 0), (8, 0), (9, 1), (12, 1), (13, 2)])
 def test_a_window_needs_the_blocks_its_query_still_sees(position: int, first: int) -> None:
     # A window of 6 at position 9 sees 4 .. 9: block 0 (positions 0 .. 3) is behind.
-    group = KVGroup(block_size=4, window=6)
-    assert group.first_needed_block(position) == first
-    assert group.first_needed_blocks(ints(position)).tolist() == [first]
+    assert one_group(4, 6).groups[0].first_needed(ints(position)).tolist() == [first]
 
 
 def test_full_attention_needs_every_block() -> None:
-    assert KVGroup(block_size=4).first_needed_block(1000) == 0
+    assert one_group(4).groups[0].first_needed(ints(1000)).tolist() == [0]
 
 
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 9), st.integers(1, 80))
 def test_peak_blocks_bounds_what_a_windowed_sequence_ever_holds(size: int, window: int, chunk: int, n: int) -> None:
-    group = KVGroup(block_size=size, window=window)
+    group = one_group(size, window).groups[0]
     for start in range(n):
         end = min(n, start + chunk)
-        assert group.num_blocks(end) - group.first_needed_block(start) <= group.peak_blocks(n, chunk)
+        assert group.entries_of(end) - int(group.first_needed(ints(start))[0]) <= group.peak_pages(n, chunk)
 
 
 def test_extend_reports_each_changed_cell_once() -> None:
     kv = manager()
     kv.extend(ints(2, 0, 1), ints(5, 4, 9))
-    rows, columns, ids = kv.take_changes()
+    tables, rows, columns, ids = kv.take_changes()
+    assert not tables.any()
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [(2, 0), (2, 1), (0, 0), (1, 0), (1, 1), (1, 2)]
-    assert kv.tables[rows, columns].tolist() == ids.tolist()
+    assert kv.tables[0].pages[0, rows, columns].tolist() == ids.tolist()
     kv.extend(ints(2, 0, 1), ints(6, 5, 10))
-    assert [a.tolist() for a in kv.take_changes()][:2] == [[0], [1]]
+    assert [a.tolist() for a in kv.take_changes()][:3] == [[0], [0], [1]]
     kv.check()
 
 
@@ -169,7 +168,7 @@ def test_a_freed_row_leaves_no_change_behind() -> None:
     kv = manager()
     kv.extend(ints(0, 1), ints(4, 4))
     kv.free(0)
-    assert kv.take_changes()[0].tolist() == [1]
+    assert kv.take_changes()[1].tolist() == [1]
     kv.check()
 
 
@@ -178,9 +177,9 @@ def test_blocks_behind_the_window_are_released_and_their_entries_null() -> None:
     kv.extend(ints(0), ints(12))
     kv.take_changes()
     kv.trim(ints(0), ints(12))  # sees 9 .. 12
-    assert kv.tables[0, :4].tolist()[:2] == [0, 0]
+    assert kv.tables[0].pages[0, 0, :4].tolist()[:2] == [0, 0]
     assert kv.pool.num_used == 1
-    assert [a.tolist() for a in kv.take_changes()] == [[0, 0], [0, 1], [0, 0]]
+    assert [a.tolist() for a in kv.take_changes()] == [[0, 0], [0, 0], [0, 1], [0, 0]]
     kv.check()
 
 

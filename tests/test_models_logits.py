@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_runs import ModelRun
 
-from hotplug.core.models.decoder import MODELS
+from hotplug.core.models.families import MODELS
 
 PROMPT = [(7 * i * i + 3 * i + 5) % 64 for i in range(23)]
 TOLERANCE = 1e-4
@@ -31,6 +31,11 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+GEMMA3 = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -64,6 +69,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-unnormalized": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False, "num_experts_per_tok": 1}),
     "qwen3-moe-dense-layer": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [1], "attention_bias": True}),
     "qwen3-moe-sparse-step": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2, "num_experts_per_tok": 8}),
+    "gemma3": ("Gemma3", GEMMA3),
+    "gemma3-scaled-rope": ("Gemma3", {**GEMMA3, "rope_parameters": GEMMA3_ROPE, "query_pre_attn_scalar": 10}),
     "qwen3-moe-window": ("Qwen3Moe", {**EXPERTS, "use_sliding_window": True, "sliding_window": 5}),
 }
 
@@ -75,7 +82,8 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
     family, options = CASES[request.param]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options})
+    kind = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    config = kind(**{**SIZES, **options})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():  # transformers leaves biases 0 and norms 1, which would hide a mix-up

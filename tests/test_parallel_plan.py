@@ -65,6 +65,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         num_decodes=draw(st.integers(0, entries - verifies)),
         released=draw(ints(st.integers(0, 5))),
         admitted=draw(st.lists(admissions(), max_size=3)),
+        block_tables=draw(ints(changes)),
         block_rows=draw(ints(changes)),
         block_cols=draw(ints(changes)),
         block_ids=draw(ints(changes)),

@@ -163,8 +163,8 @@ def test_memory_of_its_own_is_filled_up_to_the_share_that_was_set(
 ) -> None:
     install(monkeypatch, FakePlatform(total=64 << 20))
     core = EngineCore(dataclasses.replace(config(tiny_model), kv_cache_memory=None, memory_utilization=0.5))
-    used = core.num_blocks * core.bound.kv_shape.block_bytes
-    assert 0 <= (32 << 20) - used < core.bound.kv_shape.block_bytes
+    used = core.num_blocks * core.bound.groups.page_bytes
+    assert 0 <= (32 << 20) - used < core.bound.groups.page_bytes
 
 
 @pytest.mark.filterwarnings("ignore:.*plain-PyTorch reference")

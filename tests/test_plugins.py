@@ -12,7 +12,8 @@ import hotplug.plugins
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError, PlatformError
 from hotplug.core.extension.points import Extension
-from hotplug.core.models.decoder import MODELS, Decoder
+from hotplug.core.models.decoder import Decoder
+from hotplug.core.models.families import MODELS
 from hotplug.core.ops.registry import Op
 from hotplug.core.platform.discovery import Loaded
 from hotplug.core.scheduler.policy import FCFS, POLICIES

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kv_groups import one_group
 from scheduler_fakes import FakeEngine
 
-from hotplug.core.kv.groups import KVGroup
-from hotplug.core.kv.manager import KVManager
+from hotplug.core.kv.manager import KVManager, Prefix
 from hotplug.core.kv.prefix import BlockHashes
 
 
@@ -17,8 +17,8 @@ def digests(tokens: list[int], salt: str = "", block_size: int = 4) -> list[byte
 
 def filled(tokens: list[int], window: int | None = None) -> KVManager:
     """A manager whose cache holds `tokens`, released."""
-    group = KVGroup(block_size=4, window=window)
-    kv = KVManager(group, num_blocks=17, max_num_seqs=2, max_model_len=64)
+    group = one_group(4, window)
+    kv = KVManager(group, num_pages=17, max_num_seqs=2, max_model_len=64)
     kv.extend(np.array([0], np.int32), np.array([len(tokens)], np.int32))
     kv.register(0, digests(tokens), len(tokens) // 4)
     kv.free(0)
@@ -49,14 +49,14 @@ def test_hashes_grow_with_the_sequence() -> None:
 
 def test_the_longest_cached_prefix_is_found() -> None:
     kv = filled(list(range(12)))
-    assert len(kv.match(digests([*range(8), 0, 0, 0, 0]))) == 2
-    assert kv.match(digests([9] * 8)) == []
+    assert kv.match(digests([*range(8), 0, 0, 0, 0])).num_blocks == 2
+    assert kv.match(digests([9] * 8)) == Prefix(0, ([[]],))
 
 
 def test_an_evicted_tail_leaves_the_head_usable() -> None:
     kv = filled(list(range(12)))
     kv.pool.allocate(14)  # 13 hold nothing, the last is the prefix's tail
-    assert len(kv.match(digests(list(range(12))))) == 2
+    assert kv.match(digests(list(range(12)))).num_blocks == 2
 
 
 def test_with_a_window_only_the_blocks_it_sees_must_be_cached() -> None:
@@ -66,9 +66,9 @@ def test_with_a_window_only_the_blocks_it_sees_must_be_cached() -> None:
     kv.pool.allocate(14)
     assert kv.pool.lookup(hashes[0]) is None
     # The next query, at 12, sees 9 .. 12; the one at 8 sees 5 .. 8.
-    assert kv.match(hashes) == [0, 0, tail]
-    assert kv.match(hashes[:2]) == [0, middle]
-    assert kv.match(hashes[:1]) == []
+    assert kv.match(hashes) == Prefix(3, ([[tail]],))
+    assert kv.match(hashes[:2]) == Prefix(2, ([[middle]],))
+    assert kv.match(hashes[:1]).num_blocks == 0
 
 
 def test_a_second_request_computes_only_what_is_new() -> None:

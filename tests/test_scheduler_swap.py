@@ -64,7 +64,7 @@ def test_it_comes_back_with_its_last_token_alone_to_compute(depth: int) -> None:
 def test_copies_out_go_with_the_plan_that_reuses_the_blocks() -> None:
     engine, plan = crowded(prefix_cache=False), None
     while plan is None or not plan.swap_out:
-        blocks = set(engine.kv.tables[1].tolist()) - {0}
+        blocks = set(engine.kv.tables[0].pages[0, 1].tolist()) - {0}
         plan = engine.step()
     assert {block for block, _ in plan.swap_out} == blocks
     assert blocks & set(plan.block_ids.tolist())

@@ -37,6 +37,7 @@ def step(rows: list[int], start: list[int], num_tokens: list[int], samples: list
         rows=int32(*rows), start=int32(*start), num_tokens=int32(*num_tokens), samples=np.array(samples),
         num_decodes=num_decodes, released=NONE,
         admitted=[Admission(r, int32(*PROMPTS[r]), len(PROMPTS[r]), SamplingParams(), 0, ()) for r in admitted],
+        block_tables=int32(*(0 for _ in blocks)),
         block_rows=int32(*(b[0] for b in blocks)), block_cols=int32(*(b[1] for b in blocks)),
         block_ids=int32(*(b[2] for b in blocks)),
     )  # fmt: skip

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kv_groups import one_group
 from plugin_examples import null_device
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError
-from hotplug.core.kv.groups import KVGroup
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.drafter import Speculation
@@ -26,7 +26,7 @@ BLOCK = 16
 
 
 def scheduler(*, blocks: int = 200, seqs: int = 8, budget: int = 64, max_len: int = 512, **options) -> Scheduler:
-    kv = KVManager(KVGroup(block_size=BLOCK), num_blocks=blocks, max_num_seqs=seqs, max_model_len=max_len)
+    kv = KVManager(one_group(BLOCK), num_pages=blocks, max_num_seqs=seqs, max_model_len=max_len)
     return Scheduler(
         SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=max_len, **options), kv
     )
@@ -131,7 +131,7 @@ def noted(scheduler: Scheduler) -> list[tuple[list[str], list[int], list[int]]]:
 
 def like(core: EngineCore, budget: int, seqs: int, window: int | None = None) -> Scheduler:
     """A scheduler as the engine's, unused."""
-    kv = KVManager(KVGroup(block_size=BLOCK, window=window), num_blocks=core.num_blocks, max_num_seqs=seqs,
+    kv = KVManager(one_group(BLOCK, window), num_pages=core.num_blocks, max_num_seqs=seqs,
                    max_model_len=core.max_model_len)  # fmt: skip
     config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=core.max_model_len)
     return Scheduler(config, kv)

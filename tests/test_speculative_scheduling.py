@@ -194,7 +194,8 @@ def test_unrolled_steps_have_an_entry_a_token() -> None:
     none = np.empty(0, np.int32)
     plan = StepPlan(
         rows=int32(3, 1, 0, 2), start=int32(9, 20, 7, 4), num_tokens=int32(1, 3, 2, 5),
-        samples=np.array([True, True, True, False]), num_decodes=1, released=none, admitted=[], block_rows=none,
+        samples=np.array([True, True, True, False]), num_decodes=1, released=none, admitted=[],
+        block_tables=none, block_rows=none,
         block_cols=none, block_ids=none, num_verifies=2, drafts=int32(5, 6, 7, 8, 9),
     )  # fmt: skip
     flat = plan.unrolled()

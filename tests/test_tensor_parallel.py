@@ -20,7 +20,8 @@ from hotplug import LLM, AsyncLLM
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, EngineDeadError, FeatureError
-from hotplug.core.models.decoder import MODELS, Qwen3Decoder
+from hotplug.core.models.decoder import Qwen3Decoder
+from hotplug.core.models.families import MODELS
 from hotplug.core.platform.base import DeviceInfo, Feature
 from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.request import Request, SamplingParams, TokenDelta
@@ -85,7 +86,7 @@ def test_two_ranks_give_the_tokens_of_one(kind: str, model: Callable[[str], Path
         assert all(math.isclose(a, b, abs_tol=near) for a, b in zip(ours, theirs, strict=True))
     assert two.num_blocks == one.num_blocks
     assert two.stats().prefix_hits == one.stats().prefix_hits > 0
-    assert two.bound.kv_shape.block_bytes * 2 == one.bound.kv_shape.block_bytes
+    assert two.bound.groups.page_bytes * 2 == one.bound.groups.page_bytes
 
 
 @pytest.mark.parametrize(

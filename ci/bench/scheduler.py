@@ -14,8 +14,9 @@ import time
 import numpy as np
 
 from hotplug.core.engine import messages
-from hotplug.core.kv.groups import KVGroup
+from hotplug.core.kv.groups import make_groups
 from hotplug.core.kv.manager import KVManager
+from hotplug.core.kv.spec import BlockFormat, FullAttention
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.plan import StepResult
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -26,8 +27,9 @@ BLOCK_SIZE, PROMPT, MAX_MODEL_LEN = 16, 100, 4096
 def decoding_scheduler(rows: int) -> Scheduler:
     """A scheduler with `rows` requests whose prompts, of staggered lengths, are done."""
     blocks_per_row = MAX_MODEL_LEN // BLOCK_SIZE
+    groups = make_groups([FullAttention(num_kv_heads=1, head_dim=1)], BlockFormat(BLOCK_SIZE, "NHD", "float32"))
     kv = KVManager(
-        KVGroup(block_size=BLOCK_SIZE), num_blocks=rows * blocks_per_row + 1, max_num_seqs=rows,
+        groups, num_pages=rows * blocks_per_row + 1, max_num_seqs=rows,
         max_model_len=MAX_MODEL_LEN,
     )  # fmt: skip
     config = SchedulerConfig(

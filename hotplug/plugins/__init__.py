@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hotplug.core.errors import ConfigError, ModelError, RequestError, UnsupportedModelError
     from hotplug.core.extension.points import Extension
-    from hotplug.core.layers.attention import Attention, KVBlocks
+    from hotplug.core.kv.spec import (
+        BlockFormat,
+        BlockTensor,
+        FullAttention,
+        KVSpec,
+        LatentAttention,
+        RecurrentState,
+        SlidingWindow,
+    )
+    from hotplug.core.layers.attention import Attention
     from hotplug.core.layers.context import BuildContext
     from hotplug.core.layers.dense import AddRMSNorm, Embedding, Linear, RMSNorm
     from hotplug.core.layers.destination import Converted, Destination
+    from hotplug.core.layers.kv_cache import KVBlocks, KVSlot
     from hotplug.core.layers.mlp import GatedMLP
     from hotplug.core.models.decoder import Decoder, DecoderLayer
     from hotplug.core.ops.inputs import StepInputs
@@ -31,7 +41,11 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "hotplug.core.errors": ("ConfigError", "ModelError", "RequestError", "UnsupportedModelError"),
-    "hotplug.core.layers.attention": ("Attention", "KVBlocks"),
+    "hotplug.core.kv.spec": (
+        "BlockFormat", "BlockTensor", "FullAttention", "KVSpec", "LatentAttention", "RecurrentState", "SlidingWindow",
+    ),
+    "hotplug.core.layers.attention": ("Attention",),
+    "hotplug.core.layers.kv_cache": ("KVBlocks", "KVSlot"),
     "hotplug.core.layers.context": ("BuildContext",),
     "hotplug.core.layers.dense": ("AddRMSNorm", "Embedding", "Linear", "RMSNorm"),
     "hotplug.core.layers.destination": ("Converted", "Destination"),
@@ -56,6 +70,8 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = [
     "AddRMSNorm",
     "Attention",
+    "BlockFormat",
+    "BlockTensor",
     "BuildContext",
     "ConfigError",
     "Converted",
@@ -64,10 +80,14 @@ __all__ = [
     "Destination",
     "Embedding",
     "Extension",
+    "FullAttention",
     "GatedMLP",
     "KVBlocks",
     "KVConnector",
     "KVFormat",
+    "KVSlot",
+    "KVSpec",
+    "LatentAttention",
     "Linear",
     "LogitsProcessor",
     "ModelConfig",
@@ -77,10 +97,12 @@ __all__ = [
     "RMSNorm",
     "Reasoned",
     "ReasoningParser",
+    "RecurrentState",
     "Request",
     "RequestError",
     "RopeConfig",
     "SchedulingPolicy",
+    "SlidingWindow",
     "StepInputs",
     "TagSplitter",
     "ToolCall",

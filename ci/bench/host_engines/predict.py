@@ -17,8 +17,9 @@ from statistics import fmean
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.engine.process import freeze_started_objects
-from hotplug.core.kv.groups import KVGroup
+from hotplug.core.kv.groups import make_groups
 from hotplug.core.kv.manager import KVManager
+from hotplug.core.kv.spec import BlockFormat, FullAttention
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
 from hotplug.core.tools.simulate import Arrival, linear, simulate
@@ -40,7 +41,13 @@ def trace(seed: int) -> list[Arrival]:
 
 def predicted(core: EngineCore, arrivals: list[Arrival]) -> tuple[float, float, float]:
     """Throughput, mean time to first token and makespan by the simulator."""
-    kv = KVManager(KVGroup(block_size=BLOCK), num_blocks=core.num_blocks, max_num_seqs=SEQS, max_model_len=MAX_LEN)
+    groups = make_groups([FullAttention(num_kv_heads=1, head_dim=1)], BlockFormat(BLOCK, "NHD", "float32"))
+    kv = KVManager(
+        groups,
+        num_pages=core.num_blocks,
+        max_num_seqs=SEQS,
+        max_model_len=MAX_LEN,
+    )
     scheduler = Scheduler(SchedulerConfig(max_num_seqs=SEQS, max_num_batched_tokens=BUDGET, max_model_len=MAX_LEN), kv)
     step, token = float(os.environ["NULL_DEVICE_STEP_MS"]) * 1e-3, float(os.environ["NULL_DEVICE_TOKEN_US"]) * 1e-6
     found = simulate(scheduler, linear(step, token=token), arrivals)

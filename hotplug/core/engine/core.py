@@ -14,7 +14,7 @@ import numpy as np
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ConfigError, EngineDeadError, HotplugError, RequestError
 from hotplug.core.kv.manager import KVManager
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.models.loader import load_weights
 from hotplug.core.models.repack import repack_weights
 from hotplug.core.ops.registry import Observe
@@ -160,12 +160,12 @@ class EngineCore(RankCore):
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._failure = ""
         kv = KVManager(
-            kv_memory.group(bound.checkpoint.config, bound.kv_shape.block_size),
-            num_blocks=num_blocks,
+            bound.groups,
+            num_pages=num_blocks,
             max_num_seqs=bound.resolved.max_num_seqs,
             max_model_len=bound.context.max_position,
             enable_prefix_cache=config.enable_prefix_cache,
-            num_host_blocks=bound.swap_blocks,
+            num_host_pages=bound.swap_blocks,
         )
         budget = bound.resolved.max_num_batched_tokens
         self._scheduler = Scheduler(
@@ -399,11 +399,11 @@ def _num_blocks(bound: Bound) -> tuple[int, int]:
 
     Weights are in place, and where the size follows from them, workspaces too.
     """
-    config, limits, shape, selection = bound.config, bound.limits, bound.kv_shape, bound.selection
+    config, limits, groups, selection = bound.config, bound.limits, bound.groups, bound.selection
     capped = config.kv_cache_memory is not None
     steps = 0
     if not capped and not limits.shared_host_memory and ExecMode.EAGER in limits.exec_modes:
-        scratch = kv_memory.allocate(shape, 1, selection.platform, selection.device)
+        scratch = kv_memory.allocate(groups, 1, selection.platform, selection.device)
         with MemoryGuard("running the largest step", selection, memory_guard.PROFILE):
             run_largest_steps(
                 Runner(bound.model, bound.batch, bound.sampler, EagerStep(bound.model, scratch, bound.batch)),
@@ -417,7 +417,8 @@ def _num_blocks(bound: Bound) -> tuple[int, int]:
     else:
         memory = selection.platform.memory(selection.device)
     size = kv_memory.budget(config, limits, memory, bound.sharing) - steps
-    found = kv_memory.num_blocks(shape, size, bound.max_model_len, capped=capped)
+    chunk = bound.resolved.max_num_batched_tokens
+    found = kv_memory.num_pages(groups, size, bound.max_model_len, chunk, capped=capped)
     compiles = bound.resolved.exec_mode is ExecMode.COMPILE
     # The number is a shape of compiled programs: a rounded one finds its artifacts again at the next start.
     return (kv_memory.rounded(found) if compiles and not capped else found), steps
@@ -427,9 +428,9 @@ def _cache(bound: Bound, num_blocks: int) -> list[KVBlocks]:
     """The KV cache. Raises OutOfMemoryError."""
     capped = bound.config.kv_cache_memory is not None
     hint = memory_guard.KV_CACHE_CAPPED if capped else memory_guard.KV_CACHE
-    asked = num_blocks * bound.kv_shape.block_bytes
+    asked = num_blocks * bound.groups.page_bytes
     with MemoryGuard("allocating the KV cache", bound.selection, hint, asked=asked):
-        return kv_memory.allocate(bound.kv_shape, num_blocks, bound.selection.platform, bound.selection.device)
+        return kv_memory.allocate(bound.groups, num_blocks, bound.selection.platform, bound.selection.device)
 
 
 def _executable(

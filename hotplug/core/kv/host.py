@@ -17,10 +17,10 @@ class Swapped:
 
     num_tokens: int
     """Leading tokens of the sequence whose KV this is."""
-    first: int
-    """The first block-table entry kept; those before are behind the window."""
-    blocks: list[int]
-    """Host blocks of the entries from `first` on, in order."""
+    firsts: tuple[int, ...]
+    """By group: the first block-table entry kept; those before are behind the window."""
+    pages: list[int]
+    """Host pages of the entries from there on: by group, by table, in order of the entries."""
 
 
 class HostPool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-from hotplug.core.kv.groups import IntArray
+from hotplug.core.kv.spec import IntArray
 
 DIGEST_BYTES = 16
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hotplug.core.kv.spec import FullAttention
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.dense import make_linear
+from hotplug.core.layers.kv_cache import KVBlocks, KVSlot
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.ops.registry import Fact
 from hotplug.core.weights.config import ModelConfig
-
-KVBlocks = tuple[Tensor, Tensor]
-"""One layer's key and value caches."""
 
 
 class Attention(nn.Module):
@@ -20,13 +19,16 @@ class Attention(nn.Module):
 
     def __init__(self, ctx: BuildContext, site: str, config: ModelConfig, layer: int, *, qk_norm: bool) -> None:
         super().__init__()
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.kv = KVSlot(ctx.kv, layer)
+        spec, form = self.kv.spec, self.kv.form
+        assert isinstance(spec, FullAttention)  # the model's own `kv_specs` said so
+        heads, kv_heads, dim = config.num_heads, spec.num_kv_heads, spec.head_dim
         self.head_dim = dim
         self.head_counts = [heads, kv_heads, kv_heads]
         self.sizes = [count * dim for count in self.head_counts]
-        self.scale = dim**-0.5
-        self.window = config.sliding_window if layer in config.sliding_layers else None
-        self.layout = ctx.kv_layout
+        self.scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.window = spec.reach
+        self.layout = form.layout
         self.eps = config.rms_norm_eps
         self.sinks: Tensor | None = None
         self.soft_cap: float | None = None
@@ -35,8 +37,8 @@ class Attention(nn.Module):
         self.out = make_linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
         self.q_norm = ctx.weight(dim) if qk_norm else None
         self.k_norm = ctx.weight(dim) if qk_norm else None
-        geometry: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": ctx.block_size,
-                 "layout": ctx.kv_layout, "kv_dtype": ctx.kv_dtype}  # fmt: skip
+        geometry: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": form.block_size,
+                 "layout": form.layout, "kv_dtype": form.dtype}  # fmt: skip
         write = "qk_norm_rope_kv_write" if qk_norm else "rope_kv_write"
         self.rope_kv_write = ctx.bind(write, f"{site}.write", num_heads=heads, rotary_dim=dim, **geometry)
         self.attention = ctx.bind(
@@ -45,24 +47,26 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor, step: StepInputs, cos_sin: Tensor, kv: KVBlocks, *, scored_only: bool = False
-    ) -> tuple[Tensor, KVBlocks]:
-        """x [num_tokens, hidden] -> [num_tokens, hidden], and the caches with the tokens' keys and values.
+        self, x: Tensor, step: StepInputs, cos_sin: Tensor, lanes: list[KVBlocks], *, scored_only: bool = False
+    ) -> Tensor:
+        """x [num_tokens, hidden] -> [num_tokens, hidden]; `lanes` has the caches with the tokens' keys and values then.
 
         With `scored_only` the rows of `step.logit_indices` alone, [S, hidden]: `step.scored` must be there.
         """
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.head_counts, dim=1)
-        cache = (step.positions, cos_sin, *kv, step.slots, self.layout)
+        at = self.kv
+        cache = (step.positions, cos_sin, *at.caches(lanes[at.lane]), step.slots[at.table], self.layout)
         if self.q_norm is None:
             q, k_cache, v_cache = self.rope_kv_write(q, k, v, *cache)
         else:
             q, k_cache, v_cache = self.rope_kv_write(q, k, v, self.q_norm, self.k_norm, self.eps, *cache)
-        queries = step.attention
+        queries = step.attention[at.table]
         if scored_only:
             assert step.scored is not None
-            q, queries = q[step.logit_indices], step.scored
+            q, queries = q[step.logit_indices], step.scored[at.table]
         # Kernels written for interface 1.0 do not know of them, and need not where there are none.
         extras = () if self.sinks is None and self.soft_cap is None else (self.sinks, self.soft_cap)
         mixed = self.attention(q, k_cache, v_cache, queries, self.scale, self.window, self.layout, *extras)
-        return self.out(mixed.flatten(1)), (k_cache, v_cache)
+        at.store(lanes, (k_cache, v_cache))
+        return self.out(mixed.flatten(1))

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hotplug.core.kv.groups import KVGroups
 from hotplug.core.ops.registry import Fact, Fn
 from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.quant.scheme import QuantScheme
@@ -27,10 +28,8 @@ class BuildContext:
     plan: Binder
     dtype: torch.dtype
     device: torch.device
-    block_size: int
-    """Tokens in a KV block."""
-    kv_layout: str
-    kv_dtype: str
+    kv: KVGroups
+    """What the layers keep of a sequence, and where."""
     static_steps: bool = False
     """Whether steps may run in static shapes, where kernels cannot read lengths on the host."""
     scheme: QuantScheme | None = None

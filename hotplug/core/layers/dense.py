@@ -159,14 +159,32 @@ class AddRMSNorm(nn.Module):
     With several ranks, what comes in is a part of a sum over all of them, which is added up first.
     """
 
-    def __init__(self, ctx: BuildContext, site: str, width: int, eps: float) -> None:
+    def __init__(self, ctx: BuildContext, site: str, width: int, eps: float, *, reduce: bool = True) -> None:
+        """`reduce`: what comes in is a part of a sum, if there are several ranks."""
         super().__init__()
         self.weight = ctx.weight(width)
         self.eps = eps
-        if ctx.ranks == 1:
+        if ctx.ranks == 1 or not reduce:
             self.op = ctx.bind("add_rms_norm", site, width=width)
         else:
             self.op = ctx.bind("all_reduce_add_norm", site, width=width, ranks=ctx.ranks)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return self.op(x, residual, self.weight, self.eps)
+
+
+class ReduceRMSNorm(nn.Module):
+    """Normalizes [num_tokens, width]; with several ranks, the sum of what comes in over all of them."""
+
+    def __init__(self, ctx: BuildContext, site: str, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(ctx, site, width, eps)
+        self.reduce = None if ctx.ranks == 1 else ctx.bind("all_reduce", f"{site}.sum", width=width, ranks=ctx.ranks)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized: Tensor = self.norm(x if self.reduce is None else self.reduce(x))
+        return normalized

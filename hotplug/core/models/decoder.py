@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hotplug.core.layers.attention import Attention, KVBlocks
+from hotplug.core.kv.spec import FullAttention, KVSpec, SlidingWindow
+from hotplug.core.layers.attention import Attention
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.dense import AddRMSNorm, GateUp, Linear, QuantizedLinear, RMSNorm
 from hotplug.core.layers.destination import Destination
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.layers.mlp import GatedMLP
 from hotplug.core.layers.moe import SparseMLP, unstacked
 from hotplug.core.layers.rope import rotary_table
@@ -27,13 +29,19 @@ from hotplug.core.weights.config import ModelConfig
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm; the residual runs beside."""
 
-    def __init__(self, ctx: BuildContext, config: ModelConfig, layer: int, *, qk_norm: bool) -> None:
+    def __init__(
+        self, ctx: BuildContext, config: ModelConfig, layer: int, *, qk_norm: bool, reduce: bool = True
+    ) -> None:
+        """`reduce`: the norms add up what several ranks computed before them."""
         super().__init__()
         site, hidden, eps = f"layers.{layer}", config.hidden_size, config.rms_norm_eps
-        norm = RMSNorm if layer == 0 else AddRMSNorm
-        self.attn_norm = norm(ctx, f"{site}.attn_norm", hidden, eps)
+        self.attn_norm: RMSNorm | AddRMSNorm
+        if layer == 0:
+            self.attn_norm = RMSNorm(ctx, f"{site}.attn_norm", hidden, eps)
+        else:
+            self.attn_norm = AddRMSNorm(ctx, f"{site}.attn_norm", hidden, eps, reduce=reduce)
         self.attn = Attention(ctx, f"{site}.attn", config, layer, qk_norm=qk_norm)
-        self.mlp_norm = AddRMSNorm(ctx, f"{site}.mlp_norm", hidden, eps)
+        self.mlp_norm = AddRMSNorm(ctx, f"{site}.mlp_norm", hidden, eps, reduce=reduce)
         mlp = SparseMLP if layer in config.sparse_layers else GatedMLP
         self.mlp = mlp(ctx, f"{site}.mlp", config)
 
@@ -43,58 +51,88 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         step: StepInputs,
         cos_sin: Tensor,
-        kv: KVBlocks,
+        lanes: list[KVBlocks],
         *,
         scored_only: bool = False,
-    ) -> tuple[Tensor, Tensor, KVBlocks]:
+    ) -> tuple[Tensor, Tensor]:
         """With `scored_only`, keys and values of all tokens, and the rest of the scored ones alone."""
         if residual is None:
             residual, x = x, self.attn_norm(x)
         else:
             x, residual = self.attn_norm(x, residual)
-        x, kv = self.attn(x, step, cos_sin, kv, scored_only=scored_only)
+        x = self.attend(x, step, cos_sin, lanes, scored_only=scored_only)
         if scored_only:
             residual = residual[step.logit_indices]
         x, residual = self.mlp_norm(x, residual)
-        return self.mlp(x), residual, kv
+        return self.feed_forward(x), residual
+
+    def attend(
+        self, x: Tensor, step: StepInputs, cos_sin: Tensor, lanes: list[KVBlocks], *, scored_only: bool
+    ) -> Tensor:
+        """What attention adds to the residual."""
+        mixed: Tensor = self.attn(x, step, cos_sin, lanes, scored_only=scored_only)
+        return mixed
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """What the feed-forward part adds to the residual."""
+        fed: Tensor = self.mlp(x)
+        return fed
 
 
 class Decoder(nn.Module):
     """Token ids to hidden states, and hidden states to vocabulary scores."""
 
     qk_norm = False
+    layer_class: type[DecoderLayer] = DecoderLayer
+    mlp_norm_name = "post_attention_layernorm"
+    """What checkpoints call the norm before the feed-forward part."""
     cos_sin: Tensor
 
     def __init__(self, ctx: BuildContext, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self._rank, self._ranks = ctx.rank, ctx.ranks
-        self.embed = make_embedding(ctx, "embed", config.vocab_size, config.hidden_size)
+        table = make_embedding(ctx, "embed", config.vocab_size, config.hidden_size)
+        self.embed: nn.Module = table
         self.layers = nn.ModuleList(
-            DecoderLayer(ctx, config, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
+            self.layer_class(ctx, config, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
         )
         self.norm = AddRMSNorm(ctx, "norm", config.hidden_size, config.rms_norm_eps)
-        tied = self.embed if config.tie_word_embeddings else None
+        tied = table if config.tie_word_embeddings else None
         self.head = Head(ctx, "logits", config.hidden_size, config.vocab_size, tied)
         self.register_buffer(
             "cos_sin", rotary_table(config.rope, config.head_dim, ctx.max_position, ctx.device), persistent=False
         )
+
+    @classmethod
+    def kv_specs(cls, config: ModelConfig) -> list[KVSpec]:
+        """What each layer keeps of a sequence, in the order of the layers."""
+        geometry = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        full = FullAttention(**geometry)
+        if config.sliding_window is None:
+            return [full] * config.num_layers
+        window = SlidingWindow(**geometry, window=config.sliding_window)
+        return [window if layer in config.sliding_layers else full for layer in range(config.num_layers)]
 
     def forward(self, step: StepInputs, kv: Sequence[KVBlocks]) -> tuple[Tensor, list[KVBlocks]]:
         """Hidden states [num_tokens, hidden] of the step's tokens after the last norm, and the caches written.
 
         Where the step has `scored`, those of its S scored tokens alone: [S, hidden].
 
-        The caches are the ones given unless a whole-step program is being made (`kv_write`).
+        `kv` are the lanes of the KV cache (`hotplug.core.kv.groups`). The ones returned are those given unless a
+        whole-step program is being made (`kv_write`).
         """
         x, residual = self.embed(step.token_ids), None
-        written = []
+        lanes = list(kv)
         last = len(self.layers) - 1
-        for i, (layer, blocks) in enumerate(zip(self.layers, kv, strict=True)):
+        for i, layer in enumerate(self.layers):
             only = i == last and step.scored is not None
-            x, residual, blocks = layer(x, residual, step, self.cos_sin, blocks, scored_only=only)
-            written.append(blocks)
-        return self.norm(x, residual)[0], written
+            x, residual = layer(x, residual, step, self.rotary(i), lanes, scored_only=only)
+        return self.norm(x, residual)[0], lanes
+
+    def rotary(self, layer: int) -> Tensor:
+        """The rotary table of a layer, float32 [max_position, head_dim]."""
+        return self.cos_sin
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 [num_rows, vocab] of hidden states [num_rows, hidden]."""
@@ -114,17 +152,17 @@ class Decoder(nn.Module):
             yield "lm_head.weight", table_destination(self.head, hidden)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            yield from _layer_destinations(f"model.layers.{i}", layer)
+            yield from _layer_destinations(f"model.layers.{i}", layer, self.mlp_norm_name)
 
     def named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A checkpoint tensor by the names of `destinations`: itself, or the several that it stacks."""
         yield name, tensor
 
 
-def _layer_destinations(prefix: str, layer: DecoderLayer) -> Iterator[tuple[str, Destination]]:
+def _layer_destinations(prefix: str, layer: DecoderLayer, mlp_norm: str) -> Iterator[tuple[str, Destination]]:
     attn, mlp = layer.attn, layer.mlp
     yield f"{prefix}.input_layernorm.weight", layer.attn_norm.weight
-    yield f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm.weight
+    yield f"{prefix}.{mlp_norm}.weight", layer.mlp_norm.weight
     yield from _stacked(f"{prefix}.self_attn", ("q_proj", "k_proj", "v_proj"), attn.qkv, attn.sizes)
     yield from _stacked(f"{prefix}.self_attn", ("o_proj",), attn.out, [mlp.hidden_size])
     if attn.q_norm is not None and attn.k_norm is not None:
@@ -160,12 +198,3 @@ class Qwen3MoeDecoder(Qwen3Decoder):
 
     def named(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         return unstacked(name, tensor)
-
-
-MODELS: dict[str, type[Decoder]] = {
-    "LlamaForCausalLM": Decoder,
-    "MistralForCausalLM": Decoder,
-    "Qwen2ForCausalLM": Decoder,
-    "Qwen3ForCausalLM": Qwen3Decoder,
-    "Qwen3MoeForCausalLM": Qwen3MoeDecoder,
-}

@@ -10,7 +10,8 @@ from torch import Tensor
 from hotplug.core.errors import UnsupportedModelError, WeightsError
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.layers.destination import Destination
-from hotplug.core.models.decoder import MODELS, Decoder
+from hotplug.core.models.decoder import Decoder
+from hotplug.core.models.families import MODELS
 from hotplug.core.quant.packed_scheme import PackedRows
 from hotplug.core.weights.checkpoint import Checkpoint
 from hotplug.core.weights.config import ModelConfig
@@ -19,14 +20,19 @@ from hotplug.core.weights.packed_matrix import PackedMatrix
 from hotplug.core.weights.promised import some
 
 
-def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, type[Decoder]] = MODELS) -> Decoder:
-    """The model of a config, weights uninitialized. Raises UnsupportedModelError, PlanError."""
+def find_model(config: ModelConfig, models: Mapping[str, type[Decoder]] = MODELS) -> type[Decoder]:
+    """The class of a config's architecture. Raises UnsupportedModelError."""
     cls = models.get(config.architecture)
     if cls is None:
         raise UnsupportedModelError(
             f"the architecture {config.architecture} is not built", hint=f"Supported: {', '.join(sorted(models))}."
         )
-    return cls(ctx, config)
+    return cls
+
+
+def build_model(config: ModelConfig, ctx: BuildContext, models: Mapping[str, type[Decoder]] = MODELS) -> Decoder:
+    """The model of a config, weights uninitialized. Raises UnsupportedModelError, PlanError."""
+    return find_model(config, models)(ctx, config)
 
 
 @torch.no_grad()

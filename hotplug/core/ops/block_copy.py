@@ -38,7 +38,7 @@ OPS = (
     Op(
         "block_copy",
         block_copy,
-        facts=("num_kv_heads", "head_dim", "block_size", "layout", "kv_dtype"),
+        facts=("page_bytes",),
         bucket=_bucket,
     ),
 )

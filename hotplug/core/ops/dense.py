@@ -25,6 +25,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """GEGLU's gating (Shazeer, 2020): gelu by tanh of the first half of `gate_up` [num_tokens, 2n] times the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` to 2n outputs, then `silu_mul`: [num_tokens, in] to [num_tokens, n]. Gate rows of `weight` first."""
     return silu_mul(linear(x, weight, bias))
@@ -51,6 +57,7 @@ OPS = (
     Op("embed", embed, facts=("vocab", "hidden")),
     Op("linear", linear, facts=("in_features", "out_features", "bias", "scheme")),
     Op("silu_mul", silu_mul, facts=("width",)),
+    Op("gelu_tanh_mul", gelu_tanh_mul, facts=("width",)),
     Op(
         "linear_silu_mul",
         linear_silu_mul,

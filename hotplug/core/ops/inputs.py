@@ -19,14 +19,15 @@ class StepInputs:
     """[T]"""
     positions: Tensor
     """[T]"""
-    slots: Tensor
-    """[T] where each token's key and value go: block * block_size + offset."""
-    attention: AttentionInputs
+    slots: tuple[Tensor, ...]
+    """By block table (`core.kv.groups`): [T] where each token's key and value go, page * block_size + offset."""
+    attention: tuple[AttentionInputs, ...]
+    """By block table."""
     logit_indices: Tensor
     """[S] which of the T tokens need vocabulary scores."""
-    scored: AttentionInputs | None = None
-    """The queries of the S tokens alone, where nothing wants the hidden states of the others: then the last layer
-    computes no more than their keys and values, and the model returns S hidden states."""
+    scored: tuple[AttentionInputs, ...] | None = None
+    """The queries of the S tokens alone, by block table, where nothing wants the hidden states of the others: then the
+    last layer computes no more than their keys and values, and the model returns S hidden states."""
 
 
 def prepare_inputs(

@@ -41,7 +41,7 @@ class _Plan(msgspec.Struct, array_like=True):
     released: bytes
     admitted: list[_Admission]
     changes: bytes
-    """[3, B] int32: block_rows, block_cols, block_ids."""
+    """[4, B] int32: block_tables, block_rows, block_cols, block_ids."""
     drafts: bytes
     saves: list[tuple[int, bytes]]
     swap_out: bytes
@@ -69,7 +69,7 @@ def encode_plan(plan: StepPlan) -> bytes:
             plan.num_verifies,
             _bytes(plan.released),
             admitted,
-            b"".join((_bytes(plan.block_rows), _bytes(plan.block_cols), _bytes(plan.block_ids))),
+            b"".join(map(_bytes, (plan.block_tables, plan.block_rows, plan.block_cols, plan.block_ids))),
             _bytes(plan.drafts),
             plan.saves,
             _pair_bytes(plan.swap_out),
@@ -82,7 +82,7 @@ def decode_plan(data: bytes | bytearray | memoryview) -> StepPlan:
     """The plan of `encode_plan`'s bytes; its arrays are read-only. Raises msgspec.DecodeError for other bytes."""
     sent = _decoder.decode(data)
     rows, start, num_tokens = _ints(sent.entries).reshape(3, -1)
-    block_rows, block_cols, block_ids = _ints(sent.changes).reshape(3, -1)
+    block_tables, block_rows, block_cols, block_ids = _ints(sent.changes).reshape(4, -1)
     samples: BoolArray = np.frombuffer(sent.samples, _BOOL)
     return StepPlan(
         rows=rows,
@@ -96,6 +96,7 @@ def decode_plan(data: bytes | bytearray | memoryview) -> StepPlan:
             Admission(a.row, _ints(a.token_ids), a.num_prompt_tokens, a.sampling, a.seed, a.eos_token_ids)
             for a in sent.admitted
         ],
+        block_tables=block_tables,
         block_rows=block_rows,
         block_cols=block_cols,
         block_ids=block_ids,

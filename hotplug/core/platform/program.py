@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """An input of a step's program, of `Limits.index_dtype`."""
+
+    name: str
+    dims: tuple[str, ...]
+    """Its sizes: "tokens", "requests", "requests + 1", "blocks" (columns of a block table), "scores" or "kept"."""
+
+
 class StepProgram(Protocol):
     """A step as a `torch.export` program, made when it is asked for.
 
-    Its inputs, by position: token_ids [T], positions [T], slots [T], block_table [R, max_blocks], query_start
-    [R + 1], seq_lens [R] and logit_indices [R], all of `Limits.index_dtype`; then each layer's key and value cache.
+    Its inputs are those of `inputs`, in order, then the caches. With one block table: token_ids [T], positions [T],
+    slots.0 [T], block_table.0 [R, blocks], query_start [R + 1], seq_lens [R] and logit_indices [R]; a model with
+    several KV groups has slots and a block table for each of their tables.
     Its outputs: hidden states [T, hidden], float32 scores [R, vocab]; then the caches with the step written.
     Weights are the program's parameters and buffers. Nothing in it writes to an input, and every size is fixed.
 
@@ -21,6 +32,10 @@ class StepProgram(Protocol):
     is an input more, before the caches: `kept` [K], the tokens whose hidden states are wanted. Then logit_indices [S]
     are among the K, hidden states are [K, hidden] and scores [S, vocab]; K and S may be 0.
     """
+
+    @property
+    def inputs(self) -> Sequence[StepInput]:
+        """The declared inputs but for the caches, in the order of the program."""
 
     @property
     def num_tokens(self) -> int:
@@ -32,7 +47,7 @@ class StepProgram(Protocol):
 
     @property
     def caches(self) -> Sequence[torch.Tensor]:
-        """The key and value caches of the engine, in the order of the program's inputs."""
+        """The tensors of the engine's KV cache, in the order of the program's inputs."""
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:

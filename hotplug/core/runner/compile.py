@@ -18,12 +18,13 @@ from typing import Any, Literal
 import torch
 
 from hotplug.core.errors import PlatformError
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.platform.optional import HasCompile
 from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
+from hotplug.core.runner.schema import by_lane
 from hotplug.core.runner.static import StaticInputs, StepShape
 from hotplug.core.runner.timing import PREPARE
 
@@ -132,7 +133,7 @@ class CompiledSteps:
         self._raise_failure()
         inputs = self._batch.inputs(step.plan, scored_only=step.scored_only)
         step.timer.lap(PREPARE)
-        attention = inputs.attention
+        attention = inputs.attention[0]
         tokens, requests = len(inputs.token_ids), len(attention.seq_lens)
         for entry in self._ready:
             if entry.inputs.shape.holds(tokens, requests, attention.max_query_len):
@@ -146,7 +147,7 @@ class CompiledSteps:
         assert entry.run is not None
         arguments = entry.inputs.arguments(inputs)
         hidden, logits, *caches = entry.run(*arguments, *(cache for blocks in self._kv for cache in blocks))
-        self._kv[:] = zip(caches[::2], caches[1::2], strict=True)
+        self._kv[:] = by_lane(caches, len(self._kv[0]))
         every = None if inputs.scored is not None else hidden[: len(inputs.token_ids)]
         return StepOutputs(every, logits[: len(inputs.logit_indices)])
 

@@ -71,6 +71,7 @@ class DeviceBatch:
         max_rows: int,
         max_len: int,
         block_size: int,
+        num_tables: int = 1,
         index_dtype: torch.dtype,
         device: torch.device,
         pin: Pin | None = None,
@@ -87,7 +88,9 @@ class DeviceBatch:
         self.num_prompt_tokens = np.zeros(max_rows, np.int32)
         self.spare_row = max_rows
         self.max_blocks = -(-max_len // block_size)
-        self.block_tables = torch.zeros((max_rows + 1, self.max_blocks), dtype=index_dtype, device=device)
+        self.block_tables = torch.zeros((num_tables, max_rows + 1, self.max_blocks), dtype=index_dtype, device=device)
+        """[num_tables, rows, max_blocks] page ids (`hotplug.core.kv.groups`)."""
+        self._tables = self.block_tables.unbind()
         self._cells = self.block_tables.view(-1)
         """The entries of all block tables, one after the other."""
         self.last_tokens = torch.zeros(max_rows + 1, dtype=index_dtype, device=device)
@@ -105,7 +108,8 @@ class DeviceBatch:
 
     def _changed(self, plan: StepPlan) -> Ints:
         """[B] positions in `_cells` of the step's new block table entries."""
-        return plan.block_rows.astype(np.int64) * self.max_blocks + plan.block_cols
+        rows = plan.block_tables.astype(np.int64) * (self.spare_row + 1) + plan.block_rows
+        return rows * self.max_blocks + plan.block_cols
 
     def inputs(self, plan: StepPlan, *, scored_only: bool = False) -> StepInputs:
         """The device inputs of an unrolled step, whose new block table entries go to the device in the same copy.
@@ -130,55 +134,69 @@ class DeviceBatch:
         if len(plan.block_rows):
             *more, cells, ids = more
             self._cells.index_put_((cells,), ids)
-        token_ids, positions, slots, lens, block_table = self._prepare(
-            host_tokens, rows, starts, first, self.last_tokens, self.block_tables, self._block_size,
-            -(-longest // self._block_size),
-        )  # fmt: skip
-        attention = AttentionInputs(
-            block_table=block_table,
-            query_start=starts,
-            seq_lens=lens,
-            query_lens_host=plan.num_tokens.tolist(),
-            seq_lens_host=seq_lens.tolist(),
-            num_decodes=plan.num_decodes,
-            max_query_len=int(plan.num_tokens.max()),
-            max_seq_len=longest,
+        token_ids, positions, slots, lens, tables = self._prepared(
+            host_tokens, rows, starts, first, -(-longest // self._block_size)
+        )
+        query_lens_host, seq_lens_host = plan.num_tokens.tolist(), seq_lens.tolist()
+        max_query_len = int(plan.num_tokens.max())
+        attention = tuple(
+            AttentionInputs(
+                block_table=table,
+                query_start=starts,
+                seq_lens=lens,
+                query_lens_host=query_lens_host,
+                seq_lens_host=seq_lens_host,
+                num_decodes=plan.num_decodes,
+                max_query_len=max_query_len,
+                max_seq_len=longest,
+            )
+            for table in tables
         )
         scored = None
         if scored_alone:
             ones, which = more
-            scored_lens = seq_lens[samples]
-            scored = AttentionInputs(
-                block_table=block_table if every else block_table[which],
-                query_start=ones,
-                seq_lens=lens if every else lens[which],
-                query_lens_host=[1] * len(samples),
-                seq_lens_host=scored_lens.tolist(),
-                num_decodes=len(samples),
-                max_query_len=1,
-                max_seq_len=int(scored_lens.max(initial=1)),
-            )
+            if not every:
+                tables, lens = [table[which] for table in tables], lens[which]
+            scored = self._one_query_each(tables, ones, lens, seq_lens[samples])
         return StepInputs(token_ids, positions, slots, attention, last, scored)
+
+    def _prepared(
+        self, given: Tensor, rows: Tensor, query_start: Tensor, start: Tensor, num_blocks: int
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, list[Tensor]]:
+        """Token ids, positions, slots by block table, sequence lengths, and the rows' block tables."""
+        first, *others = (
+            self._prepare(given, rows, query_start, start, self.last_tokens, table, self._block_size, num_blocks)
+            for table in self._tables
+        )
+        token_ids, positions, slots, lens, table = first
+        return token_ids, positions, (slots, *(o[2] for o in others)), lens, [table, *(o[4] for o in others)]
+
+    def _one_query_each(
+        self, tables: Sequence[Tensor], query_start: Tensor, lens: Tensor, lens_host: Ints
+    ) -> tuple[AttentionInputs, ...]:
+        """What the S scored tokens of a step see, by block table: as many decodes."""
+        count, longest = len(lens_host), int(lens_host.max(initial=1))
+        host = lens_host.tolist()
+        return tuple(
+            AttentionInputs(
+                block_table=table,
+                query_start=query_start,
+                seq_lens=lens,
+                query_lens_host=[1] * count,
+                seq_lens_host=host,
+                num_decodes=count,
+                max_query_len=1,
+                max_seq_len=longest,
+            )
+            for table in tables
+        )
 
     def decodes(self, rows: Tensor, start: Tensor, given: Tensor, query_start: Tensor) -> StepInputs:
         """The inputs of a step of static shape with one token an entry, made on the device alone.
 
         rows, start: [R]; `given` [R] is -1 where the token is the row's last; `query_start` counts from 0 to R.
         """
-        token_ids, positions, slots, lens, block_table = self._prepare(
-            given, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
-        )
-        attention = AttentionInputs(
-            block_table=block_table,
-            query_start=query_start,
-            seq_lens=lens,
-            query_lens_host=None,
-            seq_lens_host=None,
-            num_decodes=len(rows),
-            max_query_len=1,
-            max_seq_len=0,
-        )
-        return StepInputs(token_ids, positions, slots, attention, query_start[:-1])
+        return self.mixed(rows, start, given, query_start, query_start[:-1], num_decodes=len(rows), max_query_len=1)
 
     def mixed(
         self, rows: Tensor, start: Tensor, given: Tensor, query_start: Tensor, scored: Tensor, *, num_decodes: int,
@@ -189,18 +207,19 @@ class DeviceBatch:
         rows, start: [R]; `given` [T] is -1 where the token is the row's last; query_start: [R + 1], the last one T;
         scored: [S] tokens that get scores.
         """
-        token_ids, positions, slots, lens, block_table = self._prepare(
-            given, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
-        )
-        attention = AttentionInputs(
-            block_table=block_table,
-            query_start=query_start,
-            seq_lens=lens,
-            query_lens_host=None,
-            seq_lens_host=None,
-            num_decodes=num_decodes,
-            max_query_len=max_query_len,
-            max_seq_len=0,
+        token_ids, positions, slots, lens, tables = self._prepared(given, rows, query_start, start, self.max_blocks)
+        attention = tuple(
+            AttentionInputs(
+                block_table=table,
+                query_start=query_start,
+                seq_lens=lens,
+                query_lens_host=None,
+                seq_lens_host=None,
+                num_decodes=num_decodes,
+                max_query_len=max_query_len,
+                max_seq_len=0,
+            )
+            for table in tables
         )
         return StepInputs(token_ids, positions, slots, attention, scored)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hotplug.core.ops.inputs import StepInputs
+from hotplug.core.runner.schema import step_schema, to_tensors
 from hotplug.core.runner.static import StepShape
 
 
@@ -17,8 +18,11 @@ class DynamicInputs:
     `shape` bounds the tokens and requests of a step.
     """
 
-    def __init__(self, shape: StepShape, *, max_blocks: int, index_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: StepShape, *, num_tables: int, max_blocks: int, index_dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.shape = shape
+        self.schema = step_schema(num_tables, dynamic=True)
         self._max_blocks = max_blocks
         self._index_dtype, self._device = index_dtype, device
 
@@ -30,24 +34,27 @@ class DynamicInputs:
     def examples(self) -> tuple[Tensor, ...]:
         """Tensors of the bounds' size, of two at least since tracing takes 1 for a constant; values mean nothing."""
         tokens, requests, blocks = (max(size, 2) for size in (*self.shape, self._max_blocks))
-        sizes = ((tokens,), (tokens,), (tokens,), (requests, blocks), (requests + 1,), (requests,),
-                 (requests,), (tokens,))  # fmt: skip
-        return tuple(torch.zeros(size, dtype=self._index_dtype, device=self._device) for size in sizes)
+        sizes = {"tokens": tokens, "requests": requests, "requests + 1": requests + 1, "blocks": blocks,
+                 "scores": requests, "kept": tokens}  # fmt: skip
+        return tuple(
+            torch.zeros([sizes[dim] for dim in given.dims], dtype=self._index_dtype, device=self._device)
+            for given in self.schema
+        )
 
     def dims(self, num_caches: int) -> tuple[dict[int, Any], ...]:
         """`dynamic_shapes` of `torch.export` for `examples` and caches, whose number of blocks varies too."""
-        dim = {name: torch.export.Dim(name) for name in ("tokens", "requests", "columns", "scores", "kept", "blocks")}
-        tokens, requests = {0: dim["tokens"]}, dim["requests"]
-        return (tokens, tokens, tokens, {0: requests, 1: dim["columns"]}, {0: requests + 1}, {0: requests},
-                {0: dim["scores"]}, {0: dim["kept"]}, *[{0: dim["blocks"]}] * num_caches)  # fmt: skip
+        dim: dict[str, Any] = {name: torch.export.Dim(name) for name in ("tokens", "requests", "scores", "kept")}
+        dim |= {"requests + 1": dim["requests"] + 1, "blocks": torch.export.Dim("columns")}
+        pages = {0: torch.export.Dim("blocks")}
+        given = [{at: dim[name] for at, name in enumerate(each.dims)} for each in self.schema]
+        return (*given, *[pages] * num_caches)
 
     def arguments(self, step: StepInputs) -> tuple[Tensor, ...]:
         """A step's tensors as they are, and which hidden states it keeps: all, or the scored ones alone."""
-        scores, attention = step.logit_indices, step.attention
+        *tensors, scores = to_tensors(step)
         if step.scored is None:
             tokens = len(step.token_ids)
             kept = torch.arange(tokens, dtype=self._index_dtype, device=self._device)
         else:
             kept, scores = scores, torch.arange(len(scores), dtype=self._index_dtype, device=self._device)
-        return (step.token_ids, step.positions, step.slots, attention.block_table, attention.query_start,
-                attention.seq_lens, scores, kept)  # fmt: skip
+        return (*tensors, scores, kept)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.runner.device_batch import DeviceBatch

@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hotplug.core.config import EngineConfig, parse_bytes
 from hotplug.core.errors import OutOfMemoryError
-from hotplug.core.kv.groups import KVGroup
-from hotplug.core.layers.attention import KVBlocks
-from hotplug.core.platform.base import DeviceInfo, KVLayout, Limits, MemoryInfo, Platform
+from hotplug.core.kv.groups import KVGroups
+from hotplug.core.layers.kv_cache import KVBlocks
+from hotplug.core.ops.dtypes import TORCH_DTYPES
+from hotplug.core.platform.base import DeviceInfo, Limits, MemoryInfo, Platform
 from hotplug.core.platform.optional import HasKV
-from hotplug.core.weights.config import ModelConfig
 
 SHARED_DEFAULT = 4 << 30
 SHARED_FRACTION = 0.4
 """Where KV shares the host's memory and nobody set a size: at most this many bytes, and this share of what
 is free, since a server must not starve its own machine."""
-
-
-@dataclass(frozen=True, slots=True)
-class KVShape:
-    """The shape of the cache, but for the number of blocks."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    layout: KVLayout
-    dtype: torch.dtype
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all layers, keys and values."""
-        elements = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
-        return elements * self.dtype.itemsize
-
-    def tensor_shape(self, num_blocks: int) -> list[int]:
-        """[layers, 2, blocks, ...] in the layout's order."""
-        inner = [self.block_size, self.num_kv_heads, self.head_dim]
-        if self.layout is KVLayout.HND:
-            inner = [self.num_kv_heads, self.block_size, self.head_dim]
-        return [self.num_layers, 2, num_blocks, *inner]
 
 
 def budget(config: EngineConfig, limits: Limits, memory: MemoryInfo, sharing: int = 1) -> int:
@@ -67,30 +41,32 @@ def budget(config: EngineConfig, limits: Limits, memory: MemoryInfo, sharing: in
     return (int(memory.total * config.memory_utilization) - (memory.total - memory.free)) // sharing
 
 
-def num_blocks(shape: KVShape, size: int, max_model_len: int, *, capped: bool) -> int:
-    """Blocks that fit `size` bytes, the null block among them. Raises OutOfMemoryError if too few.
+def num_pages(groups: KVGroups, size: int, max_model_len: int, chunk: int, *, capped: bool) -> int:
+    """Pages that fit `size` bytes, the null page among them. Raises OutOfMemoryError if too few.
 
-    `capped` says that the user set the size, so a pool smaller than one full sequence is his choice.
+    `capped` says that the user set the size, so a pool smaller than one full sequence, which grows by `chunk` tokens a
+    step at most, is his choice.
     """
-    blocks = size // shape.block_bytes
-    least = 2 if capped else 1 + -(-max_model_len // shape.block_size)
-    if blocks < least:
+    pages = size // groups.page_bytes
+    least = 1 + (groups.num_tables if capped else groups.peak_pages(max_model_len, chunk))
+    if pages < least:
         raise OutOfMemoryError(
-            f"{_gib(max(size, 0))} hold {max(blocks, 0)} KV blocks, {least} are needed",
-            why=f"a block of {shape.block_size} tokens takes {shape.block_bytes / 2**20:.2f} MiB over all layers",
+            f"{_gib(max(size, 0))} hold {max(pages, 0)} KV blocks, {least} are needed",
+            why=f"{_block(groups)} {groups.page_bytes / 2**20:.2f} MiB over all layers",
             hint="Raise --kv-cache-memory or --memory-utilization, or lower --max-model-len.",
         )
-    return blocks
+    return pages
 
 
 def check_context(
-    config: EngineConfig, limits: Limits, memory: MemoryInfo, shape: KVShape, positions: int, sharing: int
-) -> None:
+    config: EngineConfig, limits: Limits, memory: MemoryInfo, groups: KVGroups, positions: int, sharing: int, *,
+    chunk: int, rotary_dim: int,
+) -> None:  # fmt: skip
     """Refuse a context too long for the device before weights are read. `memory` is what is free without them.
 
     Raises OutOfMemoryError.
     """
-    table = positions * shape.head_dim * torch.float32.itemsize
+    table = positions * rotary_dim * torch.float32.itemsize
     if table > memory.free:
         raise OutOfMemoryError(
             f"the rotary table of {positions:,} positions takes {_gib(table)}, {_gib(memory.free)} of "
@@ -98,25 +74,30 @@ def check_context(
             hint="Lower --max-model-len.",
         )
     if config.kv_cache_memory is None:
-        num_blocks(shape, budget(config, limits, memory, sharing), positions, capped=False)
+        num_pages(groups, budget(config, limits, memory, sharing), positions, chunk, capped=False)
 
 
-def group(model: ModelConfig, block_size: int) -> KVGroup:
-    """Full attention unless every layer slides; then blocks behind the window are freed."""
-    sliding = len(model.sliding_layers) == model.num_layers
-    return KVGroup(block_size=block_size, window=model.sliding_window if sliding else None)
+def rounded(pages: int) -> int:
+    """`pages` without all but its four leading binary digits: at most an eighth less."""
+    spare = max(pages.bit_length() - 4, 0)
+    return pages >> spare << spare
 
 
-def rounded(blocks: int) -> int:
-    """`blocks` without all but its four leading binary digits: at most an eighth less."""
-    spare = max(blocks.bit_length() - 4, 0)
-    return blocks >> spare << spare
+def lane_shape(groups: KVGroups, pages: int) -> list[int]:
+    """[lanes, tensors of a lane, pages, ...]: the shape of the whole cache."""
+    count, page = groups.page
+    return [groups.lanes, count, pages, *page.shape]
 
 
-def allocate(shape: KVShape, blocks: int, platform: Platform, device: DeviceInfo) -> list[KVBlocks]:
-    """One (keys, values) pair a layer, zeroed."""
-    cache = zeros(shape.tensor_shape(blocks), shape.dtype, platform, device)
-    return [(layer[0], layer[1]) for layer in cache]
+def page_dtype(groups: KVGroups) -> torch.dtype:
+    """The dtype of the cache's memory."""
+    return TORCH_DTYPES[groups.page[1].dtype]
+
+
+def allocate(groups: KVGroups, pages: int, platform: Platform, device: DeviceInfo) -> list[KVBlocks]:
+    """The tensors of each lane, zeroed."""
+    cache = zeros(lane_shape(groups, pages), page_dtype(groups), platform, device)
+    return [lane.unbind() for lane in cache]
 
 
 def zeros(sizes: Sequence[int], dtype: torch.dtype, platform: Platform, device: DeviceInfo) -> torch.Tensor:
@@ -126,22 +107,22 @@ def zeros(sizes: Sequence[int], dtype: torch.dtype, platform: Platform, device: 
     return torch.zeros(sizes, dtype=dtype, device=torch_device(platform, device))
 
 
-def swap_blocks(shape: KVShape, config: EngineConfig) -> int:
-    """Host blocks that fit the configured swap space, the null block among them; 0 without one.
+def swap_pages(groups: KVGroups, config: EngineConfig) -> int:
+    """Host pages that fit the configured swap space, the null page among them; 0 without one.
 
     Raises OutOfMemoryError if it is too small for any.
     """
     if config.swap_space is None:
         return 0
     size = parse_bytes(config.swap_space) // config.tensor_parallel_size  # host memory is that of all ranks
-    blocks = size // shape.block_bytes
-    if blocks < 2:
+    pages = size // groups.page_bytes
+    if pages < 2:
         raise OutOfMemoryError(
-            f"a swap space of {size:,} bytes holds {max(blocks, 0)} KV blocks, 2 are the least (block 0 is never used)",
-            why=f"a block of {shape.block_size} tokens takes {shape.block_bytes:,} bytes over all layers",
+            f"a swap space of {size:,} bytes holds {max(pages, 0)} KV blocks, 2 are the least (block 0 is never used)",
+            why=f"{_block(groups)} {groups.page_bytes:,} bytes over all layers",
             hint="Raise --swap-space, or leave it out to recompute what is preempted.",
         )
-    return blocks
+    return pages
 
 
 def check_swap_space(size: int, free: int) -> None:
@@ -174,6 +155,13 @@ def torch_device(platform: Platform, device: DeviceInfo) -> torch.device:
     if platform.torch_device in ("cpu", "meta"):
         return torch.device(platform.torch_device)
     return torch.device(platform.torch_device, device.index)
+
+
+def _block(groups: KVGroups) -> str:
+    """The beginning of a sentence that ends with a page's size."""
+    tables = groups.num_tables
+    what = "a block" if tables == 1 else f"each of the {tables} pages of a block"
+    return f"{what} of {groups.block_size} tokens takes"
 
 
 def _gib(size: int) -> str:

@@ -62,6 +62,7 @@ def _prefill(rows: int, num_tokens: int) -> StepPlan:
         num_decodes=0,
         released=empty,
         admitted=[Admission(row, tokens, num_tokens, params, seed=0, eos_token_ids=()) for row in range(rows)],
+        block_tables=empty,
         block_rows=empty,
         block_cols=empty,
         block_ids=empty,

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.layers.context import BuildContext
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.models.decoder import Decoder
-from hotplug.core.ops.attention import AttentionInputs
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.ops.plan import COMPOSED, Plan
 from hotplug.core.ops.program import as_node, references
 from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Op
 from hotplug.core.runner.dynamic import DynamicInputs
+from hotplug.core.runner.schema import by_lane, from_tensors
 from hotplug.core.runner.static import StaticInputs, StepShape
 
 _TRACING = threading.RLock()
@@ -37,6 +37,7 @@ class ModelProgram:
         self._context = context
         self._plan = plan
         self.caches = [cache for blocks in kv for cache in blocks]
+        self.sides = len(kv[0])
         self.weights = {f"model.{name}": t for name, t in _tensors(model)}
 
     @cached_property
@@ -65,11 +66,12 @@ class ModelProgram:
 
 
 class ExportedStep:
-    """Implements `hotplug.core.platform.program.ExportedStep` for one shape."""
+    """Implements `hotplug.core.platform.program.StepProgram` for one shape."""
 
     def __init__(self, model: ModelProgram, inputs: StaticInputs | DynamicInputs) -> None:
         self._model = model
         self._inputs = inputs
+        self.inputs = inputs.schema
         self.num_tokens, self.num_requests = inputs.shape
         self.weights: Mapping[str, Tensor] = model.weights
         self.caches: Sequence[Tensor] = model.caches
@@ -80,7 +82,7 @@ class ExportedStep:
         model, _ = self._model.nodes
         inputs, caches = self._inputs, self._model.caches
         dynamic = isinstance(inputs, DynamicInputs)
-        step = (_DynamicStep if dynamic else _Step)(model, inputs.max_query_len)
+        step = (_DynamicStep if dynamic else _Step)(model, inputs.max_query_len, len(inputs.schema), self._model.sides)
         dims = (inputs.dims(len(caches)),) if isinstance(inputs, DynamicInputs) else None
         with _TRACING:
             return torch.export.export(step, (*inputs.examples, *caches), dynamic_shapes=dims, strict=False)
@@ -117,35 +119,34 @@ class _NodeBinder:
 class _Step(nn.Module):
     """A step of static shape as a function of tensors alone."""
 
-    def __init__(self, model: Decoder, max_query_len: int) -> None:
+    def __init__(self, model: Decoder, max_query_len: int, inputs: int, sides: int) -> None:
+        """`inputs` is the number of tensors before the caches, `sides` the number of caches of a lane."""
         super().__init__()
         self.model = model
         self._max_query_len = max_query_len
+        self._inputs = inputs
+        self._sides = sides
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        *inputs, logit_indices = tensors[:7]
-        hidden, caches = self._hidden(inputs, logit_indices, tensors[7:])
-        return hidden, self.model.logits(hidden[logit_indices]), *caches
+        step, caches = from_tensors(tensors[: self._inputs], self._max_query_len), tensors[self._inputs :]
+        hidden, caches = self._hidden(step, caches)
+        return hidden, self.model.logits(hidden[step.logit_indices]), *caches
 
-    def _hidden(
-        self, inputs: Sequence[Tensor], logit_indices: Tensor, caches: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _hidden(self, step: StepInputs, caches: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Hidden states of all tokens, and the caches with the step written."""
-        token_ids, positions, slots, block_table, query_start, seq_lens = inputs
-        attention = AttentionInputs.from_node(block_table, query_start, seq_lens, self._max_query_len)
-        kv = list(zip(caches[::2], caches[1::2], strict=True))
-        hidden, written = self.model(StepInputs(token_ids, positions, slots, attention, logit_indices), kv)
-        return hidden, [cache for blocks in written for cache in blocks]
+        hidden, written = self.model(step, by_lane(caches, self._sides))
+        return hidden, tuple(cache for blocks in written for cache in blocks)
 
 
 class _DynamicStep(_Step):
     """A step of varying sizes, which answers with the hidden states that it is asked to keep."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        *inputs, logit_indices, kept = tensors[:8]
-        hidden, caches = self._hidden(inputs, kept, tensors[8:])
+        *given, kept = tensors[: self._inputs]
+        step = from_tensors(given, self._max_query_len)
+        hidden, caches = self._hidden(step, tensors[self._inputs :])
         hidden = hidden[kept]
-        return hidden, self.model.logits(hidden[logit_indices]), *caches
+        return hidden, self.model.logits(hidden[step.logit_indices]), *caches
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hotplug.core.kv.manager import TableChanges
 from hotplug.core.scheduler.plan import Admission, IntArray, StepPlan
 
 
@@ -63,12 +64,12 @@ class StepBuilder:
     def build(
         self,
         released: list[int],
-        changes: tuple[IntArray, IntArray, IntArray],
+        changes: TableChanges,
         saves: list[tuple[int, bytes]],
         swap_out: list[tuple[int, int]],
     ) -> StepPlan:
-        """The plan, with the rows freed before it, the changed block-table cells (rows, columns, ids), and the copies
-        that go before all it writes."""
+        """The plan, with the rows freed before it, the cells of block tables that change (tables, rows, columns, ids),
+        and the copies that go before all it writes."""
         n = len(self._decode_rows)
         rows, start = self._decode_rows, self._decode_start
         num_tokens, samples = np.ones(n, np.int32), np.ones(n, np.bool_)
@@ -85,9 +86,10 @@ class StepBuilder:
             num_decodes=n,
             released=np.array(released, np.int32),
             admitted=self.admitted,
-            block_rows=changes[0],
-            block_cols=changes[1],
-            block_ids=changes[2],
+            block_tables=changes[0],
+            block_rows=changes[1],
+            block_cols=changes[2],
+            block_ids=changes[3],
             saves=saves,
             loads=self.loads,
             swap_out=swap_out,

@@ -60,8 +60,10 @@ class StepPlan:
     released: IntArray
     """Rows that were freed since the last plan."""
     admitted: list[Admission]
+    block_tables: IntArray
+    """[B] with `block_rows`, `block_cols` and `block_ids`: cells of the block tables that change in this step. Which
+    tables belong to which KV group is the same for the engine's life (`hotplug.core.kv.groups`)."""
     block_rows: IntArray
-    """[B] with `block_cols` and `block_ids`: entries of the block tables that change in this step."""
     block_cols: IntArray
     block_ids: IntArray
     saves: list[tuple[int, bytes]] = field(default_factory=list)

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
 from hotplug.core.kv.host import Swapped
-from hotplug.core.kv.manager import KVManager
+from hotplug.core.kv.manager import KVManager, Prefix
 from hotplug.core.kv.prefix import BlockHashes
 from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.request import NO_TOKEN, EngineStats, Request, TokenDelta
@@ -243,7 +243,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when nothing can run before a request is added or a step in flight is updated."""
-        if self.kv.group.window is not None:
+        if self.kv.groups.free_blocks_early:
             rows = self._batch.rows()
             self.kv.trim(rows, self._batch.computed[rows])
         self._preempt_for_rank()
@@ -350,18 +350,18 @@ class Scheduler:
             if seq is None or seq.in_flight:
                 return
             total = len(seq.token_ids)
-            matched, swapped = self._kept(seq)
-            cached = len(matched) * self.kv.block_size if swapped is None else swapped.num_tokens
+            prefix, swapped = self._kept(seq)
+            cached = prefix.num_blocks * self.kv.block_size if swapped is None else swapped.num_tokens
             if not self.config.chunked_prefill and total - cached > budget:
                 return
-            if self.kv.cost(matched, total, chunk) + self._reserved_blocks() > self.kv.pool.num_free:
+            if self.kv.cost(prefix, total, chunk) + self._reserved_blocks() > self.kv.pool.num_free:
                 return
             self._waiting.pop()
             row = self._batch.assign_row(seq)
             if swapped is not None:
-                builder.swap_in += self.kv.swap_in(row, swapped, matched)
+                builder.swap_in += self.kv.swap_in(row, swapped, prefix)
             else:
-                self.kv.admit(row, matched)
+                self.kv.admit(row, prefix)
                 if self._connector is not None:
                     cached += self._fetch(seq, row, cached, builder)
             self._drop_swapped(seq)
@@ -384,18 +384,18 @@ class Scheduler:
 
     # --- the prefix cache ---
 
-    def _kept(self, seq: Sequence) -> tuple[list[int], Swapped | None]:
-        """What a waiting request need not compute again: its cached prefix as block-table entries, or its KV on the
-        host where that reaches further. With the latter go the entries from its first on that are cached still."""
-        matched, swapped = self._cached_prefix(seq), seq.swapped
-        if swapped is None or len(matched) * self.kv.block_size >= swapped.num_tokens:
-            return matched, None
-        return matched[swapped.first :], swapped
+    def _kept(self, seq: Sequence) -> tuple[Prefix, Swapped | None]:
+        """What a waiting request need not compute again: its cached prefix, or its KV on the host where that reaches
+        further. With the latter goes what of it is cached still."""
+        prefix, swapped = self._cached_prefix(seq), seq.swapped
+        if swapped is None or prefix.num_blocks * self.kv.block_size >= swapped.num_tokens:
+            return prefix, None
+        return self.kv.shared(prefix, swapped), swapped
 
-    def _cached_prefix(self, seq: Sequence) -> list[int]:
-        """Block-table entries of the cached prefix of a waiting request: whole blocks, one token at least left."""
+    def _cached_prefix(self, seq: Sequence) -> Prefix:
+        """The cached prefix of a waiting request: whole blocks, one token at least left."""
         if not self.kv.enable_prefix_cache or not seq.may_use_cache:
-            return []
+            return self.kv.match(())
         full = (len(seq.token_ids) - 1) // self.kv.block_size
         return self.kv.match(seq.hashes.extend(seq.token_ids, full)[:full])
 
@@ -421,7 +421,7 @@ class Scheduler:
             return 0
         end = first + len(blocks)
         self.kv.extend(np.array([row], np.int32), np.array([end * size], np.int32))
-        builder.loads += zip(self.kv.tables[row, first:end].tolist(), blocks, strict=True)
+        builder.loads += zip(self.kv.tables[0].held(row, first, end)[0], blocks, strict=True)
         self.kv.register(row, digests, end)
         return len(blocks) * size
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,14 @@ import hotplug
 from hotplug.core.config import EngineConfig, parse_bytes
 from hotplug.core.errors import ConfigError
 from hotplug.core.extension.points import Extension
+from hotplug.core.kv.groups import KVGroups, make_groups
+from hotplug.core.kv.spec import BlockFormat
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.models.decoder import Decoder
-from hotplug.core.models.loader import build_model
+from hotplug.core.models.loader import build_model, find_model
 from hotplug.core.models.split import local_config
 from hotplug.core.ops.builtin import builtin_registry
+from hotplug.core.ops.dtypes import TORCH_DTYPES
 from hotplug.core.ops.plan import Plan
 from hotplug.core.ops.registry import Observe, OpRegistry
 from hotplug.core.ops.trace import Tracer, synchronizer
@@ -32,7 +36,7 @@ from hotplug.core.platform.select import Selection, select
 from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.runner import kv_memory, memory_guard
 from hotplug.core.runner.device_batch import DeviceBatch
-from hotplug.core.runner.kv_memory import KVShape, swap_blocks, torch_device
+from hotplug.core.runner.kv_memory import swap_pages, torch_device
 from hotplug.core.runner.memory_guard import MemoryGuard
 from hotplug.core.sample.sampler import Sampler
 from hotplug.core.scheduler.policy import SchedulingPolicy
@@ -48,15 +52,6 @@ from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.read_ahead import read_ahead
 from hotplug.core.weights.source import resolve as resolve_source
-
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "int32": torch.int32,
-    "int64": torch.int64,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +75,8 @@ class Bound:
     model: Decoder
     batch: DeviceBatch
     sampler: Sampler
-    kv_shape: KVShape
+    groups: KVGroups
+    """What the layers keep of a sequence, and where."""
     policy: SchedulingPolicy
     connector: Callable[[KVFormat], KVConnector] | None
     """Makes what keeps KV blocks elsewhere."""
@@ -122,7 +118,17 @@ class Bound:
                 "dtype": self.resolved.kv_dtype,
                 "layout": str(self.resolved.kv_layout),
                 "block_size": self.resolved.block_size,
-                "block_bytes": self.kv_shape.block_bytes,
+                "block_bytes": self.groups.page_bytes,
+                "groups": [
+                    {
+                        "kind": group.spec.kind,
+                        "layers": len(group.layers),
+                        "pages": len(group.tables),
+                        **dataclasses.asdict(group.spec),
+                    }
+                    for group in self.groups.groups
+                ],
+                "lanes": self.groups.lanes,
                 "swap_blocks": self.swap_blocks,
                 "shared_host_memory": self.limits.shared_host_memory,
             },
@@ -176,18 +182,21 @@ def bind(
     observe = tracer.observe if observe is None and tracer is not None else observe
     plan = Plan(registry, arch=selection.device.arch, force=config.force, accelerator=limits.accelerator,
                 observe=observe)  # fmt: skip
-    kv_shape = KVShape(model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, resolved.block_size,
-                       resolved.kv_layout, TORCH_DTYPES[resolved.kv_dtype])  # fmt: skip
-    reach = min(max_model_len, _reachable(config, model_config, kv_shape, resolved, max_model_len, sharing))
+    groups = make_groups(
+        find_model(model_config, extension.models).kv_specs(model_config),
+        BlockFormat(resolved.block_size, str(resolved.kv_layout), resolved.kv_dtype),
+    )
+    reach = min(max_model_len, _reachable(config, groups, resolved, max_model_len, sharing))
     if not meta:
-        kv_memory.check_context(config, limits, selection.platform.memory(selection.device), kv_shape, reach, sharing)
+        kv_memory.check_context(
+            config, limits, selection.platform.memory(selection.device), groups, reach, sharing,
+            chunk=resolved.max_num_batched_tokens, rotary_dim=model_config.head_dim,
+        )  # fmt: skip
     context = BuildContext(
         plan=plan,
         dtype=TORCH_DTYPES[resolved.dtype],
         device=device,
-        block_size=resolved.block_size,
-        kv_layout=str(resolved.kv_layout),
-        kv_dtype=resolved.kv_dtype,
+        kv=groups,
         static_steps=resolved.static_steps,
         scheme=weights.scheme,
         table_scheme=weights.table_scheme,
@@ -199,12 +208,12 @@ def bind(
     with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
         model = build_model(model_config, context, extension.models)
     whole = compiled_by(selection.platform, plan.choices) if resolved.exec_mode is ExecMode.COMPILE else {}
-    batch = _batch(plan, selection, limits, resolved, device, reach)
+    batch = _batch(plan, selection, limits, resolved, groups, device, reach)
     with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
         sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors,
                           speculates=resolved.speculates)  # fmt: skip
-    host_blocks = swap_blocks(kv_shape, config)
-    block_copy = _bind_swap(plan, kv_shape, resolved) if host_blocks else None
+    host_blocks = swap_pages(groups, config)
+    block_copy = _bind_swap(plan, groups, resolved) if host_blocks else None
     plan.finish()
     return Bound(
         config,
@@ -221,7 +230,7 @@ def bind(
         model,
         batch,
         sampler,
-        kv_shape,
+        groups,
         policy,
         connector,
         tracer,
@@ -251,8 +260,9 @@ def _registry(platform: Platform, extension: Extension, asked: WeightFormat | No
 
 
 def _batch(
-    plan: Plan, selection: Selection, limits: Limits, resolved: Resolved, device: torch.device, reach: int
-) -> DeviceBatch:
+    plan: Plan, selection: Selection, limits: Limits, resolved: Resolved, groups: KVGroups, device: torch.device,
+    reach: int,
+) -> DeviceBatch:  # fmt: skip
     """The rows of a step, each of up to `reach` tokens. Raises OutOfMemoryError."""
     platform = selection.platform
     with MemoryGuard("making room for the rows of a step", selection, memory_guard.ROWS):
@@ -261,15 +271,15 @@ def _batch(
             max_rows=resolved.max_num_seqs,
             max_len=reach,
             block_size=resolved.block_size,
+            num_tables=groups.num_tables,
             index_dtype=TORCH_DTYPES[limits.index_dtype],
             device=device,
             pin=platform.pinned if isinstance(platform, HasRuntime) and device.type != "meta" else None,
         )
 
 
-def _bind_swap(plan: Plan, shape: KVShape, resolved: Resolved) -> BlockCopy:
-    return plan.bind("block_copy", "swap", resolved.dtype, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-                     block_size=shape.block_size, layout=str(shape.layout), kv_dtype=resolved.kv_dtype)  # fmt: skip
+def _bind_swap(plan: Plan, groups: KVGroups, resolved: Resolved) -> BlockCopy:
+    return plan.bind("block_copy", "swap", resolved.dtype, page_bytes=groups.page[1].bytes)
 
 
 def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat], KVConnector] | None:
@@ -280,16 +290,14 @@ def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat
     return lambda kv_format: factory(argument, kv_format)
 
 
-def _reachable(
-    config: EngineConfig, model: ModelConfig, shape: KVShape, resolved: Resolved, max_model_len: int, sharing: int
-) -> int:
+def _reachable(config: EngineConfig, groups: KVGroups, resolved: Resolved, max_model_len: int, sharing: int) -> int:
     """Positions that a sequence can reach in the KV cache that the user allows; `max_model_len` where he sets none."""
     if config.kv_cache_memory is None:
         return max_model_len
-    blocks = parse_bytes(config.kv_cache_memory) // sharing // shape.block_bytes
-    peak = kv_memory.group(model, shape.block_size).peak_blocks(max_model_len, resolved.max_num_batched_tokens)
-    # One more than fits, so that it is the cache that a longer prompt is refused for, and not the context.
-    return max_model_len if peak < blocks else blocks * shape.block_size + 1
+    usable = parse_bytes(config.kv_cache_memory) // sharing // groups.page_bytes - 1  # without the null page
+    longest = groups.longest(usable, max_model_len, resolved.max_num_batched_tokens)
+    # One block more than fits, so that it is the cache that a longer prompt is refused for, and not the context.
+    return max_model_len if longest == max_model_len else longest + groups.block_size + 1
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -7,13 +7,14 @@ from hotplug.core.extension.points import Extension
 
 def everything() -> Extension:
     """All that an engine may use. Imports torch."""
-    from hotplug.core.models.decoder import MODELS
+    from hotplug.core.models.families import CONFIG_READERS, MODELS
     from hotplug.core.ops.builtin import builtin_ops
     from hotplug.core.scheduler.policy import POLICIES
 
     brought = parsers()
     return Extension(
         models=MODELS,
+        config_readers=CONFIG_READERS,
         ops=builtin_ops(),
         scheduling=POLICIES,
         tool_parsers=brought.tool_parsers,

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from hotplug.core.errors import FeatureError
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.platform.optional import HasKV
+from hotplug.core.runner import kv_memory
 from hotplug.core.startup.bind import Bound
 from hotplug.core.transfer.blocks import BlockTransfer
 from hotplug.core.transfer.connector import KVConnector, KVFormat
@@ -25,10 +26,11 @@ def make_connector(bound: Bound) -> KVConnector | None:
     """What keeps blocks elsewhere, if anything does. Needs no weights. Raises FeatureError, ConfigError."""
     if bound.connector is None:
         return None
-    model = bound.checkpoint.config
-    if len(model.sliding_layers) == model.num_layers:
-        raise FeatureError("a KV connector cannot serve a model that slides in every layer",
-                           why="blocks behind the window are gone", hint="Leave out --kv-connector.")  # fmt: skip
+    groups = bound.groups
+    if groups.free_blocks_early or groups.num_tables > 1 or not groups.cacheable:
+        kinds = ", ".join(f"{group.spec.kind} ({len(group.layers)} layers)" for group in groups.groups)
+        raise FeatureError("a KV connector serves models with one group of KV blocks that keeps all of them",
+                           why=f"this one has {kinds}", hint="Leave out --kv-connector.")  # fmt: skip
     kv_format = block_format(bound)
     return GuardedConnector(bound.connector(kv_format), kv_format)
 
@@ -44,7 +46,7 @@ def make_transfer(bound: Bound, kv: list[KVBlocks], connector: KVConnector | Non
 
 def block_format(bound: Bound) -> KVFormat:
     """The format of an engine's blocks. The namespace follows from all that their contents do, kernels apart."""
-    layers, sides, _, *inner = bound.kv_shape.tensor_shape(1)
+    layers, sides, _, *inner = kv_memory.lane_shape(bound.groups, 1)
     config = bound.config
     facts = {
         "model": dataclasses.asdict(bound.checkpoint.config),
@@ -56,7 +58,7 @@ def block_format(bound: Bound) -> KVFormat:
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     namespace = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return KVFormat(namespace, (layers, sides, *inner), bound.kv_shape.dtype)
+    return KVFormat(namespace, (layers, sides, *inner), kv_memory.page_dtype(bound.groups))
 
 
 def fingerprint(file: Path) -> str:

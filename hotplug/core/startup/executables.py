@@ -9,7 +9,7 @@ import torch
 
 import hotplug
 from hotplug.core.errors import PlatformError
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.platform.optional import HasCapture, HasCompile
 from hotplug.core.runner.artifacts import artifact_folder, source_hash
@@ -124,7 +124,10 @@ def compiled(bound: Bound, shapes: Sequence[StepShape], kv: list[KVBlocks], eage
     return CompiledSteps(
         platform,
         compile_shape,
-        [kind(s, max_blocks=tables.shape[1], index_dtype=tables.dtype, device=tables.device) for s in shapes],
+        [
+            kind(s, num_tables=len(tables), max_blocks=tables.shape[2], index_dtype=tables.dtype, device=tables.device)
+            for s in shapes
+        ],
         kv,
         bound.batch,
         eager if ExecMode.EAGER in bound.limits.exec_modes else None,
@@ -151,5 +154,5 @@ def _program_facts(bound: Bound, kv: Sequence[KVBlocks], fingerprint: str) -> di
         "max_position": bound.context.max_position,
         "dtype": bound.resolved.dtype,
         "kv": [str(kv[0][0].dtype), str(bound.resolved.kv_layout), cache],
-        "block_table": [str(tables.dtype), tables.shape[1]],
+        "block_table": [str(tables.dtype), len(tables), tables.shape[2]],
     }

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import FeatureError
-from hotplug.core.models.decoder import MODELS, Decoder
+from hotplug.core.models.decoder import Decoder
+from hotplug.core.models.families import MODELS
 from hotplug.core.models.split import split_faults
 from hotplug.core.ops.packed_linear import GROUP
 from hotplug.core.platform.base import DeviceInfo

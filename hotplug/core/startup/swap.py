@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hotplug.core.errors import OutOfMemoryError
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.platform.optional import HasKV, HasRuntime
 from hotplug.core.runner import kv_memory
 from hotplug.core.startup.bind import Bound
@@ -21,18 +21,18 @@ def make_space(bound: Bound) -> SwapSpace | None:
     is the device's. Raises OutOfMemoryError."""
     if not bound.swap_blocks:
         return None
-    platform, device, shape = bound.selection.platform, bound.selection.device, bound.kv_shape
+    platform, device, groups = bound.selection.platform, bound.selection.device, bound.groups
     shared = bound.limits.shared_host_memory
     kv_memory.check_swap_space(
-        bound.swap_blocks * shape.block_bytes,
+        bound.swap_blocks * groups.page_bytes,
         platform.memory(device).free if shared else kv_memory.host_free(),
     )
-    layers, sides, _, *inner = shape.tensor_shape(1)
+    lanes, sides, _, *inner = kv_memory.lane_shape(groups, 1)
     try:
         return SwapSpace(
             bound.swap_blocks,
-            (layers, sides, *inner),
-            shape.dtype,
+            (lanes, sides, *inner),
+            kv_memory.page_dtype(groups),
             host=platform.pinned if isinstance(platform, HasRuntime) else _pageable,
             device=lambda sizes, dtype: kv_memory.zeros(sizes, dtype, platform, device),
         )
@@ -56,8 +56,9 @@ def warm_up_swap(bound: Bound, kv: list[KVBlocks]) -> None:
     """Swap a block out and in again on torch's meta device, if `bound` swaps: `kv` and the plan are on it."""
     if bound.block_copy is None:
         return
-    layers, sides, _, *inner = bound.kv_shape.tensor_shape(1)
-    space = SwapSpace(1, (layers, sides, *inner), bound.kv_shape.dtype, host=_nowhere, device=_nowhere)
+    lanes, sides, _, *inner = kv_memory.lane_shape(bound.groups, 1)
+    dtype = kv_memory.page_dtype(bound.groups)
+    space = SwapSpace(1, (lanes, sides, *inner), dtype, host=_nowhere, device=_nowhere)
     swap = BlockSwap(kv, space, _copy, bound.block_copy, bound.batch.index_dtype)
     swap.swap_out([(0, 0)])
     swap.swap_in([(0, 0)])

@@ -7,11 +7,11 @@ import threading
 
 import torch
 
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.platform.base import DeviceInfo
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasWarmup
-from hotplug.core.runner import capture
+from hotplug.core.runner import capture, kv_memory
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.profile import largest_steps, prompt_steps
 from hotplug.core.runner.runner import Runner
@@ -57,10 +57,8 @@ def run_on_meta(bound: Bound) -> None:
     here = Candidate(selection.platform.name, "", selection.platform, devices)
     config = dataclasses.replace(bound.config, device=name, trace_ops=False)
     twin = bind(config, meta=True, candidates=[here], rank=rank)
-    shape = twin.kv_shape
-    cache: list[KVBlocks] = [
-        (layer[0], layer[1]) for layer in torch.empty(shape.tensor_shape(1), dtype=shape.dtype, device="meta")
-    ]
+    memory = torch.empty(kv_memory.lane_shape(twin.groups, 1), dtype=kv_memory.page_dtype(twin.groups), device="meta")
+    cache: list[KVBlocks] = [lane.unbind() for lane in memory]
     eager = EagerStep(twin.model, cache, twin.batch)
     runner = Runner(twin.model, twin.batch, twin.sampler, eager)
     tokens = twin.resolved.max_num_batched_tokens

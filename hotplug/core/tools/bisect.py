@@ -200,7 +200,7 @@ def _fitted(config: EngineConfig, length: int) -> tuple[Bound, EngineConfig]:
         "dtype": bound.resolved.dtype,
         "kv_cache_dtype": bound.resolved.kv_dtype,
         "quantization": bound.weights.name,
-        "kv_cache_memory": blocks * bound.kv_shape.block_bytes,
+        "kv_cache_memory": blocks * bound.groups.page_bytes,
         "max_model_len": length,
         "max_num_seqs": 1,
         "swap_space": None,

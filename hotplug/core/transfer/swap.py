@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hotplug.core.layers.attention import KVBlocks
+from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.transfer.blocks import Copy
 
 PIECE_BYTES = 256 << 20

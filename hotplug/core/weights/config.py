@@ -55,6 +55,10 @@ class ModelConfig:
     """Tokens a query sees, itself included; None is full attention."""
     sliding_layers: frozenset[int] = frozenset()
     """Layers that use `sliding_window`; empty when it is None."""
+    sliding_rope: RopeConfig | None = None
+    """Rotary parameters of those layers, where they differ."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None is head_dim ** -0.5."""
     num_experts: int = 0
     """Of each sparse feed-forward layer; 0 in a dense model."""
     experts_per_token: int = 0

@@ -157,13 +157,15 @@ class Builder:
 
     def _block_copy(self, facts: Any, lens: Lens, view: bool) -> Call:
         """The sequences' blocks, some of them read twice, of three caches; with `view` both lists are slices."""
-        blocks = sum(-(-seq // facts["block_size"]) for _, seq in lens)
+        blocks = sum(-(-seq // 16) for _, seq in lens)
         read = torch.randint(1, blocks + 2, (blocks,), generator=self.random)
         written = torch.randperm(blocks + 2, generator=self.random)[:blocks] + 1
-        shape = self._caches(facts, 1)[0].shape[1:]
-        dtype = TORCH_DTYPES[facts["kv_dtype"]]
-        source, target = self._normal(blocks + 2, 3, *shape).to(dtype), torch.full((blocks + 3, 5, *shape), POISON)
-        sources, targets = list(source.unbind(1)), list(target.to(dtype).unbind(1)[1:4])
+        shape, dtype = (facts["page_bytes"],), torch.uint8
+        source = torch.randint(0, 256, (blocks + 2, 3, *shape), generator=self.random).to(dtype)
+        sources, targets = (
+            list(source.unbind(1)),
+            list(torch.zeros((blocks + 3, 5, *shape), dtype=dtype).unbind(1)[1:4]),
+        )
         if not view:
             sources, targets = [s.contiguous() for s in sources], [t.contiguous() for t in targets]
         return Call((sources, targets, torch.stack((read, written), 1).to(self.index)))

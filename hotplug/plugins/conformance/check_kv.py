@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hotplug.core.kv.groups import make_groups
+from hotplug.core.kv.spec import BlockFormat, FullAttention
 from hotplug.core.ops.attention import gather_kv
 from hotplug.core.ops.registry import Fn, SiteSpec
 from hotplug.core.platform.base import KVLayout
 from hotplug.core.platform.optional import HasKV
-from hotplug.core.runner.kv_memory import KVShape, allocate
+from hotplug.core.runner.kv_memory import allocate
 from hotplug.plugins.conformance.cases import TORCH_DTYPES, Builder
 from hotplug.plugins.conformance.report import Report
 from hotplug.plugins.conformance.target import Target
@@ -28,8 +30,9 @@ def kv(target: Target, report: Report) -> None:
     sizes = limits.block_sizes[:2] if target.options.quick else limits.block_sizes
     for layout, dtype, size in itertools.product(limits.kv_layouts, dtypes, sizes):
         where = f"{dtype}, {layout}, blocks of {size}"
-        shape = KVShape(LAYERS, KV_HEADS, HEAD_DIM, size, layout, TORCH_DTYPES[dtype])
-        caches = allocate(shape, BLOCKS, target.platform, target.device)
+        spec = FullAttention(num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+        groups = make_groups([spec] * LAYERS, BlockFormat(size, str(layout), dtype))
+        caches = allocate(groups, BLOCKS, target.platform, target.device)
         if any(bool(cache.to("cpu").to(torch.float32).any()) for pair in caches for cache in pair):
             report.fail(f"KV memory is not zeroed: masked positions are multiplied by zero ({where})")
         _written_is_read(target, report, caches[1], layout, dtype, size, where)

@@ -58,9 +58,12 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             for h, kv, dim in heads:
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim}
                 yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // 2}
-        case "kv_write" | "block_copy":
+        case "kv_write":
             for (_, kv, dim), cache in itertools.product(heads, _caches(limits, quick)):
                 yield {"num_kv_heads": kv, "head_dim": dim, **cache}
+        case "block_copy":
+            sizes = {kv * dim * size * width for _, kv, dim in heads for size in limits.block_sizes for width in (1, 4)}
+            yield from ({"page_bytes": size} for size in sorted(sizes)[: 2 if quick else None])
         case "attention":
             windows = WINDOWS[:2] if quick else WINDOWS
             for (h, kv, dim), window, static, cache in itertools.product(

@@ -74,7 +74,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("rope", {**_heads(*SMOLLM2), "rotary_dim": 64}, dtype="float32"),
     Variant("kv_write", {"num_kv_heads": 8, "head_dim": 128, **_cache()}),
     Variant("kv_write", {"num_kv_heads": 3, "head_dim": 64, **_cache("float32")}, dtype="float32"),
-    Variant("block_copy", {"num_kv_heads": 8, "head_dim": 128, **_cache()}),
+    Variant("block_copy", {"page_bytes": 16 * 8 * 128 * 2}),
     *(
         Variant(op, {**_heads(*heads), "rotary_dim": heads[2], **_cache()})
         for op, heads in (
