@@ -24,6 +24,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 
 
@@ -35,7 +39,8 @@ def save(folder: Path, kind: str) -> Path:
 
     family, options = MODELS[kind]
     torch.manual_seed(1)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options})
+    kind = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    config = kind(**{**SIZES, **options})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -86,6 +86,8 @@ class Decoder(nn.Module):
     layer_class: type[DecoderLayer] = DecoderLayer
     mlp_norm_name = "post_attention_layernorm"
     """What checkpoints call the norm before the feed-forward part."""
+    norms_reduce = True
+    """Whether the norms before layers' parts add up what several ranks computed, so that the parts need not."""
     cos_sin: Tensor
 
     def __init__(self, ctx: BuildContext, config: ModelConfig) -> None:
@@ -97,7 +99,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             self.layer_class(ctx, config, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
         )
-        self.norm = AddRMSNorm(ctx, "norm", config.hidden_size, config.rms_norm_eps)
+        self.norm = AddRMSNorm(ctx, "norm", config.hidden_size, config.rms_norm_eps, reduce=self.norms_reduce)
         tied = table if config.tie_word_embeddings else None
         self.head = Head(ctx, "logits", config.hidden_size, config.vocab_size, tied)
         self.register_buffer(

@@ -81,6 +81,7 @@ class Gemma3Decoder(Decoder):
 
     qk_norm = True
     layer_class = Gemma3Layer
+    norms_reduce = False  # those after each part do
     mlp_norm_name = "pre_feedforward_layernorm"
     cos_sin_sliding: Tensor
 

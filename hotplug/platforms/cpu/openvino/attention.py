@@ -33,14 +33,17 @@ class Written:
 
 
 def kv_write(
-    graph: Graph, site: str, k: Output, v: Output, k_cache: Output, v_cache: Output, slots: Output, layout: str
-) -> tuple[Written, Written]:
+    graph: Graph, site: str, k: Output, v: Output, k_cache: Output | Written, v_cache: Output | Written, slots: Output,
+    layout: str,
+) -> tuple[Written, Written]:  # fmt: skip
+    """A cache that a layer before wrote to is the same memory: layers of several KV groups share it."""
     if layout != "HND":
         raise PlatformError(f"OpenVINO's attention has no layout {layout}", where=site)
     # `finite_values` of the op: the extension multiplies values by weights of zero
     finite = op.is_finite(v).output(0)
     k = op.select(finite, k, graph.scalar(float("nan"), ov.Type.f32)).output(0)
     v = op.select(finite, v, graph.scalar(0.0, ov.Type.f32)).output(0)
+    k_cache, v_cache = (cache.cache if isinstance(cache, Written) else cache for cache in (k_cache, v_cache))
     return Written(k_cache, k), Written(v_cache, v)
 
 
@@ -55,7 +58,8 @@ def attention(
     kv_heads = k.rows.get_partial_shape()[1].get_length()
     flat = [op.reshape(x, graph.ints(0, n * dim), True).output(0)
             for x, n in ((q, heads), (k.rows, kv_heads), (v.rows, kv_heads))]  # fmt: skip
-    lengths = graph.once("lengths", lambda: _lengths(graph, block_table, query_start, seq_lens))
+    table = block_table.get_node().get_friendly_name()
+    lengths = graph.once(("lengths", table), lambda: _lengths(graph, block_table, query_start, seq_lens))
     past, begins, blocks, block_begins, longest = lengths
     i32, f32 = ov.Type.i32, ov.Type.f32
     none, zero = graph.once("none", lambda: _empty(i32)), graph.scalar(0, i32)

@@ -12,23 +12,24 @@ from torch import Tensor
 
 from hotplug.platforms.cpu.openvino.graph import Graph, Weight
 from hotplug.platforms.cpu.openvino.operations import TRANSLATIONS
-from hotplug.platforms.cpu.openvino.recipe import NUM_INPUTS, Recipe, Value
-
-INPUTS = ("token_ids", "positions", "slots", "block_table", "query_start", "seq_lens", "scores", "kept")
+from hotplug.platforms.cpu.openvino.recipe import Recipe, Value
 
 
-def build(recipe: Recipe, weights: Mapping[str, Tensor]) -> tuple[ov.Model, list[np.ndarray]]:
+def build(
+    recipe: Recipe, weights: Mapping[str, Tensor], inputs: Mapping[str, int]
+) -> tuple[ov.Model, list[np.ndarray]]:
     """The model of a recipe, and arrays whose memory it reads.
 
-    Its parameters are those of `INPUTS` that are read, and `cache_0` and on; its results are `hidden` and `logits`.
+    `inputs` are the program's before the caches, in order: names, and numbers of dimensions.
+    Its parameters are those of them that are read, and `cache_0` and on; its results are `hidden` and `logits`.
     """
     graph = Graph()
     values: dict[int, Any] = {}
     wanted = _numbers(recipe)
-    for name, number in zip(INPUTS, recipe.inputs[:NUM_INPUTS], strict=True):
+    for (name, dims), number in zip(inputs.items(), recipe.inputs[: len(inputs)], strict=True):
         if number in wanted:
-            values[number] = graph.parameter(name, (-1, -1) if name == "block_table" else (-1,), ov.Type.i64)
-    for i, number in enumerate(recipe.inputs[NUM_INPUTS:]):
+            values[number] = graph.parameter(name, (-1,) * dims, ov.Type.i64)
+    for i, number in enumerate(recipe.inputs[len(inputs) :]):
         # Of no type: the plugin sets the cache's own. It would work on a converted copy of a narrower one declared.
         values[number] = graph.parameter(f"cache_{i}", (-1, -1, -1, -1), ov.Type.dynamic)
     for number, name in recipe.weights.items():

@@ -6,8 +6,8 @@ from hotplug.vendor import SiteSpec, Verdict
 
 OPS = frozenset({
     "embed", "embed_packed", "linear", "linear_packed", "logits", "logits_packed", "rms_norm", "add_rms_norm",
-    "silu_mul", "linear_silu_mul", "linear_packed_silu_mul", "rope", "qk_norm_rope", "kv_write", "rope_kv_write",
-    "qk_norm_rope_kv_write", "attention",
+    "silu_mul", "gelu_tanh_mul", "linear_silu_mul", "linear_packed_silu_mul", "rope", "qk_norm_rope", "kv_write",
+    "rope_kv_write", "qk_norm_rope_kv_write", "attention",
 })  # fmt: skip
 """Ops of hotplug that `operations` translates."""
 

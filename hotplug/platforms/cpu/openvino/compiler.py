@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hotplug.platforms.cpu.openvino import store, version
-from hotplug.platforms.cpu.openvino.recipe import NUM_INPUTS, Recipe, recipe_of
+from hotplug.platforms.cpu.openvino.recipe import Recipe, recipe_of
 from hotplug.vendor import PlatformError
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-SCORES, KEPT = 6, 7
-"""Places of the two among a step's inputs."""
 
 FAILED = "OpenVINO failed to compute a step"
 
@@ -61,13 +59,14 @@ class Compiler:
             if self._core is None:
                 self._core = ov.Core()
             kv_dtype = program.caches[0].dtype
-            model, memory = build(recipe, program.weights)
+            inputs = {given.name: len(given.dims) for given in program.inputs}
+            model, memory = build(recipe, program.weights, inputs)
             try:
                 compiled = self._core.compile_model(model, "CPU", _options(kv_dtype, arch))
             except RuntimeError as e:
                 why = str(e).strip()
                 raise PlatformError("OpenVINO cannot compile the step", why=why, hint="Use --exec eager.") from e
-        return _Step(compiled, memory)
+        return _Step(compiled, memory, list(inputs))
 
     def _recipe(self, program: StepProgram, path: Path) -> Recipe:
         """The recipe on disk, or a new one where there is none that is whole."""
@@ -87,22 +86,23 @@ class Compiler:
 class _Step:
     """A compiled step. What it answers holds until the next call."""
 
-    def __init__(self, compiled: Any, memory: Sequence[Any]) -> None:
+    def __init__(self, compiled: Any, memory: Sequence[Any], inputs: Sequence[str]) -> None:
+        """`inputs` are the names of the program's inputs before the caches, in order."""
         from openvino import Tensor as OpenVINOTensor
-
-        from hotplug.platforms.cpu.openvino.build import INPUTS
 
         self._request = compiled.create_infer_request()
         self._memory = memory  # of the weights
         self._tensor = OpenVINOTensor
         read = {port.get_any_name() for port in compiled.inputs}
-        self._inputs = [(i, name) for i, name in enumerate(INPUTS) if name in read]
+        self._inputs = [(i, name) for i, name in enumerate(inputs) if name in read]
+        self._num_inputs = len(inputs)
+        self._scores, self._kept = inputs.index("logit_indices"), inputs.index("kept")
         self._caches: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """Hidden states, scores, and the caches given, written."""
         request, shared = self._request, self._tensor
-        caches = tensors[NUM_INPUTS:]
+        caches = tensors[self._num_inputs :]
         if len(caches) != len(self._caches) or any(a is not b for a, b in zip(caches, self._caches, strict=True)):
             self._caches = list(caches)
             for i, cache in enumerate(caches):
@@ -115,9 +115,12 @@ class _Step:
         except RuntimeError as e:
             raise PlatformError(FAILED, why=str(e).strip(), hint="Use --exec eager.") from e
         hidden, logits = (torch.from_numpy(request.get_tensor(name).data) for name in ("hidden", "logits"))
-        if (len(hidden), len(logits)) != (len(tensors[KEPT]), len(tensors[SCORES])):  # it does not report every failure
+        if (len(hidden), len(logits)) != (
+            len(tensors[self._kept]),
+            len(tensors[self._scores]),
+        ):  # it does not report every failure
             raise PlatformError(FAILED, why=f"it gave {len(logits)} rows of scores for "
-                                f"{len(tensors[SCORES])}", hint="Use --exec eager.")  # fmt: skip
+                                f"{len(tensors[self._scores])}", hint="Use --exec eager.")  # fmt: skip
         return [hidden, logits, *caches]
 
 

@@ -49,6 +49,12 @@ def silu_mul(graph: Graph, site: str, gate_up: Output) -> Output:
     return op.multiply(op.swish(gate), up).output(0)
 
 
+def gelu_tanh_mul(graph: Graph, site: str, gate_up: Output) -> Output:
+    half = gate_up.get_partial_shape()[-1].get_length() // 2
+    gate, up = op.variadic_split(gate_up, graph.ints(-1), graph.ints(half, half)).outputs()
+    return op.multiply(op.gelu(gate, "TANH"), up).output(0)
+
+
 def linear_silu_mul(graph: Graph, site: str, x: Output, weight: Weight, bias: Weight | None) -> Output:
     return silu_mul(graph, site, linear(graph, site, x, weight, bias))
 
@@ -127,12 +133,17 @@ def select(graph: Graph, site: str, x: Output, indices: list[Any]) -> Output:
     return op.gather(x, rows, graph.ints(0)).output(0)
 
 
-def add(graph: Graph, site: str, x: Output, y: Output) -> Output:
-    return op.add(x, y).output(0)
+def add(graph: Graph, site: str, x: Output, y: Output | float) -> Output:
+    return op.add(x, _operand(graph, x, y)).output(0)
 
 
-def multiply(graph: Graph, site: str, x: Output, y: Output) -> Output:
-    return op.multiply(x, y).output(0)
+def multiply(graph: Graph, site: str, x: Output, y: Output | float) -> Output:
+    return op.multiply(x, _operand(graph, x, y)).output(0)
+
+
+def _operand(graph: Graph, x: Output, y: Output | float) -> Output:
+    """`y`, as a constant of the type of `x` where it is a number."""
+    return graph.scalar(y, x.get_element_type()) if isinstance(y, int | float) else y
 
 
 def item(graph: Graph, site: str, values: Any, index: int) -> Any:
@@ -149,6 +160,7 @@ TRANSLATIONS = {
     "hotplug::rms_norm": rms_norm,
     "hotplug::add_rms_norm": add_rms_norm,
     "hotplug::silu_mul": silu_mul,
+    "hotplug::gelu_tanh_mul": gelu_tanh_mul,
     "hotplug::linear_silu_mul": linear_silu_mul,
     "hotplug::linear_packed_silu_mul": linear_packed_silu_mul,
     "hotplug::rope": rope,

@@ -17,9 +17,6 @@ from torch.export.graph_signature import InputKind
 from hotplug.platforms.cpu.openvino.rows import hoist_selection
 from hotplug.vendor import PlatformError
 
-NUM_INPUTS = 8
-"""Of a step before its caches: token ids, positions, slots, block table, query starts, lengths, scores, kept."""
-
 _RESHAPES = {"aten::view", "aten::reshape", "aten::flatten.using_ints", "aten::unsqueeze", "aten::_unsafe_view"}
 _SAME = {"aten::to.dtype", "aten::_to_copy", "aten::contiguous", "aten::clone", "aten::alias"}
 """Their result is their first argument, where it has the dtype already."""

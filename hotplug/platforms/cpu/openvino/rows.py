@@ -16,7 +16,8 @@ _INDEX = torch.ops.aten.index.Tensor
 
 ROW_WISE = {
     "hotplug::rms_norm": (0,), "hotplug::add_rms_norm": (0, 1), "hotplug::linear": (0,), "hotplug::linear_packed": (0,),
-    "hotplug::silu_mul": (0,), "hotplug::linear_silu_mul": (0,), "hotplug::linear_packed_silu_mul": (0,),
+    "hotplug::silu_mul": (0,), "hotplug::gelu_tanh_mul": (0,), "hotplug::linear_silu_mul": (0,),
+    "hotplug::linear_packed_silu_mul": (0,),
     "aten::add.Tensor": (0, 1),
     "aten::flatten.using_ints": (0,),
 }  # fmt: skip

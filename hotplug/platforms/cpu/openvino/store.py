@@ -10,7 +10,7 @@ from typing import Any
 
 from hotplug.platforms.cpu.openvino.recipe import Call, Recipe, Value
 
-FORMAT = 1
+FORMAT = 2
 """Raised when recipes, or what they are written as, change."""
 
 
