@@ -10,12 +10,11 @@ from kv_groups import groups_of, spec_of
 from scheduler_fakes import FakeEngine
 
 from hotplug.core.errors import ConfigError
-from hotplug.core.kv.groups import MOST_WASTED, KVGroups, make_groups
+from hotplug.core.kv.groups import MOST_WASTED, make_groups
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.spec import (
     BlockFormat,
     BlockTensor,
-    FullAttention,
     KVSpec,
     LatentAttention,
     RecurrentState,
@@ -201,9 +200,3 @@ def test_swapped_sequences_come_back_in_every_group(mix: str) -> None:
     engine.check_outputs()
     stats = engine.scheduler.stats()
     assert stats.blocks_swapped_out > 0 and stats.blocks_swapped_in > 0
-
-
-def test_several_groups_are_of_one_format() -> None:
-    groups = groups_of(MIXES["two windows"], 4)
-    assert isinstance(groups, KVGroups) and {group.block_size for group in groups.groups} == {4}
-    assert isinstance(groups.groups[0].spec, FullAttention)

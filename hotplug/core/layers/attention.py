@@ -17,9 +17,11 @@ from hotplug.core.weights.config import ModelConfig
 class Attention(nn.Module):
     """Projections, rotary embedding, cache write and paged attention of one layer."""
 
+    slot_class = KVSlot
+
     def __init__(self, ctx: BuildContext, site: str, config: ModelConfig, layer: int, *, qk_norm: bool) -> None:
         super().__init__()
-        self.kv = KVSlot(ctx.kv, layer)
+        self.kv = self.slot_class(ctx.kv, layer)
         spec, form = self.kv.spec, self.kv.form
         assert isinstance(spec, FullAttention)  # the model's own `kv_specs` said so
         heads, kv_heads, dim = config.num_heads, spec.num_kv_heads, spec.head_dim

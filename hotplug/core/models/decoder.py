@@ -29,6 +29,8 @@ from hotplug.core.weights.config import ModelConfig
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm; the residual runs beside."""
 
+    attention_class: type[Attention] = Attention
+
     def __init__(
         self, ctx: BuildContext, config: ModelConfig, layer: int, *, qk_norm: bool, reduce: bool = True
     ) -> None:
@@ -40,7 +42,7 @@ class DecoderLayer(nn.Module):
             self.attn_norm = RMSNorm(ctx, f"{site}.attn_norm", hidden, eps)
         else:
             self.attn_norm = AddRMSNorm(ctx, f"{site}.attn_norm", hidden, eps, reduce=reduce)
-        self.attn = Attention(ctx, f"{site}.attn", config, layer, qk_norm=qk_norm)
+        self.attn = self.attention_class(ctx, f"{site}.attn", config, layer, qk_norm=qk_norm)
         self.mlp_norm = AddRMSNorm(ctx, f"{site}.mlp_norm", hidden, eps, reduce=reduce)
         mlp = SparseMLP if layer in config.sparse_layers else GatedMLP
         self.mlp = mlp(ctx, f"{site}.mlp", config)

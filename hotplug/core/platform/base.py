@@ -22,8 +22,9 @@ API_VERSION = "1.1"
 
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "fp8_e4m3")
+KV_KINDS = ("full", "window", "latent", "state")
 INDEX_DTYPES = ("int32", "int64")
-"""The dtype names that `Limits` may hold."""
+"""The names that `Limits` may hold."""
 
 
 class ExecMode(enum.StrEnum):
@@ -105,6 +106,9 @@ class Limits:
     block_sizes: tuple[int, ...] = (16,)
     """Tokens in a KV block."""
     kv_layouts: tuple[KVLayout, ...] = (KVLayout.NHD,)
+    kv_kinds: tuple[str, ...] = ("full", "window")
+    """What layers may keep of a sequence: "full" and "window" attention, a "latent" vector a token, a "state" of fixed
+    size. With "state", caches may be views of pages: dense blocks, one apart from the next by more than a block."""
     index_dtype: str = "int64"
     """Dtype of positions, slots and block tables on the device: int32 or int64."""
     exec_modes: tuple[ExecMode, ...] = (ExecMode.EAGER,)
@@ -134,9 +138,9 @@ class Limits:
     features: frozenset[Feature] = frozenset()
 
     def __post_init__(self) -> None:
-        for field, known in (("dtypes", DTYPES), ("kv_dtypes", KV_DTYPES)):
+        for field, known in (("dtypes", DTYPES), ("kv_dtypes", KV_DTYPES), ("kv_kinds", KV_KINDS)):
             for name in getattr(self, field):
-                _check(name in known, field, f"{name!r} is no dtype", nearest(str(name), known))
+                _check(name in known, field, f"{name!r} is none of {', '.join(known)}", nearest(str(name), known))
         _check(self.auto_dtype in (None, *self.dtypes), "auto_dtype", f"{self.auto_dtype!r} is not in dtypes")
         _check(self.index_dtype in INDEX_DTYPES, "index_dtype", f"{self.index_dtype!r} is neither int32 nor int64")
         _check(

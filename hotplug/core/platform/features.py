@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from hotplug.core.config import EngineConfig, check_budget
@@ -38,11 +39,12 @@ def resolve(
     fastest: ExecMode | None = None,
     step_requests: int | None = None,
     step_tokens: int | None = None,
+    kv_kinds: Collection[str] = (),
 ) -> Resolved:
     """Settle dtypes, block size and execution mode. Raises FeatureError with every reason at once.
 
     `fastest` is the mode that `exec=auto` takes; None is the first of the platform's. `step_requests` and
-    `step_tokens` stand in for those of the limits.
+    `step_tokens` stand in for those of the limits. `kv_kinds` are those of the model's layers.
     """
     reasons: list[str] = []
     built = [mode for mode in limits.exec_modes if mode in EXEC_MODES]
@@ -72,6 +74,11 @@ def resolve(
     block_size = config.block_size or limits.block_sizes[0]
     if block_size not in limits.block_sizes:
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
+    reasons += [
+        f"the model's layers keep KV of the kind {kind}, which is not among {', '.join(limits.kv_kinds)}"
+        for kind in kv_kinds
+        if kind not in limits.kv_kinds
+    ]
     scheme = config.quantization or "none"
     if scheme not in limits.quantization and (scheme == "none" or "*" not in limits.quantization):
         reasons.append(f"quantization {scheme} is not among {', '.join(limits.quantization)}")

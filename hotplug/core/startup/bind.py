@@ -166,10 +166,12 @@ def bind(
         read_ahead(checkpoint.files)
     model_config = checkpoint.config
     asked = asked_format(config, extension, checkpoint)
+    family = find_model(model_config, extension.models)
     mode = mode_record.choose(config, selection, model_config, limits.exec_modes)
     step = _step_size(config, selection, limits, model_config)
     resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype,
-                       fastest=mode.mode, step_requests=step.requests, step_tokens=step.tokens)  # fmt: skip
+                       fastest=mode.mode, step_requests=step.requests, step_tokens=step.tokens,
+                       kv_kinds={spec.kind for spec in family.kv_specs(model_config)})  # fmt: skip
     check_ranks(config, model_config, extension.models, asked, first, observed=observe is not None)
     model_config = local_config(model_config, ranks)
     max_model_len = _max_model_len(config, model_config)
@@ -183,7 +185,7 @@ def bind(
     plan = Plan(registry, arch=selection.device.arch, force=config.force, accelerator=limits.accelerator,
                 observe=observe)  # fmt: skip
     groups = make_groups(
-        find_model(model_config, extension.models).kv_specs(model_config),
+        family.kv_specs(model_config),
         BlockFormat(resolved.block_size, str(resolved.kv_layout), resolved.kv_dtype),
     )
     reach = min(max_model_len, _reachable(config, groups, resolved, max_model_len, sharing))

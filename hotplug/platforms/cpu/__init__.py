@@ -45,6 +45,7 @@ class CpuPlatform:
             dtypes=("float32", "bfloat16", "float16"),
             auto_dtype="float32" if narrow_is_slow else None,
             kv_dtypes=("float32", "bfloat16", "float16", "fp8_e4m3"),
+            kv_kinds=("full", "window", "latent", "state"),
             quantization=("packed", "none", "*"),  # decoding goes by the bytes of the weights
             block_sizes=(16, 32, 64, 128, 1, 2, 4, 8),
             kv_layouts=(KVLayout.NHD, KVLayout.HND),
