@@ -16,8 +16,9 @@ from kv_groups import one_group
 from hotplug.core.kv.groups import KVGroups
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request, SamplingParams, TokenDelta
+from hotplug.core.scheduler.config import MOST_SCORED, SchedulerConfig
 from hotplug.core.scheduler.plan import StepPlan, StepResult
-from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
+from hotplug.core.scheduler.scheduler import Scheduler
 
 VOCAB = 40
 EOS = 7

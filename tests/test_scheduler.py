@@ -10,9 +10,9 @@ from scheduler_fakes import FakeEngine, generate_alone
 from hotplug.core.errors import ConfigError, PromptTooLongError, QueueFullError, RequestError
 from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.scheduler.config import SchedulerConfig, ShortPrompts
 from hotplug.core.scheduler.plan import StepPlan, StepResult
 from hotplug.core.scheduler.policy import PRIORITY
-from hotplug.core.scheduler.scheduler import SchedulerConfig, ShortPrompts
 
 
 def entries(plan: StepPlan | None) -> list[tuple[int, int, int]]:

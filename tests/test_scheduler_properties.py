@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scheduler_fakes import EOS, VOCAB, FakeConnector, FakeEngine
 
 from hotplug.core.errors import QueueFullError, RequestError
+from hotplug.core.scheduler.config import ShortPrompts
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.policy import FCFS, PRIORITY
-from hotplug.core.scheduler.scheduler import ShortPrompts
 
 CHECKS = settings(
     deadline=None, max_examples=500, derandomize=True,

@@ -115,7 +115,7 @@ def test_a_block_whose_tokens_are_still_in_flight_has_no_hash() -> None:
     for i in range(2):
         engine.add(prompt(8, first=i), max_tokens=12)
     until_preempted(engine)
-    sequence = engine.scheduler._requests["r1"]
+    sequence = engine.scheduler.state.requests["r1"]
     assert sequence.swapped is not None and sequence.in_flight
     while engine.pending:
         engine.update()

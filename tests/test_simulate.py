@@ -17,9 +17,10 @@ from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.scheduler.config import SchedulerConfig
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
-from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+from hotplug.core.scheduler.scheduler import Scheduler
 from hotplug.core.tools.simulate import Arrival, Simulation, linear, simulate
 
 BLOCK = 16
@@ -121,7 +122,7 @@ def noted(scheduler: Scheduler) -> list[tuple[list[str], list[int], list[int]]]:
     def note() -> StepPlan | None:
         plan = schedule()
         if plan is not None:
-            ids = [scheduler._batch.ids[row] for row in plan.rows.tolist()]
+            ids = [scheduler.state.batch.ids[row] for row in plan.rows.tolist()]
             plans.append((ids, plan.start.tolist(), plan.num_tokens.tolist()))
         return plan
 

@@ -177,7 +177,7 @@ def test_ends_and_preemptions_while_a_verification_is_in_flight(end: str) -> Non
     if end == "abort":
         one.abort(name)
     else:
-        one.scheduler._preempt(one.scheduler._batch.owner(0))
+        one.scheduler.planner.preempt(one.scheduler.state.batch.owner(0))
     one.run()
     one.check_outputs()
     assert one.kv.pool.num_used == 0

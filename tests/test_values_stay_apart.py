@@ -14,7 +14,7 @@ from hotplug import LLM, SamplingParams
 from hotplug.core.client.streams import Streams
 from hotplug.core.engine.messages import Outputs
 from hotplug.core.request import EngineStats, TokenDelta
-from hotplug.core.scheduler.scheduler import NO_SCORES
+from hotplug.core.scheduler.results import NO_SCORES
 from hotplug.core.scheduler.tokens import StepTokens
 from hotplug.platforms.cpu.native import library as native
 from hotplug.server.errors import describe

@@ -18,8 +18,9 @@ from hotplug.core.kv.groups import make_groups
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.spec import BlockFormat, FullAttention
 from hotplug.core.request import Request, SamplingParams
+from hotplug.core.scheduler.config import SchedulerConfig
 from hotplug.core.scheduler.plan import StepResult
-from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+from hotplug.core.scheduler.scheduler import Scheduler
 
 BLOCK_SIZE, PROMPT, MAX_MODEL_LEN = 16, 100, 4096
 

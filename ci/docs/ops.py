@@ -44,6 +44,7 @@ FACTS = {
     "layout": "`NHD` or `HND`",
     "kv_dtype": "storage dtype of the KV cache",
     "ranks": "ranks that take part",
+    "page_bytes": "bytes of a block in each tensor",
 }
 
 

@@ -21,7 +21,8 @@ from hotplug.core.kv.groups import make_groups
 from hotplug.core.kv.manager import KVManager
 from hotplug.core.kv.spec import BlockFormat, FullAttention
 from hotplug.core.request import Request, SamplingParams
-from hotplug.core.scheduler.scheduler import Scheduler, SchedulerConfig
+from hotplug.core.scheduler.config import SchedulerConfig
+from hotplug.core.scheduler.scheduler import Scheduler
 from hotplug.core.tools.simulate import Arrival, linear, simulate
 
 SEQS, BUDGET, MAX_LEN, BLOCK = 32, 512, 2048, 16

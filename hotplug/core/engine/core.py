@@ -35,9 +35,10 @@ from hotplug.core.runner.profile import run_largest_steps
 from hotplug.core.runner.runner import Runner, StepHandle
 from hotplug.core.runner.static import StepShape
 from hotplug.core.runner.timing import PLAN, UPDATE, WAIT
+from hotplug.core.scheduler.config import MOST_SCORED, SchedulerConfig
 from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.plan import StepPlan
-from hotplug.core.scheduler.scheduler import MOST_SCORED, Scheduler, SchedulerConfig
+from hotplug.core.scheduler.scheduler import Scheduler
 from hotplug.core.scheduler.tokens import StepTokens, token_array
 from hotplug.core.startup.bind import Bound, bind
 from hotplug.core.startup.connect import make_connector, make_transfer

@@ -7,30 +7,25 @@ have proposals then is left out of steps until its last token is known; all othe
 from __future__ import annotations
 
 from hotplug.core.errors import RequestError
-from hotplug.core.kv.manager import KVManager
 from hotplug.core.request import Request
-from hotplug.core.scheduler.drafter import Drafter, Speculation, obstacle
+from hotplug.core.scheduler.drafter import Drafter, obstacle
 from hotplug.core.scheduler.plan import IntArray
-from hotplug.core.scheduler.running import RunningBatch
+from hotplug.core.scheduler.state import SchedulerState
 
 Drafts = dict[int, IntArray]
 """By row: the tokens proposed to follow its last one."""
 
 
 class Speculator:
-    """Asks the requests' drafters, within what a step has room for. The scheduler counts `num_requests`."""
+    """Asks the requests' drafters, within what a step has room for."""
 
-    def __init__(
-        self, config: Speculation | None, batch: RunningBatch, kv: KVManager, *, max_tokens: int, most_scored: int
-    ) -> None:
-        """`max_tokens` and `most_scored` bound a step: its tokens, and those of them that have scores."""
-        self._config = config
-        self._batch = batch
-        self._kv = kv
-        self._max_tokens = max_tokens
-        self._most_scored = most_scored
-        self.num_requests = 0
-        """Requests with a drafter that have not ended."""
+    def __init__(self, state: SchedulerState) -> None:
+        self._state = state
+        self._config = state.config.speculation
+        self._batch = state.batch
+        self._kv = state.kv
+        self._max_tokens = state.config.max_num_batched_tokens
+        self._most_scored = state.most_scored
 
     def drafter(self, request: Request) -> Drafter | None:
         """What proposes tokens for a request; None if it does not speculate. Raises RequestError if it asks in vain."""
@@ -53,7 +48,7 @@ class Speculator:
         """
         drafts: Drafts = {}
         waiting: list[int] = []
-        if self._config is None or not self.num_requests:
+        if self._config is None or not self._state.num_speculating:
             return drafts, waiting
         batch = self._batch
         if batch.num_running - num_prefilling > self._config.max_requests:

@@ -20,7 +20,7 @@ from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.program import ExportedStep, ModelProgram
 from hotplug.core.runner.static import StaticInputs, StepShape
-from hotplug.core.scheduler.scheduler import MOST_SCORED, ShortPrompts
+from hotplug.core.scheduler.config import MOST_SCORED, ShortPrompts
 from hotplug.core.startup.bind import Bound
 from hotplug.core.weights.source import cache_folder
 

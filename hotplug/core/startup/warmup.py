@@ -15,7 +15,7 @@ from hotplug.core.runner import capture, kv_memory
 from hotplug.core.runner.executable import EagerStep
 from hotplug.core.runner.profile import largest_steps, prompt_steps
 from hotplug.core.runner.runner import Runner
-from hotplug.core.scheduler.scheduler import MOST_SCORED
+from hotplug.core.scheduler.config import MOST_SCORED
 from hotplug.core.startup.bind import Bound, bind
 from hotplug.core.startup.executables import captured_prompts, captured_shapes
 from hotplug.core.startup.swap import warm_up_swap
