@@ -33,10 +33,10 @@ class ModelRun:
         fixed = {"model": str(folder), "device": "cpu", "max_num_seqs": 4, "max_model_len": max_len}
         config = EngineConfig(**{**fixed, "block_size": block_size, **options})
         self.bound = bind(config, candidates=candidates)
-        load_weights(self.bound.model, self.bound.checkpoint)
+        load_weights(self.bound.model.decoder, self.bound.checkpoint)
         blocks = -(-max_len // block_size)
         self.kv = kv_memory.allocate(
-            self.bound.kv_shape, 1 + blocks, self.bound.selection.platform, self.bound.selection.device
+            self.bound.kv.shape, 1 + blocks, self.bound.placement.platform, self.bound.placement.device
         )
         self.block_ids = np.random.default_rng(0).permutation(np.arange(1, blocks + 1)).astype(np.int32)
 
@@ -44,7 +44,7 @@ class ModelRun:
     def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
         """Float32 [len(token_ids), vocab]; `chunks` are the steps' token counts, a 1 after the first is a decode."""
         assert sum(chunks) == len(token_ids)
-        batch, model = self.bound.batch, self.bound.model
+        batch, model = self.bound.rows.batch, self.bound.model.decoder
         start, found = 0, []
         for count in chunks:
             decode = count == 1 and start > 0

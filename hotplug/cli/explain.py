@@ -99,14 +99,14 @@ def _explain_why(engine: EngineConfig, pattern: str, *, json: bool) -> None:
     from hotplug.core.startup.bind import bind
 
     bound = bind(engine, meta=True)
-    entries = {entry["site"]: entry for entry in bound.plan.report()}
+    entries = {entry["site"]: entry for entry in bound.kernels.plan.report()}
     sites = []
-    for choice in sites_like(bound.plan, pattern):
-        table = [dataclasses.asdict(c) for c in candidates(bound.plan, choice)]
+    for choice in sites_like(bound.kernels.plan, pattern):
+        table = [dataclasses.asdict(c) for c in candidates(bound.kernels.plan, choice)]
         entry = {k: v for k, v in entries[choice.spec.site].items() if k != "rejected"}
         sites.append({**entry, "arch": choice.spec.arch, "forced": choice.reason.startswith("forced"),
                       "candidates": table})  # fmt: skip
-    document = {"schema": 1, "model": engine.model_name, "platform": bound.selection.platform.name, "sites": sites}
+    document = {"schema": 1, "model": engine.model_name, "platform": bound.placement.platform.name, "sites": sites}
     print_json(document) if json else _print_why(sites)
 
 

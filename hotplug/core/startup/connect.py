@@ -37,26 +37,25 @@ def make_transfer(bound: Bound, kv: list[KVBlocks], connector: KVConnector | Non
     """What moves blocks between the caches and the connector."""
     if connector is None:
         return None
-    platform = bound.selection.platform
+    platform = bound.placement.platform
     copy = platform.copy if isinstance(platform, HasKV) else _copy
     return BlockTransfer(kv, connector, block_format(bound), copy)
 
 
 def block_format(bound: Bound) -> KVFormat:
     """The format of an engine's blocks. The namespace follows from all that their contents do, kernels apart."""
-    layers, sides, _, *inner = bound.kv_shape.tensor_shape(1)
-    config = bound.config
+    config, resolved = bound.config, bound.options.resolved
     facts = {
         "model": dataclasses.asdict(bound.checkpoint.config),
         "weights": [fingerprint(file) for file in bound.checkpoint.files],
-        "drawn": [config.seed, str(bound.limits.dtypes)] if config.load_format == "dummy" else None,
+        "drawn": [config.seed, str(bound.placement.limits.dtypes)] if config.load_format == "dummy" else None,
         "quantization": config.quantization,
-        "dtype": bound.resolved.dtype,
-        "kv": [bound.resolved.kv_dtype, str(bound.resolved.kv_layout), bound.resolved.block_size],
+        "dtype": resolved.dtype,
+        "kv": [resolved.kv_dtype, str(resolved.kv_layout), resolved.block_size],
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     namespace = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return KVFormat(namespace, (layers, sides, *inner), bound.kv_shape.dtype)
+    return KVFormat(namespace, bound.kv.one_block, bound.kv.dtype)
 
 
 def fingerprint(file: Path) -> str:
