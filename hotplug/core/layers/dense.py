@@ -166,7 +166,7 @@ class AddRMSNorm(nn.Module):
         if ctx.ranks == 1:
             self.op = ctx.bind("add_rms_norm", site, width=width)
         else:
-            self.op = ctx.bind("all_reduce_add_norm", site, width=width, ranks=ctx.ranks)
+            self.op = ctx.bind("all_reduce_add_norm", site, width=width, group="tp", ranks=ctx.ranks)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return self.op(x, residual, self.weight, self.eps)
