@@ -11,7 +11,8 @@ from fake_platforms import FakePlatform, candidates
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import EngineDeadError
-from hotplug.core.parallel.executor import Executor, InProcessExecutor, ProcessExecutor
+from hotplug.core.parallel.executor import Executor, InProcessExecutor
+from hotplug.core.parallel.process_executor import ProcessExecutor
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.startup import start as start_module

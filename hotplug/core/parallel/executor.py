@@ -6,12 +6,9 @@ of rank 0 and sees to it that the others get every plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from hotplug.core.errors import EngineDeadError
-from hotplug.core.parallel.encoding import encode_plan
-from hotplug.core.parallel.processes import RankProcesses
 from hotplug.core.runner.rank_worker import RankWorker
 from hotplug.core.runner.timing import StepTimer
 from hotplug.core.scheduler.plan import StepPlan, StepResult
@@ -113,57 +110,3 @@ class InProcessExecutor:
 
     def close(self) -> None:
         """Nothing: there is no other rank, and the engine can go on."""
-
-
-class ProcessExecutor:
-    """Runs the steps of several ranks on one host: rank 0 here, the others in processes that get every plan as well."""
-
-    def __init__(
-        self, worker: RankWorker, ahead: int, processes: RankProcesses, closing: Callable[[], None] = lambda: None
-    ) -> None:
-        """`worker` is rank 0's; `processes` wait for steps. `closing` is called once, when they have ended."""
-        self.worker = worker
-        self.ahead = ahead
-        self.timer = worker.runner.timer
-        self._processes = processes
-        self._closing = closing
-
-    @property
-    def recompiles(self) -> int:
-        return self.worker.executable.recompiles
-
-    @property
-    def closed(self) -> bool:
-        return not self._processes.close.alive
-
-    @property
-    def sentinels(self) -> tuple[int, ...]:
-        return () if self.closed else self._processes.sentinels
-
-    def execute(self, plan: StepPlan) -> PendingStep:
-        self._processes.send(encode_plan(plan))
-        return self.worker.runner.execute(plan)
-
-    def save(self, blocks: list[tuple[int, bytes]]) -> None:
-        self.worker.runner.save(blocks)
-
-    def wait_until_ready(self) -> None:
-        self.worker.executable.wait()
-
-    def report(self) -> dict[str, Any]:
-        return self.worker.executable.report()
-
-    def check(self) -> None:
-        if self.closed:
-            raise EngineDeadError("the engine was closed")
-        self._processes.check()
-
-    def blame(self, error: BaseException) -> EngineDeadError | None:
-        return self._processes.blame(error)
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        self.worker.executable.release()  # what is recorded may hold on to the group's connections
-        self._processes.close()
-        self._closing()

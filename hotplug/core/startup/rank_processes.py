@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING
 
 from hotplug.core.config import EngineConfig
-from hotplug.core.parallel.processes import RankProcesses
 from hotplug.core.platform.optional import HasRuntime, HasShare
 from hotplug.core.startup.placement import Placement
+
+if TYPE_CHECKING:  # an engine of one rank needs none of it
+    from hotplug.core.parallel.process_executor import ProcessExecutor
+    from hotplug.core.parallel.processes import RankProcesses
+    from hotplug.core.runner.rank_worker import RankWorker
 
 WORKER = "hotplug.core.engine.worker"
 """The module of a worker's process."""
@@ -17,8 +23,18 @@ TRANSPORT = "ring"
 
 def start_ranks(config: EngineConfig, placement: Placement) -> RankProcesses:
     """Start the other ranks of an engine, each on the device that it is to have. Raises ConfigError."""
+    from hotplug.core.parallel.processes import RankProcesses
+
     device = f"{placement.platform.name}:{placement.device.index}"
     return RankProcesses(dataclasses.replace(config, device=device), placement.mesh, WORKER, TRANSPORT)
+
+
+def lead(worker: RankWorker, processes: RankProcesses, placement: Placement) -> ProcessExecutor:
+    """The executor of rank 0's `worker` and of the others' processes; closing it gives the device back too."""
+    from hotplug.core.parallel.process_executor import ProcessExecutor
+
+    ahead = int(placement.limits.asynchronous)
+    return ProcessExecutor(worker, ahead, processes, partial(give_share_back, placement))
 
 
 def take_share(placement: Placement) -> None:

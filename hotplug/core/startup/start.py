@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.layers.attention import KVBlocks
 from hotplug.core.ops.registry import Observe
 from hotplug.core.ops.trace import synchronizer
-from hotplug.core.parallel.executor import Executor, InProcessExecutor, ProcessExecutor
+from hotplug.core.parallel.executor import Executor, InProcessExecutor
 from hotplug.core.parallel.peers import Peers
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.platform.optional import HasRuntime
@@ -37,7 +36,7 @@ from hotplug.core.startup.connect import make_connector, make_transfer
 from hotplug.core.startup.executables import CompiledShapes, compiled_shapes, make_executable
 from hotplug.core.startup.load import load
 from hotplug.core.startup.phases import Phases
-from hotplug.core.startup.rank_processes import give_share_back, start_ranks, take_share
+from hotplug.core.startup.rank_processes import give_share_back, lead, start_ranks, take_share
 from hotplug.core.startup.scheduling import make_scheduler
 from hotplug.core.startup.swap import make_space, make_swap
 from hotplug.core.startup.warmup import WarmUp
@@ -92,11 +91,10 @@ def start(
     rank ends. No process is left behind then.
     """
     prepared = _prepare(config, rank=0, observe=observe, candidates=candidates)
-    bound = prepared.bound
-    placement, ahead = bound.placement, int(bound.placement.limits.asynchronous)
+    placement = prepared.bound.placement
     if placement.mesh.size == 1:
         running = _bring_up(prepared, None)
-        return _started(prepared, running, InProcessExecutor(running.worker, ahead))
+        return _started(prepared, running, InProcessExecutor(running.worker, int(placement.limits.asynchronous)))
     take_share(placement)
     with ExitStack() as failed:
         processes = start_ranks(config, placement)
@@ -105,8 +103,7 @@ def start(
         running = _bring_up(prepared, processes)
         failed.callback(running.worker.executable.release)
         processes.ready()
-        closing = partial(give_share_back, placement)
-        started = _started(prepared, running, ProcessExecutor(running.worker, ahead, processes, closing))
+        started = _started(prepared, running, lead(running.worker, processes, placement))
         failed.pop_all()  # it has not
     return started
 
