@@ -13,7 +13,6 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.models.loader import load_weights
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.request import SamplingParams
-from hotplug.core.runner import kv_memory
 from hotplug.core.scheduler.plan import Admission, StepPlan
 from hotplug.core.startup.bind import bind
 
@@ -35,9 +34,7 @@ class ModelRun:
         self.bound = bind(config, candidates=candidates)
         load_weights(self.bound.model.decoder, self.bound.checkpoint)
         blocks = -(-max_len // block_size)
-        self.kv = kv_memory.allocate(
-            self.bound.kv.shape, 1 + blocks, self.bound.placement.platform, self.bound.placement.device
-        )
+        self.kv = self.bound.kv.allocate(1 + blocks, self.bound.placement)
         self.block_ids = np.random.default_rng(0).permutation(np.arange(1, blocks + 1)).astype(np.int32)
 
     @torch.inference_mode()
