@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         NotHandled,
     )
     from hotplug.core.platform.program import StepProgram
+    from hotplug.core.platform.rank_group import RankGroup
     from hotplug.core.platform.tuning import TuningResult, TuningSummary
     from hotplug.core.request import NO_TOKEN
     from hotplug.core.weights.source import cache_folder
@@ -56,6 +57,7 @@ _WHERE = {
         "HasStepSizes", "HasTuning", "HasWarmup", "HasWeights", "NotHandled",
     ),
     "hotplug.core.platform.program": ("StepProgram",),
+    "hotplug.core.platform.rank_group": ("RankGroup",),
     "hotplug.core.platform.tuning": ("TuningResult", "TuningSummary"),
     "hotplug.core.request": ("NO_TOKEN",),
     "hotplug.core.weights.source": ("cache_folder",),
@@ -93,6 +95,7 @@ __all__ = [
     "OpRegistry",
     "Platform",
     "PlatformError",
+    "RankGroup",
     "SiteSpec",
     "StepProgram",
     "TuningResult",

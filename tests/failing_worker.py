@@ -11,7 +11,8 @@ HOW = "HOTPLUG_TEST_FAILING_WORKER"
 
 
 def main(end: int, life: int) -> None:
-    from hotplug.core.engine import core
+    from hotplug.core.runner.runner import Runner
+    from hotplug.core.startup import load
 
     def fail(*_: Any) -> None:
         raise RuntimeError("the disk of rank 1 is gone")
@@ -23,12 +24,12 @@ def main(end: int, life: int) -> None:
         return original(self, plan)
 
     execute.steps = 5  # type: ignore[attr-defined]
-    original = core.RankCore.execute
+    original = Runner.execute
     match os.environ[HOW]:
         case "load":
-            core.load_weights = fail
+            load.load_weights = fail
         case "step":
-            core.RankCore.execute = execute  # type: ignore[method-assign]
+            Runner.execute = execute  # type: ignore[method-assign]
         case "exit":
             os._exit(3)
     worker.main(end, life)

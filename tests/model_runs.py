@@ -13,7 +13,6 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.models.loader import load_weights
 from hotplug.core.platform.discovery import Candidate
 from hotplug.core.request import SamplingParams
-from hotplug.core.runner import kv_memory
 from hotplug.core.scheduler.plan import Admission, StepPlan
 from hotplug.core.startup.bind import bind
 
@@ -33,12 +32,10 @@ class ModelRun:
         fixed = {"model": str(folder), "device": "cpu", "max_num_seqs": 4, "max_model_len": max_len}
         config = EngineConfig(**{**fixed, "block_size": block_size, **options})
         self.bound = bind(config, candidates=candidates)
-        load_weights(self.bound.model, self.bound.checkpoint)
-        tables, blocks = self.bound.groups.num_tables, -(-max_len // block_size)
+        load_weights(self.bound.model.decoder, self.bound.checkpoint)
+        tables, blocks = self.bound.kv.groups.num_tables, -(-max_len // block_size)
         pages = tables * blocks
-        self.kv = kv_memory.allocate(
-            self.bound.groups, 1 + pages, self.bound.selection.platform, self.bound.selection.device
-        )
+        self.kv = self.bound.kv.allocate(1 + pages, self.bound.placement)
         self.block_ids = np.random.default_rng(0).permutation(np.arange(1, pages + 1)).astype(np.int32)
         self.cells = np.indices((tables, blocks), np.int32).reshape(2, -1)
         """[2, pages] table and column that each of `block_ids` goes to."""
@@ -47,7 +44,7 @@ class ModelRun:
     def logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
         """Float32 [len(token_ids), vocab]; `chunks` are the steps' token counts, a 1 after the first is a decode."""
         assert sum(chunks) == len(token_ids)
-        batch, model = self.bound.batch, self.bound.model
+        batch, model = self.bound.rows.batch, self.bound.model.decoder
         start, found = 0, []
         for count in chunks:
             decode = count == 1 and start > 0

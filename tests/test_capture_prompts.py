@@ -108,11 +108,11 @@ def test_what_no_shape_holds_runs_op_by_op(tiny_model: Path) -> None:
 
 def test_padding_writes_to_the_null_block_alone(tiny_model: Path) -> None:
     core = engine(tiny_model, Recorder(), enable_prefix_cache=False)
-    caches = [cache for pair in core._executable._eager._kv for cache in pair]  # type: ignore[union-attr]
+    caches = [cache for pair in core._executor.worker.executable._eager._kv for cache in pair]  # type: ignore[union-attr]
     for cache in caches:
         cache.zero_()
     answers(core, [(20, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))])
-    size = core.bound.resolved.block_size
+    size = core.bound.options.resolved.block_size
     for cache in caches:
         written = {int(block) for block in cache.flatten(1).any(1).nonzero().flatten()}
         assert len(written - {0}) == -(-20 // size)

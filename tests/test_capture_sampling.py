@@ -161,7 +161,7 @@ def test_padding_rows_change_nothing_of_other_rows(model: Path) -> None:
     for i in range(3):  # padded to a step of four
         ask(core, i)
     run(core, steps=2)
-    batch, (first, *_) = core.bound.batch, core._executable._eager._kv
+    batch, (first, *_) = core.bound.rows.batch, core._executor.worker.executable._eager._kv
     used = batch.block_tables[0, :3].unique().tolist()
     others = [i for i in range(len(first[0])) if i not in used]
     before = [batch.last_tokens.clone(), batch.block_tables.clone(), first[0].clone()]

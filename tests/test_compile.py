@@ -148,8 +148,8 @@ def test_a_program_has_one_node_a_call_site_of_the_model(start):
     core = start(platform)
     program = platform.programs[24, 3].export()
     nodes = [n for n in program.graph.nodes if str(n.target).startswith("hotplug.")]
-    model = {c.spec.site for c in core.bound.plan.choices if not c.part_of}
-    own = {c.spec.site for c in core.bound.plan.choices if c.spec.op in
+    model = {c.spec.site for c in core.bound.kernels.plan.choices if not c.part_of}
+    own = {c.spec.site for c in core.bound.kernels.plan.choices if c.spec.op in
            ("prepare_step", "argmax", "sample", "sample_rows", "logprobs", "penalties")}  # fmt: skip
     assert sorted(n.args[-1] for n in nodes) == sorted(model - own)
 
@@ -394,7 +394,7 @@ def test_swapped_blocks_go_from_and_to_the_caches_of_the_last_step(tmp_path):
         return core, found
 
     roomy, expected = run(FakePlatform(facts=limits(accelerator=False, block_sizes=(32,))), kv_cache_memory="4MiB")
-    size = roomy.bound.groups.page_bytes
+    size = roomy.bound.kv.block_bytes
     swapping, found = run(Compiler(shapes=FEW), kv_cache_memory=7 * size, swap_space=9 * size)
     assert found == expected
     assert swapping.stats().blocks_swapped_in > 0

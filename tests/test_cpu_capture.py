@@ -255,9 +255,9 @@ def test_recorded_decodes_give_the_eager_tokens(model: str, dtype: str, request:
     folder = request.getfixturevalue(model)
     core = engine(folder, "auto", dtype=dtype)
     assert core.report()["exec"] == "capture"
-    assert not core._executable._decodes.made, "nothing is recorded at start"
+    assert not core._executor.worker.executable._decodes.made, "nothing is recorded at start"
     assert tokens(core) == tokens(engine(folder, "eager", dtype=dtype))
-    sizes = core._executable._decodes.made
+    sizes = core._executor.worker.executable._decodes.made
     assert set(sizes) == {1, 2, 3, 4, 5}, "each as many rows as there were"
     assert tokens(core) == tokens(engine(folder, "eager", dtype=dtype)), "replayed from the first step on"
 

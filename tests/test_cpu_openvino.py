@@ -88,7 +88,7 @@ def prompt_scores(core: EngineCore, ids: Sequence[int]) -> list[float]:
 
 def only_compiled(core: EngineCore) -> bool:
     """Whether no step ran op by op."""
-    return core._executable.eager_steps == 0
+    return core._executor.worker.executable.eager_steps == 0
 
 
 # --- the same tokens ------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_prompts_in_chunks_beside_decodes(model: Path, cache: Path) -> None:
 @needs_openvino
 def test_preempted_requests(model: Path, compiled: EngineCore) -> None:
     asked = prompts(8, longest=12, seed=3)
-    size = compiled.bound.groups.page_bytes
+    size = compiled.bound.kv.block_bytes
     core = engine(model, "compile", kv_cache_memory=10 * size)
     assert generate(core, asked, 64) == generate(compiled, asked, 64)
     assert core.stats().preemptions > 0
@@ -143,7 +143,7 @@ def test_preempted_requests(model: Path, compiled: EngineCore) -> None:
 @needs_openvino
 def test_blocks_swapped_to_the_host_and_back(model: Path, compiled: EngineCore) -> None:
     asked = prompts(8, longest=12, seed=4)
-    size = compiled.bound.groups.page_bytes
+    size = compiled.bound.kv.block_bytes
     core = engine(model, "compile", kv_cache_memory=10 * size, swap_space=20 * size)
     assert generate(core, asked, 64) == generate(compiled, asked, 64)
     assert core.stats().blocks_swapped_in > 0
@@ -171,7 +171,7 @@ def test_a_cache_in_float16_is_read_by_both_ways_of_running(model: Path, cache: 
     core = engine(model, "compile", kv_cache_dtype="float16")
     found = generate(core, asked)
     assert found == generate(engine(model, "eager", kv_cache_dtype="float16"), asked)
-    executable = core._executable
+    executable = core._executor.worker.executable
     ready, executable._ready = executable._ready, ()  # as if it were still compiling
     assert generate(core, asked) == found  # op by op from blocks that compiled steps wrote
     assert executable.eager_steps > 0
@@ -183,7 +183,7 @@ def test_a_request_reads_blocks_that_another_fills_in_the_same_step(compiled: En
     """Both are given at once: the second's first 32 tokens are the first's block, written in this very step."""
     ids = prompts(2, longest=40, seed=12)["1"]
     table = torch.tensor([[1, 2], [1, 3]])
-    caches = [torch.zeros_like(cache) for blocks in compiled._executable._kv for cache in blocks]
+    caches = [torch.zeros_like(cache) for blocks in compiled._executor.worker.executable._kv for cache in blocks]
     together = step(compiled, [*ids, *ids[32:]], [*range(40), *range(32, 40)], table, [0, 40, 48], [40, 40], caches)
     torch.testing.assert_close(together[0], together[1], atol=1e-4, rtol=1e-4)
     alone = step(compiled, ids, list(range(40)), table[:1], [0, 40], [40], [torch.zeros_like(c) for c in caches])
@@ -195,7 +195,7 @@ def step(
     caches: list[torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
     """Scores of each request's last token, by the compiled step itself."""
-    (entry,) = core._executable._ready
+    (entry,) = core._executor.worker.executable._ready
     kept = torch.tensor(starts[1:]) - 1
     slots = torch.zeros(len(ids), dtype=torch.int64)
     run = entry.run(torch.tensor(ids), torch.tensor(positions), slots, table, torch.tensor(starts), torch.tensor(lens),
@@ -276,8 +276,8 @@ class Failing:
 def test_a_step_that_fails_is_an_error_in_words(
     error: str, words: str, compiled: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (entry,) = compiled._executable._ready
-    caches = [cache for blocks in compiled._executable._kv for cache in blocks]
+    (entry,) = compiled._executor.worker.executable._ready
+    caches = [cache for blocks in compiled._executor.worker.executable._kv for cache in blocks]
     monkeypatch.setattr(entry.run, "_request", Failing(error))
     monkeypatch.setattr(entry.run, "_caches", [])  # which the request that comes back has to be given
     with pytest.raises(PlatformError, match=f"OpenVINO failed to compute a step: {words}"):

@@ -195,7 +195,7 @@ def test_with_kernels_for_the_cache_nothing_is_copied_into_it(start, interpreted
 def test_inputs_are_described_as_tensors_of_their_own(start, interpreted):
     """The caches are views of one allocation, which Inductor is not to know."""
     core = start(Inductor(kernels=FUSED))
-    caches = [cache for blocks in core._executable._kv for cache in blocks]
+    caches = [cache for blocks in core._executor.worker.executable._kv for cache in blocks]
     assert len({cache.untyped_storage().data_ptr() for cache in caches}) == 1
     assert any(cache.storage_offset() for cache in caches)
     for graph in interpreted.values():

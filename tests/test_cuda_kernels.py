@@ -170,7 +170,7 @@ def test_greedy_tokens_are_those_of_the_references(tmp_path: Path) -> None:
                "max_num_batched_tokens": 32, "dtype": "float32"}  # fmt: skip
     platform = Interpreted(facts=facts("float32", shared_host_memory=True))
     core = EngineCore(EngineConfig(device="interpreted", **options), candidates=candidates(platform))
-    bound = {choice.provider for choice in core.bound.plan.choices}
+    bound = {choice.provider for choice in core.bound.kernels.plan.choices}
     assert any(provider.startswith("cuda.") for provider in bound)
     expected = greedy(EngineCore(EngineConfig(device="trusted", **options), candidates=candidates(Trusted())))
     assert greedy(core) == expected

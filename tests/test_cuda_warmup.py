@@ -77,7 +77,7 @@ core = start(platform)
 core.add(Request(id="first", prompt_token_ids=list(range(9)), sampling=SamplingParams(max_tokens=3, ignore_eos=True)))
 while core.has_work:
     core.step()
-swap = core._runner._swap
+swap = core._executor.worker.runner._swap
 swap.swap_out([(2, 1), (1, 3)])
 swap.swap_in([(3, 1)])
 first = len(compiled)

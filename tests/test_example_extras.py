@@ -109,7 +109,7 @@ def test_quantized_layers_are_small_and_close(start):
     x = torch.randn((5, 128), generator=torch.Generator().manual_seed(0))
     for layer in (0, 1):
         for pick in (lambda m: m.attn.qkv, lambda m: m.mlp.down):
-            full, quantized = (pick(core.bound.model.layers[layer]) for core in (plain, small))
+            full, quantized = (pick(core.bound.model.decoder.layers[layer]) for core in (plain, small))
             given = x[:, : full.weight.shape[1]] if full.weight.shape[1] <= 128 else x.repeat(1, 2)[:, :192]
             error = (quantized(given) - full(given)).norm() / full(given).norm()
             assert 0 < error < 0.01

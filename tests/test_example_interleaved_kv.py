@@ -52,13 +52,13 @@ def run(core: EngineCore) -> list[list[int]]:
 @pytest.mark.parametrize("mode", ["eager", "capture"])
 def test_the_tokens_are_those_of_two_tensors_a_block(llama: Path, interleaved: Path, mode: str) -> None:
     core = start(interleaved, exec=mode)
-    assert core.bound.groups.page[0] == 1
+    assert core.bound.kv.groups.page[0] == 1
     assert run(core) == run(start(llama, exec=mode)) == run(core)
     assert core.stats().prefix_hits > 0
 
 
 def test_its_blocks_are_swapped_like_any_other(llama: Path, interleaved: Path) -> None:
-    groups = start(interleaved).bound.groups
+    groups = start(interleaved).bound.kv.groups
     core = start(interleaved, kv_cache_memory=12 * groups.page_bytes, swap_space="4MiB", enable_prefix_cache=False)
     assert run(core) == run(start(llama))
     stats = core.stats()

@@ -22,7 +22,7 @@ for device, turn in (("cpu", ""), ("toy_compile", "first"), ("toy_compile", "sec
     llm = LLM(model, device=device, dtype="float32", quantization="none", max_model_len=128, max_num_seqs=4,
               block_size=32 if turn else 16, kv_cache_memory="64MiB")
     llm.core.wait_until_compiled()
-    platform = llm.core.bound.selection.platform
+    platform = llm.core.bound.placement.platform
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (8, 12, 16)]
     report = llm.core.report()
     found[turn or device] = {

@@ -27,7 +27,7 @@ found = {}
 for device in ("cpu", "toy_eager"):
     llm = LLM(model, device=device, dtype="float32", quantization="none", max_model_len=256, kv_cache_memory="64MiB")
     found[device] = [o.outputs[0].token_ids for o in llm.generate(prompts, params, progress=False)]
-    found["providers"] = sorted({c.provider for c in llm.core.bound.plan.choices})
+    found["providers"] = sorted({c.provider for c in llm.core.bound.kernels.plan.choices})
 print(json.dumps(found))
 """
 

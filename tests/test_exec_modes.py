@@ -73,9 +73,9 @@ class Engines:
         if key not in self._cores:
             options: dict[str, Any] = {"block_size": self.block, "exec": str(mode), "max_num_batched_tokens": 48}
             shape = bind(config(self.target, self.model, **options), meta=True,
-                         candidates=self.target.candidates).groups  # fmt: skip
+                         candidates=self.target.candidates).kv  # fmt: skip
             blocks = 2 + MAX_LEN // self.block if size == "tight" else 2 + 8 * MAX_LEN // self.block
-            options |= {"kv_cache_memory": blocks * shape.page_bytes, "enable_prefix_cache": size == "tight"}
+            options |= {"kv_cache_memory": blocks * shape.block_bytes, "enable_prefix_cache": size == "tight"}
             self._cores[key] = start(self.target, config(self.target, self.model, **options))
         return self._cores[key]
 

@@ -37,7 +37,7 @@ class Breaks:
 def test_a_processor_that_raises_ends_its_request_alone(tiny_model: Path, method: str, kept: int) -> None:
     config = EngineConfig(model=str(tiny_model), load_format="dummy", kv_cache_memory="1MiB", max_num_seqs=4)
     core = EngineCore(config)
-    core.bound.sampler._factories = {"breaks": Breaks}
+    core.bound.rows.sampler._factories = {"breaks": Breaks}
     plain = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     broken = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True,
                             logits_processors={"breaks": {"method": method}})  # fmt: skip

@@ -51,8 +51,8 @@ def start(path: Path) -> None:
                           kv_cache_memory="1MiB")  # fmt: skip
     load_tokenizer(path).encode("a b")
     bound = bind(config)
-    load_weights(bound.model, bound.checkpoint)
-    assert torch.isfinite(bound.model.cos_sin).all()
+    load_weights(bound.model.decoder, bound.checkpoint)
+    assert torch.isfinite(bound.model.decoder.cos_sin).all()
 
 
 def mutants(kind: str, folder: dict[str, bytes], where: Path, count: int) -> Iterator[Path]:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from plugin_examples import activate
+from typer.testing import CliRunner
 
+from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import FeatureError, UnsupportedModelError
@@ -73,7 +75,7 @@ def run(core: EngineCore, prompts: list[list[int]] = PROMPTS) -> list[list[int]]
 
 def pages(core: EngineCore, count: int) -> dict[str, int]:
     """KV memory of so many pages."""
-    return {"kv_cache_memory": count * core.bound.groups.page_bytes}
+    return {"kv_cache_memory": count * core.bound.kv.groups.page_bytes}
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_a_second_run_meets_its_prefixes(model: Path, expected: list[list[int]],
 def test_a_cache_that_is_too_small_preempts_and_changes_nothing(
     model: Path, started: EngineCore, expected: list[list[int]], mode: str, swap: str | None
 ) -> None:
-    least = started.bound.groups.peak_pages(130 + TOKENS, 2048)
+    least = started.bound.kv.groups.peak_pages(130 + TOKENS, 2048)
     core = engine(model, exec=mode, swap_space=swap, enable_prefix_cache=False, **pages(started, least + 4))
     assert run(core) == expected
     stats = core.stats()
@@ -118,7 +120,7 @@ def test_prompts_in_chunks_and_speculation_change_nothing(model: Path, expected:
 def test_layers_with_a_window_hold_their_window(model: Path) -> None:
     """At 400 tokens the five sliding layers hold what a window and a step need, the sixth all of it."""
     core = engine(model, max_num_batched_tokens=32)
-    groups = core.bound.groups
+    groups = core.bound.kv.groups
     assert [(type(group.spec), len(group.layers)) for group in groups.groups] == [
         (SlidingWindow, 5),
         (FullAttention, 1),
@@ -139,6 +141,11 @@ def test_explain_names_the_groups(started: EngineCore) -> None:
         ("full", 1, 1),
     ]
     assert kv["groups"][0]["window"] == WINDOW and kv["lanes"] == 1
+
+
+def test_explain_shows_what_each_group_keeps(model: Path) -> None:
+    shown = CliRunner().invoke(app, ["explain", str(model), "--device", "cpu"]).stdout
+    assert "5 layers window of 24 tokens, 5 pages a block; 1 layers full, 1 pages a block (1 layers a page)" in shown
 
 
 def test_a_connector_is_refused_with_the_groups(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -441,7 +441,7 @@ def test_after_a_failed_step_all_are_told(tiny_model: Path) -> None:
     llm = LLM(str(tiny_model), load_format="dummy", max_model_len=512, kv_cache_memory="4MiB")
     first, second = llm.stream("a", ENDLESS), llm.stream("b", ENDLESS)
     next(first)
-    llm.core._runner.execute = lambda plan: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    llm.core._executor.execute = lambda plan: 1 / 0  # type: ignore[method-assign, assignment, return-value]
     next(second)  # came with the first step
     with pytest.raises(ZeroDivisionError):
         next(first)

@@ -41,8 +41,8 @@ def choice(model: Path, **options: object) -> tuple[str, str]:
 def keep(model: Path, record: ModeRecord, **options: object) -> Path:
     """Write a record for what `bound` would bind; returns its file."""
     found = bound(model, **options)
-    path = mode_record.record_file(found.config, found.selection, found.checkpoint.config)
-    mode_record.write(path, record, mode_record.key(found.config, found.selection, found.checkpoint.config))
+    path = mode_record.record_file(found.config, found.placement.selection, found.checkpoint.config)
+    mode_record.write(path, record, mode_record.key(found.config, found.placement.selection, found.checkpoint.config))
     return path
 
 

@@ -521,9 +521,9 @@ def with_positions(tiny_model: Path, folder: Path, positions: int) -> Path:
 @pytest.mark.parametrize("positions", [4_000_000, 10**9])
 def test_the_rotary_table_is_as_long_as_what_the_cache_holds(positions: int, tiny_model: Path, tmp_path: Path) -> None:
     bound = bind(engine_config(with_positions(tiny_model, tmp_path, positions), kv_cache_memory="1MiB"))
-    held = (1 << 20) // bound.groups.page_bytes * bound.groups.block_size
-    assert held < bound.model.cos_sin.shape[0] <= held + bound.groups.block_size
-    assert bound.max_model_len == positions
+    held = (1 << 20) // bound.kv.block_bytes * bound.kv.groups.block_size
+    assert held < bound.model.decoder.cos_sin.shape[0] <= held + bound.kv.groups.block_size
+    assert bound.options.max_model_len == positions
 
 
 def test_a_prompt_beyond_the_cache_is_refused_for_the_cache(tiny_model: Path, tmp_path: Path) -> None:

@@ -104,10 +104,10 @@ def test_in_a_step(start: Callable[..., EngineCore]) -> None:
 @pytest.mark.parametrize(
     ("name", "doing", "option"),
     [
-        ("hotplug.core.startup.bind.build_model", "making room for the weights", "--dtype"),
-        ("hotplug.core.startup.bind.Sampler", "making room for the sampler", "--max-num-seqs"),
-        ("hotplug.core.engine.core.load_weights", "loading the weights", "--dtype"),
-        ("hotplug.core.engine.core._executable", "preparing the steps", "--memory-utilization"),
+        ("hotplug.core.startup.built_model.build_model", "making room for the weights", "--dtype"),
+        ("hotplug.core.startup.step_rows.Sampler", "making room for the sampler", "--max-num-seqs"),
+        ("hotplug.core.startup.load.load_weights", "loading the weights", "--dtype"),
+        ("hotplug.core.startup.start.make_executable", "preparing the steps", "--memory-utilization"),
     ],
 )
 def test_at_start(start: Any, monkeypatch: pytest.MonkeyPatch, name: str, doing: str, option: str) -> None:
@@ -124,7 +124,7 @@ def test_other_errors_pass_as_they_are(start: Callable[..., EngineCore], monkeyp
     def fail(*args: Any) -> None:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr("hotplug.core.engine.core.load_weights", fail)
+    monkeypatch.setattr("hotplug.core.startup.load.load_weights", fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         start(Full())
 

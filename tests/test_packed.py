@@ -114,7 +114,7 @@ def test_tokens_are_those_of_the_dequantized_model(start, tmp_path: Path, scheme
     path = model(tmp_path, Kind[scheme.upper()], tied=tied)
     kept = start(path, quantization="packed")
     assert kept.report()["quantization"] == "packed"
-    assert {p.dtype for p in kept.bound.model.parameters() if p.dim() == 2} == {torch.uint8}
+    assert {p.dtype for p in kept.bound.model.decoder.parameters() if p.dim() == 2} == {torch.uint8}
     assert tokens(kept) == tokens(start(path))
 
 
@@ -150,7 +150,7 @@ def test_each_matrix_is_kept_in_its_own_format(start, tmp_path: Path, others: di
 def test_tables_in_floating_point_stay_so(start, tmp_path: Path) -> None:
     path = model(tmp_path, Kind.Q4_1, tied=True, others={"token_embd": Kind.F16})
     kept = start(path, quantization="packed")
-    assert kept.bound.model.embed.weight.dtype is torch.float32
+    assert kept.bound.model.decoder.embed.weight.dtype is torch.float32
     assert tokens(kept) == tokens(start(path))
 
 
@@ -173,7 +173,7 @@ def test_what_is_dequantized_is_not_copied(start, tmp_path: Path, monkeypatch: p
     assert 2 not in copied  # matrices; norms come in floating point
     monkeypatch.undo()
     expected = dict(core.bound.checkpoint.tensors())["model.layers.0.mlp.up_proj.weight"]
-    assert torch.equal(core.bound.model.layers[0].mlp.gate_up.weight[len(expected) :], expected)
+    assert torch.equal(core.bound.model.decoder.layers[0].mlp.gate_up.weight[len(expected) :], expected)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def greedy(core: EngineCore, prompt: list[int], count: int) -> list[int]:
 def test_features_are_refused_before_weights_are_read(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakePlatform())
     read: list[object] = []
-    monkeypatch.setattr("hotplug.core.engine.core.load_weights", lambda *_: read.append(None))
+    monkeypatch.setattr("hotplug.core.startup.load.load_weights", lambda *_: read.append(None))
     with pytest.raises(FeatureError, match="fp8_kv"):
         EngineCore(config(tiny_model, kv_cache_dtype="fp8_e4m3"))
     assert not read
@@ -119,7 +119,7 @@ def test_references_on_an_accelerator_are_one_warning_and_a_figure(
     with pytest.warns(UserWarning, match=r"call sites run a plain-PyTorch reference on acme") as caught:
         core = EngineCore(config(tiny_model))
     assert len(caught) == 1
-    assert core.stats().reference_ops == len(core.bound.plan.reference_sites) > 0
+    assert core.stats().reference_ops == len(core.bound.kernels.plan.reference_sites) > 0
 
 
 @pytest.mark.filterwarnings("error")
@@ -163,8 +163,8 @@ def test_memory_of_its_own_is_filled_up_to_the_share_that_was_set(
 ) -> None:
     install(monkeypatch, FakePlatform(total=64 << 20))
     core = EngineCore(dataclasses.replace(config(tiny_model), kv_cache_memory=None, memory_utilization=0.5))
-    used = core.num_blocks * core.bound.groups.page_bytes
-    assert 0 <= (32 << 20) - used < core.bound.groups.page_bytes
+    used = core.num_blocks * core.bound.kv.block_bytes
+    assert 0 <= (32 << 20) - used < core.bound.kv.block_bytes
 
 
 @pytest.mark.filterwarnings("ignore:.*plain-PyTorch reference")

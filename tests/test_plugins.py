@@ -136,7 +136,8 @@ tokens = []
 while core.has_work:
     tokens += [t for delta in core.step() for t in delta.token_ids]
 sites = {s["site"]: s["provider"] for s in core.report()["sites"]}
-capped = core.bound.model.logits(torch.full((1, core.bound.checkpoint.config.hidden_size), 1e4)).abs().max().item()
+width = core.bound.checkpoint.config.hidden_size
+capped = core.bound.model.decoder.logits(torch.full((1, width), 1e4)).abs().max().item()
 print(json.dumps({"tokens": tokens, "provider": sites["soft_cap"], "largest": capped}))
 """
 

@@ -100,7 +100,7 @@ def test_a_kernel_gets_its_matrices_as_the_platform_repacks_them(start) -> None:
 
 def test_an_embedding_keeps_the_groups_that_its_tied_head_gets_repacked(start) -> None:
     core = start(Flips())
-    embed, head = core.bound.model.embed.weight, core.bound.model.head.weight
+    embed, head = core.bound.model.decoder.embed.weight, core.bound.model.decoder.head.weight
     assert embed is not head
     assert torch.equal(embed.flip(0), head)
 
@@ -116,7 +116,7 @@ def test_what_was_repacked_is_let_go_of(start) -> None:
     alive = [ref for ref in before if not torch.UntypedStorage._expired(ref)]
     assert len(before) == 9
     assert len(alive) == 1  # the embedding's, which is the head's too
-    assert core.bound.model.embed.weight.untyped_storage()._weak_ref() in alive
+    assert core.bound.model.decoder.embed.weight.untyped_storage()._weak_ref() in alive
 
 
 def test_a_site_that_another_kernel_serves_in_part_keeps_its_matrix(start) -> None:
@@ -144,19 +144,19 @@ def test_matrices_stay_as_they_are_where_others_read_them(start, monkeypatch: py
         for name in ("fingerprint", "num_compiled"):
             monkeypatch.setattr(Flips, name, lambda self: 0, raising=False)
         monkeypatch.setattr(Flips, "compile", lambda *_: None, raising=False)
-        monkeypatch.setattr("hotplug.core.engine.core._executable", lambda *_: None)
+        monkeypatch.setattr("hotplug.core.startup.start.make_executable", lambda *_: None)
         modes = (ExecMode.COMPILE, ExecMode.EAGER)
         platform.facts = limits(quantization=("none", "*"), accelerator=False, exec_modes=modes)
         core = start(platform, max_num_seqs=4)
     assert platform.asked == []
-    assert {p.dtype for p in core.bound.model.parameters() if p.dim() == 2} == {torch.uint8}
+    assert {p.dtype for p in core.bound.model.decoder.parameters() if p.dim() == 2} == {torch.uint8}
 
 
 def test_a_matrix_that_no_other_is_stacked_with_is_a_view_of_the_file(start) -> None:
     core = start(FakePlatform(facts=limits(quantization=("none", "*"), accelerator=False)))
-    layer = core.bound.model.layers[0]
+    layer = core.bound.model.decoder.layers[0]
     weights = {
-        "model.embed_tokens.weight": core.bound.model.embed.weight,
+        "model.embed_tokens.weight": core.bound.model.decoder.embed.weight,
         "model.layers.0.mlp.down_proj.weight": layer.mlp.down.stored[0],
         "model.layers.0.self_attn.o_proj.weight": layer.attn.out.stored[0],
         "model.layers.0.mlp.gate_proj.weight": layer.mlp.gate_up.weight,
@@ -168,7 +168,7 @@ def test_a_matrix_that_no_other_is_stacked_with_is_a_view_of_the_file(start) -> 
 
 def test_views_of_a_file_stay_good_when_its_memory_is_given_back(start) -> None:
     core = start(FakePlatform(facts=limits(quantization=("none", "*"), accelerator=False)))
-    weight = core.bound.model.embed.weight
+    weight = core.bound.model.decoder.embed.weight
     before = weight.clone()
     core.bound.checkpoint.release()
     assert torch.equal(weight, before)
@@ -200,11 +200,11 @@ def test_outputs_that_do_not_fill_tiles_stay_in_groups() -> None:
 @needs_native
 def test_the_cpu_platform_keeps_no_second_copy(start) -> None:
     core = start(CpuPlatform(), dtype="float32")
-    layer = core.bound.model.layers[0]
+    layer = core.bound.model.decoder.layers[0]
     products = [linear.stored[0] for linear in (layer.attn.qkv, layer.attn.out, layer.mlp.down)]
     assert all(weight.ndim == 3 for weight in (*products, layer.mlp.gate_up.weight))
-    assert core.bound.model.head.weight.ndim == 3
-    assert core.bound.model.embed.weight.shape[0] == VOCAB
+    assert core.bound.model.decoder.head.weight.ndim == 3
+    assert core.bound.model.decoder.embed.weight.shape[0] == VOCAB
     tokens(core)
     assert len(native._packed) == 0
 

@@ -55,7 +55,7 @@ STEPS = [
 def run(model: Path, *, scored_only: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Hidden states and scores of each step."""
     one = ModelRun(model, max_len=192, block_size=4)
-    batch, decoder = one.bound.batch, one.bound.model
+    batch, decoder = one.bound.rows.batch, one.bound.model.decoder
     hidden, logits = [], []
     for i, plan in enumerate(STEPS):
         for admission in plan.admitted:
@@ -78,7 +78,7 @@ def test_scores_are_those_of_a_last_layer_that_computes_all(model: Path) -> None
 
 
 def test_a_step_of_decodes_alone_has_nothing_to_leave_out(model: Path) -> None:
-    batch = ModelRun(model, max_len=192, block_size=4).bound.batch
+    batch = ModelRun(model, max_len=192, block_size=4).bound.rows.batch
     assert batch.inputs(step([0, 1], [9, 4], [1, 1], [True, True], 2), scored_only=True).scored is None
     assert batch.inputs(STEPS[0], scored_only=True).scored is not None
     assert batch.inputs(STEPS[0]).scored is None

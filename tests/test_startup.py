@@ -61,7 +61,7 @@ def test_the_memory_of_recorded_steps_is_kept_out_of_the_kv_cache(tiny_model: Pa
     without = start(tiny_model, Records())
     platform = Records(first=60 * MIB, more=2 * MIB)
     core = start(tiny_model, platform)
-    block = core.bound.groups.page_bytes
+    block = core.bound.kv.block_bytes
     sizes = len(core.report()["shapes"])
     assert sizes == 4
     # the largest size: one of three ways to draw is the first; every smaller one adds what the second largest did
@@ -160,7 +160,7 @@ def test_a_tokenizer_is_loaded_while_the_engine_starts(tiny_model: Path, monkeyp
         return "the tokenizer"
 
     started = mock.Mock(name="the engine")
-    started.bound.limits.accelerator = False
+    started.bound.placement.limits.accelerator = False
 
     def engine(config: EngineConfig) -> mock.Mock:
         assert loaded.wait(30)  # it is not begun after the engine

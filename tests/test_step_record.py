@@ -50,7 +50,7 @@ def step(model: Path, **options: object) -> tuple[int, int, str]:
 
 def size(model: Path) -> int:
     found = bound(model)
-    return step_record.weight_bytes(found.checkpoint.config, found.context.dtype.itemsize)
+    return step_record.weight_bytes(found.checkpoint.config, found.model.context.dtype.itemsize)
 
 
 def record(weight_bytes: int, *measured: tuple[int, int, float], name: str = "a model") -> StepRecord:
@@ -58,7 +58,7 @@ def record(weight_bytes: int, *measured: tuple[int, int, float], name: str = "a 
 
 
 def own(model: Path) -> Path:
-    return step_record.own_file(bound(model).selection)
+    return step_record.own_file(bound(model).placement.selection)
 
 
 # --- what counts ---

@@ -170,7 +170,7 @@ def test_the_plans_kernel_copies_all_layers_in_one_call(start):
 
 
 def test_without_a_swap_space_no_copy_is_planned(start):
-    assert "block_copy" not in {c.spec.op for c in start(FakePlatform(facts=SYNCHRONOUS)).bound.plan.choices}
+    assert "block_copy" not in {c.spec.op for c in start(FakePlatform(facts=SYNCHRONOUS)).bound.kernels.plan.choices}
 
 
 def test_a_host_pool_too_small_for_any_request_recomputes(start):

@@ -22,6 +22,7 @@ from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError, EngineDeadError, FeatureError
 from hotplug.core.models.decoder import Qwen3Decoder
 from hotplug.core.models.families import MODELS
+from hotplug.core.parallel.mesh import Mesh
 from hotplug.core.platform.base import DeviceInfo, Feature
 from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.core.request import Request, SamplingParams, TokenDelta
@@ -86,7 +87,7 @@ def test_two_ranks_give_the_tokens_of_one(kind: str, model: Callable[[str], Path
         assert all(math.isclose(a, b, abs_tol=near) for a, b in zip(ours, theirs, strict=True))
     assert two.num_blocks == one.num_blocks
     assert two.stats().prefix_hits == one.stats().prefix_hits > 0
-    assert two.bound.groups.page_bytes * 2 == one.bound.groups.page_bytes
+    assert two.bound.kv.block_bytes * 2 == one.bound.kv.block_bytes
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_three_ranks_share_smollm2_in_its_groups(smollm2_path: Path, start: Any)
     request = Request(id="r", prompt_token_ids=prompt, sampling=params, eos_token_ids=(2,))
     options = {"kv_cache_memory": "64MiB", "block_size": 16, "max_num_batched_tokens": 64}
     one, three = start(smollm2_path, 1, **options), start(smollm2_path, 3, **options)
-    assert three.bound.weights.name == one.bound.weights.name
+    assert three.bound.kernels.weights.name == one.bound.kernels.weights.name
     assert tokens(run(three, [request])) == tokens(run(one, [request]))
 
 
@@ -186,7 +187,7 @@ def bound(folder: Path, rank: int = 0, ranks: int = 1, **options: Any) -> Bound:
 
 
 def weight_bytes(part: Bound) -> int:
-    return sum(p.nbytes for p in {id(p): p for p in part.model.parameters()}.values())
+    return sum(p.nbytes for p in {id(p): p for p in part.model.decoder.parameters()}.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,11 +200,11 @@ def test_a_rank_has_half_of_the_weights(kind: str, model: Callable[[str], Path])
 
 def test_all_ranks_bind_the_same_plan_and_its_collectives_are_in_it(model: Callable[[str], Path]) -> None:
     one, first, second = bound(model("llama")), bound(model("llama"), 0, 2), bound(model("llama"), 1, 2)
-    assert first.plan.hash == second.plan.hash != one.plan.hash
+    assert first.kernels.plan.hash == second.kernels.plan.hash != one.kernels.plan.hash
 
     def collectives(part: Bound) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
-        for choice in part.plan.choices:
+        for choice in part.kernels.plan.choices:
             if choice.spec.op.startswith("all_"):
                 found.setdefault(choice.spec.op, []).append(choice.spec.site)
         return found
@@ -248,14 +249,15 @@ def test_a_connector_a_plugins_model_a_plugins_scheme_and_comparisons_are_refuse
 ) -> None:
     part = bound(model("llama"))
     config = EngineConfig(tensor_parallel_size=2, kv_connector="folder:/somewhere")
+    two = dataclasses.replace(part.placement, mesh=Mesh(tp=2))
     scheme = WeightFormat("int8", "asked for", PackedScheme("q8_0"))
     plugins = dataclasses.replace(scheme, scheme=object())  # type: ignore[arg-type]
     with pytest.raises(FeatureError) as caught:
-        check_ranks(config, part.checkpoint.config, {"LlamaForCausalLM": Qwen3Decoder}, plugins, part.selection,
+        check_ranks(config, part.checkpoint.config, {"LlamaForCausalLM": Qwen3Decoder}, plugins, two,
                     observed=True)  # fmt: skip
     for reason in ("kv_connector", "plugin of LlamaForCausalLM", "quantization int8", "twice on one rank"):
         assert reason in str(caught.value)
-    check_ranks(EngineConfig(tensor_parallel_size=2), part.checkpoint.config, MODELS, scheme, part.selection,
+    check_ranks(EngineConfig(tensor_parallel_size=2), part.checkpoint.config, MODELS, scheme, two,
                 observed=False)  # fmt: skip
 
 
@@ -278,8 +280,8 @@ def test_a_platform_without_the_feature_or_the_devices_is_refused(
         bind(config, meta=True, candidates=candidates(FakePlatform(devices=devices[:2], facts=facts)))
     enough = candidates(FakePlatform(devices=devices, facts=facts))
     parts = [bind(config, meta=True, candidates=enough, rank=rank) for rank in range(2)]
-    assert [(part.selection.device.index, part.sharing) for part in parts] == [(1, 1), (2, 1)]
-    assert {c.provider for c in parts[0].plan.choices if c.spec.op == "all_reduce"} == {"torch.distributed"}
+    assert [(part.placement.device.index, part.placement.sharing) for part in parts] == [(1, 1), (2, 1)]
+    assert {c.provider for c in parts[0].kernels.plan.choices if c.spec.op == "all_reduce"} == {"torch.distributed"}
     for part in parts:  # a warm-up's steps, which each rank runs for itself
         run_on_meta(part)
 
@@ -290,7 +292,7 @@ def test_workers_are_not_left_behind_by_a_failed_start(
     def fail(*_: object) -> None:
         raise OSError("no such disk")
 
-    monkeypatch.setattr("hotplug.core.engine.core.load_weights", fail)
+    monkeypatch.setattr("hotplug.core.startup.load.load_weights", fail)
     with pytest.raises(OSError, match="no such disk"):
         engine(model("llama"), 2)
     assert [p for p in psutil.Process().children() if "hotplug.core.engine.worker" in p.cmdline()] == []

@@ -90,7 +90,7 @@ def test_a_lowered_op_is_not_charged_with_its_parts(core, monkeypatch):
 
 def test_without_tracing_the_kernel_itself_is_bound(core):
     engine = core()
-    assert engine.bound.model.layers[0].attn_norm.op is kernel
+    assert engine.bound.model.decoder.layers[0].attn_norm.op is kernel
     with pytest.raises(ConfigError, match="ops are not traced"):
         engine.trace()
 

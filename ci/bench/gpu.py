@@ -108,7 +108,7 @@ def main() -> None:
         while core.has_work:
             core.step()
         print(f"{model}: engine {built:.1f} s, first token {time.perf_counter() - begin:.1f} s, plan "
-              f"{core.bound.plan.hash}, {core.num_blocks} blocks", flush=True)  # fmt: skip
+              f"{core.bound.kernels.plan.hash}, {core.num_blocks} blocks", flush=True)  # fmt: skip
         phases = core.report()["startup"]["seconds"]
         print("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()), flush=True)
         freeze_started_objects()  # as the engine's own process does

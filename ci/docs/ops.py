@@ -43,8 +43,9 @@ FACTS = {
     "block_size": "tokens in a KV block",
     "layout": "`NHD` or `HND`",
     "kv_dtype": "storage dtype of the KV cache",
-    "ranks": "ranks that take part",
     "page_bytes": "bytes of a block in each tensor",
+    "group": "the named group of ranks that take part: `tp`, those that split every layer",
+    "ranks": "how many they are",
 }
 
 

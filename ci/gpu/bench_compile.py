@@ -59,7 +59,7 @@ def start_and_measure(mode: str, model: str, max_tokens: int) -> dict[str, Any]:
     long = random_prompts(core.vocab_size, 1, max_tokens, seed=7)
     measure(core, long, 2)
     prefill = max_tokens / min(measure(core, long, 1).seconds for _ in range(3))
-    platform = core.bound.selection.platform
+    platform = core.bound.placement.platform
     return {
         "exec": mode, "start_s": round(started, 1), "compiled": platform.num_compiled() if mode == "compile" else "",
         "batch1_ms": round(one, 3), "batch64_ms": round(many, 3), "prefill_tok_s": round(prefill),

@@ -63,6 +63,7 @@ def _print(report: dict[str, Any]) -> None:
         *([("ranks", f"{report['ranks']}, sites and sizes are those of one")] if report["ranks"] > 1 else []),
         ("weights", f"{report['quantization']}: {report['quantization_because']}"),
         ("kv cache", f"{kv['dtype']} {kv['layout']}, blocks of {kv['block_size']} tokens, {kv['block_bytes']:,} bytes"),
+        *([("kv groups", _groups(kv))] if len(kv["groups"]) > 1 else []),
         *([("swap", _swap(kv))] if kv["swap_blocks"] else []),
         ("context", f"{report['max_model_len']:,} tokens"),
         ("plan", report["plan_hash"]),
@@ -78,6 +79,15 @@ def _print(report: dict[str, Any]) -> None:
         whole = f"{group.compiled_by}; until compiled " if group.compiled_by else ""
         line = f"{count:>5} {group.op if op else '':<{op_width}} -> {whole}{group.provider}: {explanation(group)}"
         console.print(f"{escape(line)}  [dim]{escape(short(group.sites))}")
+
+
+def _groups(kv: dict[str, Any]) -> str:
+    """What each group of layers keeps of a sequence."""
+    kinds = []
+    for group in kv["groups"]:
+        window = f" of {group['window']} tokens" if "window" in group else ""
+        kinds.append(f"{group['layers']} layers {group['kind']}{window}, {group['pages']} pages a block")
+    return f"{'; '.join(kinds)} ({kv['lanes']} layers a page)"
 
 
 def _swap(kv: dict[str, Any]) -> str:
@@ -99,14 +109,14 @@ def _explain_why(engine: EngineConfig, pattern: str, *, json: bool) -> None:
     from hotplug.core.startup.bind import bind
 
     bound = bind(engine, meta=True)
-    entries = {entry["site"]: entry for entry in bound.plan.report()}
+    entries = {entry["site"]: entry for entry in bound.kernels.plan.report()}
     sites = []
-    for choice in sites_like(bound.plan, pattern):
-        table = [dataclasses.asdict(c) for c in candidates(bound.plan, choice)]
+    for choice in sites_like(bound.kernels.plan, pattern):
+        table = [dataclasses.asdict(c) for c in candidates(bound.kernels.plan, choice)]
         entry = {k: v for k, v in entries[choice.spec.site].items() if k != "rejected"}
         sites.append({**entry, "arch": choice.spec.arch, "forced": choice.reason.startswith("forced"),
                       "candidates": table})  # fmt: skip
-    document = {"schema": 1, "model": engine.model_name, "platform": bound.selection.platform.name, "sites": sites}
+    document = {"schema": 1, "model": engine.model_name, "platform": bound.placement.platform.name, "sites": sites}
     print_json(document) if json else _print_why(sites)
 
 

@@ -74,16 +74,16 @@ def _tune_kernels(engine: EngineConfig, budget: float, output: Path | None, *, j
 
     bound = bind(engine, meta=True)
     if not json:
-        out().print(_escaped(device_line(bound.selection)))
+        out().print(_escaped(device_line(bound.placement.selection)))
     results: list[TuningResult] = []
 
     def report(result: TuningResult) -> None:
         results.append(result)
         (err() if json else out()).print(line(result))
 
-    summary = platform.tune(bound.selection.device, distinct(bound.plan.choices), budget, report, output)
+    summary = platform.tune(bound.placement.device, distinct(bound.kernels.plan.choices), budget, report, output)
     if json:
-        print_json(_document(bound.selection.device.name, summary, results))
+        print_json(_document(bound.placement.device.name, summary, results))
         return
     faster = sum(dict(r.after) != dict(r.before) for r in results)
     left = f"; {summary.left} were left, give more --seconds" if summary.left else ""

@@ -39,7 +39,7 @@ def tune_modes(engine: EngineConfig, report: Report) -> tuple[Path, ModeRecord]:
     eager = bind(dataclasses.replace(engine, exec="eager"), meta=True)
     figures: dict[ExecMode, dict[str, float]] = {}
     failed: dict[ExecMode, str] = {}
-    for mode in eager.limits.exec_modes:
+    for mode in eager.placement.limits.exec_modes:
         try:
             figures[mode] = rates(EngineCore(dataclasses.replace(engine, exec=mode.value)))
             report(mode, figures[mode])
@@ -76,8 +76,8 @@ def rates(core: EngineCore) -> dict[str, float]:
 
 
 def _file(engine: EngineConfig, bound: Bound) -> Path:
-    return mode_record.record_file(engine, bound.selection, bound.checkpoint.config)
+    return mode_record.record_file(engine, bound.placement.selection, bound.checkpoint.config)
 
 
 def _about(engine: EngineConfig, bound: Bound) -> dict[str, Any]:
-    return mode_record.key(engine, bound.selection, bound.checkpoint.config)
+    return mode_record.key(engine, bound.placement.selection, bound.checkpoint.config)

@@ -52,14 +52,15 @@ def tune_steps(engine: EngineConfig, report: Report, output: Path | None) -> tup
     engine = dataclasses.replace(engine, enable_prefix_cache=False)
     bound = bind(engine, meta=True)
     measured: list[Measured] = []
-    prompts = max(bound.limits.step_tokens - bound.limits.step_requests, bound.limits.step_requests)
+    limits = bound.placement.limits
+    prompts = max(limits.step_tokens - limits.step_requests, limits.step_requests)
 
     def record() -> StepRecord:
-        size = step_record.weight_bytes(bound.checkpoint.config, bound.context.dtype.itemsize)
+        size = step_record.weight_bytes(bound.checkpoint.config, bound.model.context.dtype.itemsize)
         return StepRecord(_name(bound), size // engine.tensor_parallel_size, measured, _about())
 
     for factor in FACTORS:
-        requests = int(factor * bound.limits.step_requests)
+        requests = int(factor * limits.step_requests)
         if measured and requests > MIX + MIX // 10:
             break
         before = max((one.output_tokens_per_s for one in measured), default=0.0)
@@ -75,8 +76,8 @@ def tune_steps(engine: EngineConfig, report: Report, output: Path | None) -> tup
     for tokens in TOKENS:
         if tokens != prompts and (found := _measured(engine, requests, requests + tokens, report)) is not None:
             measured.append(found)
-    path = output or step_record.own_file(bound.selection)
-    step_record.write(path, record(), bound.selection.device.name)
+    path = output or step_record.own_file(bound.placement.selection)
+    step_record.write(path, record(), bound.placement.device.name)
     return path, record()
 
 

@@ -80,6 +80,9 @@ class EngineConfig:
     tensor_parallel_size: int = option(
         1, "Ranks, each a process with its part of every layer and of the KV cache", low=1, high=1024
     )
+    pipeline_parallel_size: int = option(1, "Ranks with some layers each; not built: 1 is the only value", low=1)
+    expert_parallel_size: int = option(1, "Ranks with some experts each; not built: 1 is the only value", low=1)
+    data_parallel_size: int = option(1, "Replicas of the model; not built: 1 is the only value", low=1)
 
     block_size: int | None = option(None, "Tokens in a KV block; default: the platform's preference", low=1)
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = option(

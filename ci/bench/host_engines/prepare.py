@@ -56,7 +56,7 @@ def measure(model: str, prompts: int, repeat: int) -> list[float]:
         EngineConfig(model=model, device="null_device", load_format="dummy", max_num_seqs=256,
                      max_num_batched_tokens=CHUNK, kv_cache_memory="256MiB")
     )  # fmt: skip
-    core._runner.execute = between.begins(core._runner.execute)  # type: ignore[method-assign]
+    core._executor.execute = between.begins(core._executor.execute)  # type: ignore[method-assign]
     draw = random.Random(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     freeze_started_objects()

@@ -70,7 +70,7 @@ class LLM:
             # The caller waits for all of its prompts, so none is refused for want of a place in the queue.
             self.core = EngineCore(dataclasses.replace(config, max_queue=sys.maxsize))
         self.tokenizer = tokenizer.result()
-        forks.engine_made(self.core, accelerator=self.core.bound.limits.accelerator)
+        forks.engine_made(self.core, accelerator=self.core.bound.placement.limits.accelerator)
         self._client = InProcessClient(self.core)
         self._ids = itertools.count()
 

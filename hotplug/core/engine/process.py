@@ -106,7 +106,7 @@ class EngineProcess:
                 return
         self._poller.poll(RETRY_MS if self._clients.waiting else None)
         if self._ranks:
-            self._core.check_ranks()
+            self._core.check()
 
     def _has_message(self) -> bool:
         events = self._inbox.get(zmq.EVENTS)

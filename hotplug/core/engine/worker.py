@@ -37,19 +37,21 @@ def main(end: int, life: int) -> None:
 
 def _serve(link: RankChannel, begin: Begin) -> None:
     from hotplug.core.config import EngineConfig
-    from hotplug.core.engine.core import RankCore
     from hotplug.core.engine.process import freeze_started_objects
     from hotplug.core.parallel.encoding import decode_plan
     from hotplug.core.parallel.leader import Leader
+    from hotplug.core.parallel.mesh import Mesh
+    from hotplug.core.startup.start import start_rank
 
     config = EngineConfig.from_mapping(begin.config)
-    leader = Leader(link, begin, config.tensor_parallel_size)
-    rank = RankCore(config, peers=leader)
+    leader = Leader(link, begin, Mesh.of(config))
+    worker = start_rank(config, leader).worker
     freeze_started_objects()
     leader.ready()
     handles = deque[object](maxlen=_KEPT)
-    while True:
-        handles.append(rank.execute(decode_plan(leader.steps.receive())))
+    with worker.step_guard:
+        while True:
+            handles.append(worker.runner.execute(decode_plan(leader.steps.receive())))
 
 
 def _end_with(life: int) -> None:

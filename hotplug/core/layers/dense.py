@@ -167,7 +167,7 @@ class AddRMSNorm(nn.Module):
         if ctx.ranks == 1 or not reduce:
             self.op = ctx.bind("add_rms_norm", site, width=width)
         else:
-            self.op = ctx.bind("all_reduce_add_norm", site, width=width, ranks=ctx.ranks)
+            self.op = ctx.bind("all_reduce_add_norm", site, width=width, group="tp", ranks=ctx.ranks)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return self.op(x, residual, self.weight, self.eps)
@@ -179,7 +179,9 @@ class ReduceRMSNorm(nn.Module):
     def __init__(self, ctx: BuildContext, site: str, width: int, eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(ctx, site, width, eps)
-        self.reduce = None if ctx.ranks == 1 else ctx.bind("all_reduce", f"{site}.sum", width=width, ranks=ctx.ranks)
+        self.reduce = None
+        if ctx.ranks > 1:
+            self.reduce = ctx.bind("all_reduce", f"{site}.sum", width=width, group="tp", ranks=ctx.ranks)
 
     @property
     def weight(self) -> Tensor:

@@ -35,7 +35,7 @@ class SplitEmbedding(nn.Module):
         super().__init__()
         self.part = part
         self._first, self._rows = ctx.rank * rows, rows
-        self._sum = ctx.bind("all_reduce", f"{site}.sum", width=hidden, ranks=ctx.ranks)
+        self._sum = ctx.bind("all_reduce", f"{site}.sum", width=hidden, group="tp", ranks=ctx.ranks)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -65,7 +65,7 @@ class Head(nn.Module):
         vocab //= ctx.ranks
         self.gather = None
         if ctx.ranks > 1:
-            self.gather = ctx.bind("all_gather", f"{site}.gather", width=vocab, ranks=ctx.ranks)
+            self.gather = ctx.bind("all_gather", f"{site}.gather", width=vocab, group="tp", ranks=ctx.ranks)
         self.site = site
         self.scheme = scheme = ctx.table_scheme_at(site) if tied is None else tied.scheme
         if tied is not None:

@@ -32,7 +32,7 @@ def all_reduce_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def lower_all_reduce_add_norm(bind: Bind, spec: SiteSpec) -> Fn:
-    reduce = bind("all_reduce", "sum", width=spec["width"], ranks=spec["ranks"])
+    reduce = bind("all_reduce", "sum", width=spec["width"], group=spec["group"], ranks=spec["ranks"])
     norm = bind("add_rms_norm", "norm", width=spec["width"])
 
     def composed(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def lower_all_reduce_add_norm(bind: Bind, spec: SiteSpec) -> Fn:
 
 
 OPS = (
-    Op("all_reduce", all_reduce, facts=("width", "ranks")),
-    Op("all_gather", all_gather, facts=("width", "ranks")),
-    Op("all_reduce_add_norm", all_reduce_add_norm, facts=("width", "ranks"), lower=lower_all_reduce_add_norm),
+    Op("all_reduce", all_reduce, facts=("width", "group", "ranks")),
+    Op("all_gather", all_gather, facts=("width", "group", "ranks")),
+    Op("all_reduce_add_norm", all_reduce_add_norm, facts=("width", "group", "ranks"), lower=lower_all_reduce_add_norm),
 )

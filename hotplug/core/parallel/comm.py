@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -10,28 +10,28 @@ from hotplug.core.ops.collective import all_gather, all_reduce
 from hotplug.core.ops.registry import Impl, OpRegistry
 from hotplug.core.platform.base import Platform
 from hotplug.core.platform.optional import HasComm, NotHandledType
+from hotplug.core.platform.rank_group import RankGroup
 
 Collective = Callable[[Tensor], Tensor]
 TORCH = "torch.distributed"
 """Provider of the collectives where the platform has none."""
 
 
-def register_collectives(registry: OpRegistry, platform: Platform, ranks: int) -> None:
-    """Add the kernels of `all_reduce` and `all_gather` for the group of all ranks."""
+def register_collectives(registry: OpRegistry, platform: Platform, group: RankGroup) -> None:
+    """Add the kernels of `all_reduce` and `all_gather` over a group, which is the default one of torch.distributed."""
     own = isinstance(platform, HasComm)
     for name, default in (("all_reduce", all_reduce), ("all_gather", all_gather)):
-        times = ranks if name == "all_gather" else 1
+        times = group.size if name == "all_gather" else 1
         registry.add(Impl(name, TORCH, _skipped_on_meta(default, times)))
         if own:
-            fn = _skipped_on_meta(_either(getattr(platform, name), default, ranks), times)
+            fn = _skipped_on_meta(_either(getattr(platform, name), default, group), times)
             registry.add(Impl(name, f"{platform.name}.comm", fn, rank=2))
 
 
 def _either(
-    method: Callable[[Tensor, Sequence[int]], Tensor | NotHandledType], default: Collective, ranks: int
+    method: Callable[[Tensor, RankGroup], Tensor | NotHandledType], default: Collective, group: RankGroup
 ) -> Collective:
     """The platform's collective; torch.distributed's for a size that it does not handle."""
-    group = range(ranks)
 
     def call(x: Tensor) -> Tensor:
         found = method(x, group)

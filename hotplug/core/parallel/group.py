@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from hotplug.core.errors import ConfigError
+from hotplug.core.parallel.mesh import Mesh
 
 TIMEOUT = timedelta(seconds=120)
 """How long a rank waits in a collective for another, which may be reading weights or compiling."""
@@ -30,10 +31,12 @@ def require_free() -> None:
         )  # fmt: skip
 
 
-def join(store: Path, rank: int, ranks: int) -> None:
-    """Enter the group of `ranks` ranks on this host, who meet at the file `store`; waits for all of them."""
+def join(store: Path, mesh: Mesh, rank: int) -> None:
+    """Enter the group of all ranks of `mesh`, on this host, who meet at the file `store`; waits for all of them."""
     with _on_loopback():
-        torch.distributed.init_process_group(init_method=store.as_uri(), rank=rank, world_size=ranks, timeout=TIMEOUT)
+        torch.distributed.init_process_group(
+            init_method=store.as_uri(), rank=rank, world_size=mesh.size, timeout=TIMEOUT
+        )
 
 
 def leave() -> None:

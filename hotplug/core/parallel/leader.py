@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from hotplug.core.parallel import group
 from hotplug.core.parallel.channel import Begin, Blocks, Loaded, Message, RankChannel, RankReady
+from hotplug.core.parallel.mesh import Mesh
 from hotplug.core.parallel.ring import RingReader
 from hotplug.core.parallel.transport import Reader
 from hotplug.core.parallel.zmq_transport import ZmqReader
@@ -17,11 +18,11 @@ M = TypeVar("M", bound=Message)
 class Leader:
     """Rank 0, as rank `begin.rank` sees it. Implements `Peers`; raises EOFError where rank 0 is gone."""
 
-    def __init__(self, link: RankChannel, begin: Begin, ranks: int) -> None:
+    def __init__(self, link: RankChannel, begin: Begin, mesh: Mesh) -> None:
         self.rank = begin.rank
         self._link = link
         self._begin = begin
-        self._ranks = ranks
+        self._mesh = mesh
         self.steps: Reader
         """Where plans come from."""
         if begin.steps.startswith("tcp://"):
@@ -32,7 +33,7 @@ class Leader:
     def join(self, plan: str) -> None:
         self._link.send(Loaded(plan))
         self._next(RankReady)
-        group.join(Path(self._begin.store), self.rank, self._ranks)
+        group.join(Path(self._begin.store), self._mesh, self.rank)
 
     def agree(self, blocks: int) -> int:
         self._link.send(Blocks(blocks))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from hotplug.core.ops.registry import SiteSpec, Verdict
     from hotplug.core.platform.program import StepProgram
+    from hotplug.core.platform.rank_group import RankGroup
     from hotplug.core.platform.tuning import TuningResult, TuningSummary
 
 
@@ -126,13 +127,13 @@ class HasCompileCheck(Protocol):
 
 @runtime_checkable
 class HasComm(Protocol):
-    """Collectives of a group. Default: torch.distributed. A method may answer `NotHandled`."""
+    """Collectives of a named group. Default: torch.distributed. A method may answer `NotHandled`."""
 
-    def all_reduce(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor | NotHandledType:
+    def all_reduce(self, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor | NotHandledType:
         """The sum of `tensor` over the ranks of `group`. Where it is handled, `tensor` may be overwritten."""
 
-    def all_gather(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor | NotHandledType:
-        """The tensors of all ranks, concatenated along the last dimension."""
+    def all_gather(self, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor | NotHandledType:
+        """The tensors of the ranks of `group` in its order, concatenated along the last dimension."""
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ from hotplug.core.platform.optional import HasCapture
 from hotplug.core.runner import capture_prompts
 from hotplug.core.runner.capture_prompts import PromptShape, RecordedPrompts
 from hotplug.core.runner.device_batch import DeviceBatch
-from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
+from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs, listed
 from hotplug.core.runner.static import StepShape
 from hotplug.core.runner.timing import PREPARE
 from hotplug.core.sample.sampler import Draw, Sampler
@@ -203,8 +203,13 @@ class CapturedSteps:
                 self._decodes[size].record(self._capture)
                 recorded()
 
+    def wait(self) -> None:
+        """At once: what is recorded at start is, and the rest serves once it is needed."""
+
+    def report(self) -> dict[str, Any]:
+        return listed(self.shapes)
+
     def release(self) -> None:
-        """Drop what was recorded, and with it its memory; no step can run any more."""
         for decodes in self._decodes.made.values():
             decodes.release()
         for prompts in self._prompts:

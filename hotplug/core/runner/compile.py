@@ -23,7 +23,7 @@ from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.platform.optional import HasCompile
 from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.runner.dynamic import DynamicInputs
-from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs
+from hotplug.core.runner.executable import EagerStep, HostStep, StepOutputs, listed
 from hotplug.core.runner.schema import by_lane
 from hotplug.core.runner.static import StaticInputs, StepShape
 from hotplug.core.runner.timing import PREPARE
@@ -124,10 +124,16 @@ class CompiledSteps:
         """Compilations that steps set off, beyond those of the planned shapes."""
         return self._platform.num_compiled() - self._known if not self._thread.is_alive() else 0
 
-    def report(self) -> list[dict[str, Any]]:
-        """What became of each shape, as plain data."""
-        return [{"shape": list(e.inputs.shape), "state": e.state, "seconds": round(e.seconds, 3)}
-                for e in self._entries]  # fmt: skip
+    def report(self) -> dict[str, Any]:
+        compiled = [{"shape": list(e.inputs.shape), "state": e.state, "seconds": round(e.seconds, 3)}
+                    for e in self._entries]  # fmt: skip
+        return {**listed(self.shapes), "compiled": compiled}
+
+    def release(self) -> None:
+        """As `Executable` has it; a shape that is being compiled goes with this object."""
+        self._ready = ()
+        for entry in self._entries:
+            entry.run = None
 
     def __call__(self, step: HostStep) -> StepOutputs:
         self._raise_failure()

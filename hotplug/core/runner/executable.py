@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,23 @@ class Executable(Protocol):
 
     def __call__(self, step: HostStep) -> StepOutputs: ...
 
+    def wait(self) -> None:
+        """Return when every prepared shape is there. Raises PlatformError where preparing one failed."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """The prepared shapes as plain data, and where they are compiled, what became of each."""
+        ...
+
+    def release(self) -> None:
+        """Drop what was recorded, and with it its memory; no step can run any more."""
+        ...
+
+
+def listed(shapes: Sequence[StepShape]) -> dict[str, Any]:
+    """The report of an executable whose shapes are all there."""
+    return {"shapes": [list(shape) for shape in shapes]}
+
 
 class EagerStep:
     """Runs the model op by op, with kernels that write to the caches in place."""
@@ -81,6 +98,15 @@ class EagerStep:
         inputs = self._batch.inputs(step.plan, scored_only=step.scored_only)
         step.timer.lap(PREPARE)
         return self.run(inputs)
+
+    def wait(self) -> None:
+        """At once: nothing is prepared."""
+
+    def report(self) -> dict[str, Any]:
+        return listed(self.shapes)
+
+    def release(self) -> None:
+        """Nothing: nothing was recorded."""
 
     def run(self, inputs: StepInputs) -> StepOutputs:
         """The outputs of prepared inputs."""

@@ -52,6 +52,11 @@ class MemoryGuard:
         )
 
 
+def step_guard(selection: Selection) -> MemoryGuard:
+    """What a rank enters to run a step."""
+    return MemoryGuard("running a step", selection, STEP)
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error of torch, of NumPy, or of a library below it, is an allocation that failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

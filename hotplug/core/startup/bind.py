@@ -1,141 +1,94 @@
 """From a configuration to a bound model: device chosen, options settled, plan made; no weight read yet.
 
-`hotplug explain` stops here, with the model on torch's meta device; an engine goes on to load.
+One stage after the other, each a file of its own that returns a small record; `Bound` is these records. `hotplug
+explain` stops here, with the model on torch's meta device; an engine goes on to load (`start`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import hotplug
-from hotplug.core.config import EngineConfig, parse_bytes
-from hotplug.core.errors import ConfigError
+from hotplug.core.config import EngineConfig
 from hotplug.core.extension.points import Extension
-from hotplug.core.kv.groups import KVGroups, make_groups
-from hotplug.core.kv.spec import BlockFormat
-from hotplug.core.layers.context import BuildContext
-from hotplug.core.models.decoder import Decoder
-from hotplug.core.models.loader import build_model, find_model
 from hotplug.core.models.split import local_config
-from hotplug.core.ops.builtin import builtin_registry
-from hotplug.core.ops.dtypes import TORCH_DTYPES
-from hotplug.core.ops.plan import Plan
-from hotplug.core.ops.registry import Observe, OpRegistry
-from hotplug.core.ops.trace import Tracer, synchronizer
-from hotplug.core.parallel.comm import register_collectives
-from hotplug.core.platform.base import ExecMode, Limits, Platform
+from hotplug.core.ops.registry import Observe
 from hotplug.core.platform.discovery import Candidate, discover
-from hotplug.core.platform.features import Resolved, compute_dtype, resolve
-from hotplug.core.platform.optional import HasRuntime
-from hotplug.core.platform.select import Selection, select
-from hotplug.core.quant.packed_scheme import PackedScheme
-from hotplug.core.runner import kv_memory, memory_guard
-from hotplug.core.runner.device_batch import DeviceBatch
-from hotplug.core.runner.kv_memory import swap_pages, torch_device
-from hotplug.core.runner.memory_guard import MemoryGuard
-from hotplug.core.sample.sampler import Sampler
 from hotplug.core.scheduler.policy import SchedulingPolicy
-from hotplug.core.startup import mode_record, step_record
-from hotplug.core.startup.compile_check import compiled_by
+from hotplug.core.startup.built_model import BuiltModel, build
 from hotplug.core.startup.installed import gather
-from hotplug.core.startup.ranks import check_ranks, device_of_rank, packed_split_faults
-from hotplug.core.startup.step_record import StepSize
-from hotplug.core.startup.weight_format import WeightFormat, asked_format, preferred_format
+from hotplug.core.startup.kernel_plan import Kernels, open_plan
+from hotplug.core.startup.kv_plan import KVPlan, bind_block_copy, check_kv, plan_kv
+from hotplug.core.startup.placement import Placement, place
+from hotplug.core.startup.settle import Options, settle
+from hotplug.core.startup.step_rows import Rows, make_rows
+from hotplug.core.startup.weight_format import asked_format
 from hotplug.core.transfer.connector import KVConnector, KVFormat
-from hotplug.core.transfer.swap import BlockCopy
 from hotplug.core.weights.checkpoint import Checkpoint, open_checkpoint
-from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.read_ahead import read_ahead
 from hotplug.core.weights.source import resolve as resolve_source
 
+MakeConnector = Callable[[KVFormat], KVConnector]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """A model with its kernels chosen, and everything that was decided on the way."""
+    """A model with its kernels chosen, and what every stage decided on the way."""
 
     config: EngineConfig
-    selection: Selection
-    limits: Limits
-    resolved: Resolved
-    mode_reason: str
-    """Why steps run in `resolved.exec_mode`."""
-    step_reason: str
-    """Why a step holds as many requests and tokens as `resolved` says."""
+    placement: Placement
     checkpoint: Checkpoint
-    weights: WeightFormat
-    max_model_len: int
-    plan: Plan
-    context: BuildContext
-    """What the model was built with."""
-    model: Decoder
-    batch: DeviceBatch
-    sampler: Sampler
-    groups: KVGroups
-    """What the layers keep of a sequence, and where."""
+    options: Options
+    kernels: Kernels
+    kv: KVPlan
+    model: BuiltModel
+    rows: Rows
     policy: SchedulingPolicy
-    connector: Callable[[KVFormat], KVConnector] | None
+    connector: MakeConnector | None
     """Makes what keeps KV blocks elsewhere."""
-    tracer: Tracer | None
-    """Times every call, where the configuration asks for it."""
-    swap_blocks: int
-    """Blocks of the swap space on the host, the null block among them; 0 without one."""
-    block_copy: BlockCopy | None
-    """The op that gathers and scatters them; None without a swap space."""
-    sharing: int
-    """Ranks on the rank's device, itself among them."""
-    compiled_by: Mapping[str, str]
-    """By call site, what computes it in compiled steps, where the platform says that its kernel does not."""
 
     def report(self) -> dict[str, Any]:
         """The plan and its surroundings as plain data (`hotplug explain --json`, `GET /debug/plan`)."""
-        selection = self.selection
+        placement, resolved, plan, kv = self.placement, self.options.resolved, self.kernels.plan, self.kv
+        device, compiled_by = placement.device, self.model.compiled_by
         return {
             "schema": 1,
             "hotplug": hotplug.__version__,
             "model": self.config.model_name,
             "architecture": self.checkpoint.config.architecture,
-            "platform": selection.platform.name,
-            "device": {"name": selection.device.name, "arch": selection.device.arch, "index": selection.device.index},
-            "selected_because": selection.reason,
+            "platform": placement.platform.name,
+            "device": {"name": device.name, "arch": device.arch, "index": device.index},
+            "selected_because": placement.selection.reason,
             "torch": str(torch.__version__),
-            "dtype": self.resolved.dtype,
-            "quantization": self.weights.name,
-            "quantization_because": self.weights.reason,
-            "exec": str(self.resolved.exec_mode),
-            "exec_because": self.mode_reason,
+            "dtype": resolved.dtype,
+            "quantization": self.kernels.weights.name,
+            "quantization_because": self.kernels.weights.reason,
+            "exec": str(resolved.exec_mode),
+            "exec_because": self.options.mode_reason,
             "step": {
-                "requests": self.resolved.max_num_seqs,
-                "tokens": self.resolved.max_num_batched_tokens,
-                "because": self.step_reason,
+                "requests": resolved.max_num_seqs,
+                "tokens": resolved.max_num_batched_tokens,
+                "because": self.options.step_reason,
             },
-            "ranks": self.context.ranks,
+            "ranks": placement.mesh.size,
             "kv": {
-                "dtype": self.resolved.kv_dtype,
-                "layout": str(self.resolved.kv_layout),
-                "block_size": self.resolved.block_size,
-                "block_bytes": self.groups.page_bytes,
-                "groups": [
-                    {
-                        "kind": group.spec.kind,
-                        "layers": len(group.layers),
-                        "pages": len(group.tables),
-                        **dataclasses.asdict(group.spec),
-                    }
-                    for group in self.groups.groups
-                ],
-                "lanes": self.groups.lanes,
-                "swap_blocks": self.swap_blocks,
-                "shared_host_memory": self.limits.shared_host_memory,
+                "dtype": resolved.kv_dtype,
+                "layout": str(resolved.kv_layout),
+                "block_size": resolved.block_size,
+                "block_bytes": kv.block_bytes,
+                "groups": kv.report(),
+                "lanes": kv.groups.lanes,
+                "swap_blocks": kv.swap_blocks,
+                "shared_host_memory": placement.limits.shared_host_memory,
             },
-            "max_model_len": self.max_model_len,
-            "plan_hash": self.plan.hash,
-            "reference_sites": len(self.plan.reference_sites),
-            "sites": [{**site, "compiled_by": self.compiled_by.get(site["site"], "")} for site in self.plan.report()],
+            "max_model_len": self.options.max_model_len,
+            "plan_hash": plan.hash,
+            "reference_sites": len(plan.reference_sites),
+            "sites": [{**site, "compiled_by": compiled_by.get(site["site"], "")} for site in plan.report()],
         }
 
 
@@ -153,161 +106,43 @@ def bind(
     to choose from (default: all that are installed). Raises ConfigError,
     PlatformError, FeatureError, SourceError, ModelError, PlanError or OutOfMemoryError.
     """
-    ranks = config.tensor_parallel_size
-    first = select(config.device, discover() if candidates is None else candidates)
-    selection, sharing = device_of_rank(first, rank, ranks)
-    limits = selection.platform.limits(selection.device)
+    placement = place(config, discover() if candidates is None else candidates, rank, meta=meta)
     extension = gather()
-    policy = extension.find("scheduling", config.scheduling, option="--scheduling")
+    policy: SchedulingPolicy = extension.find("scheduling", config.scheduling, option="--scheduling")
     connector = _connector(config, extension)
+
+    checkpoint = _open(config, extension, ahead=not meta)
+    asked = asked_format(config, extension, checkpoint)
+    options = settle(
+        config, placement, checkpoint.config, models=extension.models, asked=asked, observed=observe is not None
+    )
+    own = local_config(checkpoint.config, placement.mesh.tp)  # of what this rank computes
+
+    kernels = open_plan(config, placement, options, checkpoint, extension, asked=asked, observe=observe)
+    kv = plan_kv(config, placement, options, own, extension.models)
+    if not meta:
+        check_kv(config, placement, options, kv, own.head_dim)
+    model = build(own, extension.models, placement, options, kernels, kv)
+    rows = make_rows(placement, options.resolved, kernels.plan, extension.logits_processors, reach=kv.reach,
+                     num_tables=kv.groups.num_tables, vocab=own.vocab_size)  # fmt: skip
+    kv = bind_block_copy(kv, kernels.plan, options.resolved)
+    kernels.plan.finish()
+    return Bound(config=config, placement=placement, checkpoint=checkpoint, options=options, kernels=kernels, kv=kv,
+                 model=model, rows=rows, policy=policy, connector=connector)  # fmt: skip
+
+
+def _open(config: EngineConfig, extension: Extension, *, ahead: bool) -> Checkpoint:
+    """Find the checkpoint and read its headers; with `ahead`, have the system read the rest in the background."""
     path = resolve_source(config.model)
     checkpoint = open_checkpoint(path, config.load_format, config.seed, extension.models, extension.config_readers)
-    if not meta:
+    if ahead:
         read_ahead(checkpoint.files)
-    model_config = checkpoint.config
-    asked = asked_format(config, extension, checkpoint)
-    family = find_model(model_config, extension.models)
-    mode = mode_record.choose(config, selection, model_config, limits.exec_modes)
-    step = _step_size(config, selection, limits, model_config)
-    resolved = resolve(config, limits, platform=selection.platform.name, checkpoint_dtype=model_config.dtype,
-                       fastest=mode.mode, step_requests=step.requests, step_tokens=step.tokens,
-                       kv_kinds={spec.kind for spec in family.kv_specs(model_config)})  # fmt: skip
-    check_ranks(config, model_config, extension.models, asked, first, observed=observe is not None)
-    model_config = local_config(model_config, ranks)
-    max_model_len = _max_model_len(config, model_config)
-
-    registry = _registry(selection.platform, extension, asked, ranks)
-    weights = asked or preferred_format(limits, registry, checkpoint, dtype=resolved.dtype, arch=selection.device.arch,
-                                        split_faults=packed_split_faults(checkpoint.config, ranks))  # fmt: skip
-    device = torch.device("meta") if meta else torch_device(selection.platform, selection.device)
-    tracer = Tracer(synchronizer(selection.platform, selection.device, device)) if config.trace_ops else None
-    observe = tracer.observe if observe is None and tracer is not None else observe
-    plan = Plan(registry, arch=selection.device.arch, force=config.force, accelerator=limits.accelerator,
-                observe=observe)  # fmt: skip
-    groups = make_groups(
-        family.kv_specs(model_config),
-        BlockFormat(resolved.block_size, str(resolved.kv_layout), resolved.kv_dtype),
-    )
-    reach = min(max_model_len, _reachable(config, groups, resolved, max_model_len, sharing))
-    if not meta:
-        kv_memory.check_context(
-            config, limits, selection.platform.memory(selection.device), groups, reach, sharing,
-            chunk=resolved.max_num_batched_tokens, rotary_dim=model_config.head_dim,
-        )  # fmt: skip
-    context = BuildContext(
-        plan=plan,
-        dtype=TORCH_DTYPES[resolved.dtype],
-        device=device,
-        kv=groups,
-        static_steps=resolved.static_steps,
-        scheme=weights.scheme,
-        table_scheme=weights.table_scheme,
-        site_schemes=weights.site_schemes,
-        max_position=reach,
-        rank=rank,
-        ranks=ranks,
-    )
-    with MemoryGuard("making room for the weights", selection, memory_guard.WEIGHTS):
-        model = build_model(model_config, context, extension.models)
-    whole = compiled_by(selection.platform, plan.choices) if resolved.exec_mode is ExecMode.COMPILE else {}
-    batch = _batch(plan, selection, limits, resolved, groups, device, reach)
-    with MemoryGuard("making room for the sampler", selection, memory_guard.SAMPLER):
-        sampler = Sampler(plan, resolved.max_num_seqs, model_config.vocab_size, device, extension.logits_processors,
-                          speculates=resolved.speculates)  # fmt: skip
-    host_blocks = swap_pages(groups, config)
-    block_copy = _bind_swap(plan, groups, resolved) if host_blocks else None
-    plan.finish()
-    return Bound(
-        config,
-        selection,
-        limits,
-        resolved,
-        mode.reason,
-        step.reason,
-        checkpoint,
-        weights,
-        max_model_len,
-        plan,
-        context,
-        model,
-        batch,
-        sampler,
-        groups,
-        policy,
-        connector,
-        tracer,
-        host_blocks,
-        block_copy,
-        sharing,
-        whole,
-    )
+    return checkpoint
 
 
-def _step_size(config: EngineConfig, selection: Selection, limits: Limits, model: ModelConfig) -> StepSize:
-    dtype = TORCH_DTYPES[compute_dtype(config, limits, model.dtype)]
-    return step_record.choose(config, selection, model, dtype.itemsize)
-
-
-def _registry(platform: Platform, extension: Extension, asked: WeightFormat | None, ranks: int) -> OpRegistry:
-    """The built-in ops, those of the packages, and the platform's kernels."""
-    registry = builtin_registry()
-    for op in extension.ops:
-        registry.define(op)
-    if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, PackedScheme):
-        registry.define(asked.scheme.op)  # that of stored groups is built in
-    platform.register(registry)
-    if ranks > 1:
-        register_collectives(registry, platform, ranks)
-    return registry
-
-
-def _batch(
-    plan: Plan, selection: Selection, limits: Limits, resolved: Resolved, groups: KVGroups, device: torch.device,
-    reach: int,
-) -> DeviceBatch:  # fmt: skip
-    """The rows of a step, each of up to `reach` tokens. Raises OutOfMemoryError."""
-    platform = selection.platform
-    with MemoryGuard("making room for the rows of a step", selection, memory_guard.ROWS):
-        return DeviceBatch(
-            plan,
-            max_rows=resolved.max_num_seqs,
-            max_len=reach,
-            block_size=resolved.block_size,
-            num_tables=groups.num_tables,
-            index_dtype=TORCH_DTYPES[limits.index_dtype],
-            device=device,
-            pin=platform.pinned if isinstance(platform, HasRuntime) and device.type != "meta" else None,
-        )
-
-
-def _bind_swap(plan: Plan, groups: KVGroups, resolved: Resolved) -> BlockCopy:
-    return plan.bind("block_copy", "swap", resolved.dtype, page_bytes=groups.page[1].bytes)
-
-
-def _connector(config: EngineConfig, extension: Extension) -> Callable[[KVFormat], KVConnector] | None:
+def _connector(config: EngineConfig, extension: Extension) -> MakeConnector | None:
     if config.kv_connector is None:
         return None
     name, _, argument = config.kv_connector.partition(":")
     factory = extension.find("kv_connectors", name, option="--kv-connector")
     return lambda kv_format: factory(argument, kv_format)
-
-
-def _reachable(config: EngineConfig, groups: KVGroups, resolved: Resolved, max_model_len: int, sharing: int) -> int:
-    """Positions that a sequence can reach in the KV cache that the user allows; `max_model_len` where he sets none."""
-    if config.kv_cache_memory is None:
-        return max_model_len
-    usable = parse_bytes(config.kv_cache_memory) // sharing // groups.page_bytes - 1  # without the null page
-    longest = groups.longest(usable, max_model_len, resolved.max_num_batched_tokens)
-    # One block more than fits, so that it is the cache that a longer prompt is refused for, and not the context.
-    return max_model_len if longest == max_model_len else longest + groups.block_size + 1
-
-
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    if config.max_model_len is None:
-        return model.max_position
-    if config.max_model_len > model.max_position:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} is above the model's own {model.max_position} positions",
-            hint="Lower --max-model-len or leave it out.",
-        )
-    return config.max_model_len

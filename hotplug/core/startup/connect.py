@@ -12,7 +12,6 @@ from torch import Tensor
 from hotplug.core.errors import FeatureError
 from hotplug.core.layers.kv_cache import KVBlocks
 from hotplug.core.platform.optional import HasKV
-from hotplug.core.runner import kv_memory
 from hotplug.core.startup.bind import Bound
 from hotplug.core.transfer.blocks import BlockTransfer
 from hotplug.core.transfer.connector import KVConnector, KVFormat
@@ -26,7 +25,7 @@ def make_connector(bound: Bound) -> KVConnector | None:
     """What keeps blocks elsewhere, if anything does. Needs no weights. Raises FeatureError, ConfigError."""
     if bound.connector is None:
         return None
-    groups = bound.groups
+    groups = bound.kv.groups
     if groups.free_blocks_early or groups.num_tables > 1 or not groups.cacheable:
         kinds = ", ".join(f"{group.spec.kind} ({len(group.layers)} layers)" for group in groups.groups)
         raise FeatureError("a KV connector serves models with one group of KV blocks that keeps all of them",
@@ -39,26 +38,25 @@ def make_transfer(bound: Bound, kv: list[KVBlocks], connector: KVConnector | Non
     """What moves blocks between the caches and the connector."""
     if connector is None:
         return None
-    platform = bound.selection.platform
+    platform = bound.placement.platform
     copy = platform.copy if isinstance(platform, HasKV) else _copy
     return BlockTransfer(kv, connector, block_format(bound), copy)
 
 
 def block_format(bound: Bound) -> KVFormat:
     """The format of an engine's blocks. The namespace follows from all that their contents do, kernels apart."""
-    layers, sides, _, *inner = kv_memory.lane_shape(bound.groups, 1)
-    config = bound.config
+    config, resolved = bound.config, bound.options.resolved
     facts = {
         "model": dataclasses.asdict(bound.checkpoint.config),
         "weights": [fingerprint(file) for file in bound.checkpoint.files],
-        "drawn": [config.seed, str(bound.limits.dtypes)] if config.load_format == "dummy" else None,
+        "drawn": [config.seed, str(bound.placement.limits.dtypes)] if config.load_format == "dummy" else None,
         "quantization": config.quantization,
-        "dtype": bound.resolved.dtype,
-        "kv": [bound.resolved.kv_dtype, str(bound.resolved.kv_layout), bound.resolved.block_size],
+        "dtype": resolved.dtype,
+        "kv": [resolved.kv_dtype, str(resolved.kv_layout), resolved.block_size],
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     namespace = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return KVFormat(namespace, (layers, sides, *inner), kv_memory.page_dtype(bound.groups))
+    return KVFormat(namespace, bound.kv.one_block, bound.kv.dtype)
 
 
 def fingerprint(file: Path) -> str:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING
 
-from hotplug.core.parallel.workers import Workers
+from hotplug.core.config import EngineConfig
 from hotplug.core.platform.optional import HasRuntime, HasShare
-from hotplug.core.startup.bind import Bound
+from hotplug.core.startup.placement import Placement
+
+if TYPE_CHECKING:  # an engine of one rank needs none of it
+    from hotplug.core.parallel.process_executor import ProcessExecutor
+    from hotplug.core.parallel.processes import RankProcesses
+    from hotplug.core.runner.rank_worker import RankWorker
 
 WORKER = "hotplug.core.engine.worker"
 """The module of a worker's process."""
@@ -14,22 +21,32 @@ TRANSPORT = "ring"
 """What plans go over: the ring of one host, or zmq."""
 
 
-def start_workers(bound: Bound) -> Workers:
+def start_ranks(config: EngineConfig, placement: Placement) -> RankProcesses:
     """Start the other ranks of an engine, each on the device that it is to have. Raises ConfigError."""
-    device = f"{bound.selection.platform.name}:{bound.selection.device.index}"
-    return Workers(dataclasses.replace(bound.config, device=device), WORKER, TRANSPORT)
+    from hotplug.core.parallel.processes import RankProcesses
+
+    device = f"{placement.platform.name}:{placement.device.index}"
+    return RankProcesses(dataclasses.replace(config, device=device), placement.mesh, WORKER, TRANSPORT)
 
 
-def take_share(bound: Bound) -> None:
+def lead(worker: RankWorker, processes: RankProcesses, placement: Placement) -> ProcessExecutor:
+    """The executor of rank 0's `worker` and of the others' processes; closing it gives the device back too."""
+    from hotplug.core.parallel.process_executor import ProcessExecutor
+
+    ahead = int(placement.limits.asynchronous)
+    return ProcessExecutor(worker, ahead, processes, partial(give_share_back, placement))
+
+
+def take_share(placement: Placement) -> None:
     """Have this process use its rank's device, or its part of one."""
-    platform, device = bound.selection.platform, bound.selection.device
+    platform, device = placement.platform, placement.device
     if isinstance(platform, HasRuntime):
         platform.set_device(device)
-    if bound.sharing > 1 and isinstance(platform, HasShare):
-        platform.share(device, bound.context.rank, bound.sharing)
+    if placement.sharing > 1 and isinstance(platform, HasShare):
+        platform.share(device, placement.rank, placement.sharing)
 
 
-def give_share_back(bound: Bound) -> None:
+def give_share_back(placement: Placement) -> None:
     """Have this process use all of the device again."""
-    if bound.sharing > 1 and isinstance(bound.selection.platform, HasShare):
-        bound.selection.platform.share(bound.selection.device, 0, 1)
+    if placement.sharing > 1 and isinstance(placement.platform, HasShare):
+        placement.platform.share(placement.device, 0, 1)

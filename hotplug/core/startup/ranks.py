@@ -1,4 +1,4 @@
-"""Several ranks of one engine: whether a configuration can have them, and which device each is on."""
+"""Several ranks of one engine: whether a configuration can have them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from hotplug.core.models.decoder import Decoder
 from hotplug.core.models.families import MODELS
 from hotplug.core.models.split import split_faults
 from hotplug.core.ops.packed_linear import GROUP
-from hotplug.core.platform.base import DeviceInfo
-from hotplug.core.platform.optional import HasShare
-from hotplug.core.platform.select import Selection
 from hotplug.core.quant.packed_scheme import PackedScheme
+from hotplug.core.startup.placement import Placement
 from hotplug.core.startup.weight_format import WeightFormat
 from hotplug.core.weights.config import ModelConfig
 
@@ -23,16 +21,16 @@ def check_ranks(
     model: ModelConfig,
     models: Mapping[str, type[Decoder]],
     asked: WeightFormat | None,
-    selection: Selection,
+    placement: Placement,
     *,
     observed: bool,
 ) -> None:
-    """Raises FeatureError with every reason why an engine cannot have `config.tensor_parallel_size` ranks.
+    """Raises FeatureError with every reason why an engine cannot have the ranks of `placement.mesh`.
 
     `models` are the architectures that are installed, `asked` the weight format that the configuration names;
     `observed` says that somebody looks at every call of an op.
     """
-    ranks = config.tensor_parallel_size
+    ranks = placement.mesh.size
     if ranks == 1:
         return
     faults = split_faults(model, ranks)
@@ -47,8 +45,9 @@ def check_ranks(
         faults.append("kv_connector keeps whole blocks, and each rank has its part of one")
     if observed:
         faults.append("comparing kernels with references calls a collective twice on one rank")
-    if len(_devices(selection)) < ranks and not isinstance(selection.platform, HasShare):
-        faults.append(f"{len(_devices(selection))} devices from {selection.platform.name}:{selection.device.index} on")
+    if placement.num_devices < ranks and not placement.shares_devices:
+        where = f"{placement.platform.name}:{placement.device.index}"  # that of rank 0: all are on it
+        faults.append(f"{placement.num_devices} devices from {where} on")
     if faults:
         raise FeatureError(f"the model cannot be split over {ranks} ranks", where="--tensor-parallel-size", why=faults,
                            hint="Choose a number that divides them, or run one rank.")  # fmt: skip
@@ -64,21 +63,3 @@ def packed_split_faults(model: ModelConfig, ranks: int) -> list[str]:
         for name, size in columns.items()
         if size % (ranks * GROUP)
     ]
-
-
-def device_of_rank(selection: Selection, rank: int, ranks: int) -> tuple[Selection, int]:
-    """What a rank runs on, and how many ranks share that.
-
-    The selected device is rank 0's; the others have those after it, or the same where there are not as many.
-    """
-    devices = _devices(selection)
-    if ranks == 1 or len(devices) < ranks:
-        return selection, ranks
-    return Selection(selection.platform, devices[rank], selection.reason), 1
-
-
-def _devices(selection: Selection) -> list[DeviceInfo]:
-    """The selected device and those after it."""
-    found = list(selection.platform.probe())
-    at = [device.index for device in found].index(selection.device.index)
-    return found[at:]

@@ -17,22 +17,22 @@ from hotplug.core.transfer.swap import BlockSwap, SwapSpace
 
 
 def make_space(bound: Bound) -> SwapSpace | None:
-    """The memory for `bound.swap_blocks` blocks; None without any. Taken before the KV cache is sized: a little of it
+    """The memory of the swap space; None without any. Taken before the KV cache is sized: a little of it
     is the device's. Raises OutOfMemoryError."""
-    if not bound.swap_blocks:
+    kv = bound.kv
+    if not kv.swap_blocks:
         return None
-    platform, device, groups = bound.selection.platform, bound.selection.device, bound.groups
-    shared = bound.limits.shared_host_memory
+    platform, device = bound.placement.platform, bound.placement.device
+    shared = bound.placement.limits.shared_host_memory
     kv_memory.check_swap_space(
-        bound.swap_blocks * groups.page_bytes,
+        kv.swap_blocks * kv.block_bytes,
         platform.memory(device).free if shared else kv_memory.host_free(),
     )
-    lanes, sides, _, *inner = kv_memory.lane_shape(groups, 1)
     try:
         return SwapSpace(
-            bound.swap_blocks,
-            (lanes, sides, *inner),
-            kv_memory.page_dtype(groups),
+            kv.swap_blocks,
+            kv.one_block,
+            kv.dtype,
             host=platform.pinned if isinstance(platform, HasRuntime) else _pageable,
             device=lambda sizes, dtype: kv_memory.zeros(sizes, dtype, platform, device),
         )
@@ -42,24 +42,22 @@ def make_space(bound: Bound) -> SwapSpace | None:
 
 def make_swap(bound: Bound, kv: list[KVBlocks], space: SwapSpace | None) -> BlockSwap | None:
     """What moves blocks between the caches and the swap space."""
-    if space is None or bound.block_copy is None:
+    if space is None or bound.kv.block_copy is None:
         return None
-    platform = bound.selection.platform
+    platform = bound.placement.platform
     if isinstance(platform, HasKV):
         copy: Copy = platform.copy
     else:
         copy = _queue if isinstance(platform, HasRuntime) else _copy
-    return BlockSwap(kv, space, copy, bound.block_copy, bound.batch.index_dtype)
+    return BlockSwap(kv, space, copy, bound.kv.block_copy, bound.rows.batch.index_dtype)
 
 
 def warm_up_swap(bound: Bound, kv: list[KVBlocks]) -> None:
     """Swap a block out and in again on torch's meta device, if `bound` swaps: `kv` and the plan are on it."""
-    if bound.block_copy is None:
+    if bound.kv.block_copy is None:
         return
-    lanes, sides, _, *inner = kv_memory.lane_shape(bound.groups, 1)
-    dtype = kv_memory.page_dtype(bound.groups)
-    space = SwapSpace(1, (lanes, sides, *inner), dtype, host=_nowhere, device=_nowhere)
-    swap = BlockSwap(kv, space, _copy, bound.block_copy, bound.batch.index_dtype)
+    space = SwapSpace(1, bound.kv.one_block, bound.kv.dtype, host=_nowhere, device=_nowhere)
+    swap = BlockSwap(kv, space, _copy, bound.kv.block_copy, bound.rows.batch.index_dtype)
     swap.swap_out([(0, 0)])
     swap.swap_in([(0, 0)])
 

@@ -73,7 +73,7 @@ def preferred_format(
     if refusals:
         return WeightFormat(NONE, "; ".join(dict.fromkeys(refusals)))
     names = " and ".join(scheme.name for scheme in formats.all)
-    return _packed(f"the platform's kernels read {names} as packed", formats)
+    return _packed(f"the platform's kernels read {names} as stored", formats)
 
 
 def _packed(reason: str, formats: PackedFormats) -> WeightFormat:

@@ -158,7 +158,7 @@ def bisect(config: EngineConfig, prompt: Sequence[int], *, reference: str, max_t
     Runs the model three to five times. Raises what starting an engine raises, and RequestError.
     """
     bound, small = _fitted(config, len(prompt) + max_tokens)
-    resolved = bound.resolved
+    resolved = bound.options.resolved
     eager = dataclasses.replace(small, exec="eager")
     _, trusted = _fitted(
         dataclasses.replace(eager, device=reference, block_size=None, force=("*=reference",)), len(prompt) + max_tokens
@@ -169,9 +169,9 @@ def bisect(config: EngineConfig, prompt: Sequence[int], *, reference: str, max_t
     whole, unlike = None, []
     if resolved.exec_mode is not ExecMode.EAGER:
         whole = _tokens(small, prompt, max_tokens)
-        alone = {c.spec.site: c.provider for c in bind(eager, meta=True).plan.choices}
+        alone = {c.spec.site: c.provider for c in bind(eager, meta=True).kernels.plan.choices}
         unlike = [(c.spec.site, alone.get(c.spec.site, "none"), c.provider)
-                  for c in bound.plan.choices if alone.get(c.spec.site) != c.provider]  # fmt: skip
+                  for c in bound.kernels.plan.choices if alone.get(c.spec.site) != c.provider]  # fmt: skip
 
     divergent = [comparer.results[key] for key in comparer.wrong]
     first = all_of_them = None
@@ -183,7 +183,7 @@ def bisect(config: EngineConfig, prompt: Sequence[int], *, reference: str, max_t
             all_of_them = _tokens(eager, prompt, max_tokens, observe=_instead(repairable)) == expected
     rest = [s for s in comparer.results.values() if not s.wrong_calls]
     return Bisection(
-        platform=bound.selection.platform.name, reference=reference, dtype=resolved.dtype, expected=expected,
+        platform=bound.placement.platform.name, reference=reference, dtype=resolved.dtype, expected=expected,
         tokens=tokens, exec_mode=str(resolved.exec_mode), whole=whole, unlike=unlike, compared=comparer.compared,
         sites=divergent + rest, repaired_by_first=first, repaired_by_all=all_of_them,
     )  # fmt: skip
@@ -195,12 +195,12 @@ def _fitted(config: EngineConfig, length: int) -> tuple[Bound, EngineConfig]:
     Caches are copied at every call, so their size is what a bisection's time goes by.
     """
     bound = bind(dataclasses.replace(config, trace_ops=False), meta=True)
-    blocks = -(-length // bound.resolved.block_size) + 2
+    blocks = -(-length // bound.options.resolved.block_size) + 2
     fitting: dict[str, Any] = {
-        "dtype": bound.resolved.dtype,
-        "kv_cache_dtype": bound.resolved.kv_dtype,
-        "quantization": bound.weights.name,
-        "kv_cache_memory": blocks * bound.groups.page_bytes,
+        "dtype": bound.options.resolved.dtype,
+        "kv_cache_dtype": bound.options.resolved.kv_dtype,
+        "quantization": bound.kernels.weights.name,
+        "kv_cache_memory": blocks * bound.kv.block_bytes,
         "max_model_len": length,
         "max_num_seqs": 1,
         "swap_space": None,

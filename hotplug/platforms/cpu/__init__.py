@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from hotplug.platforms.cpu.openvino.compiler import Compiler
-    from hotplug.vendor import OpRegistry, SiteSpec, StepProgram, Verdict
+    from hotplug.vendor import OpRegistry, RankGroup, SiteSpec, StepProgram, Verdict
 
 
 class CpuPlatform:
@@ -89,12 +89,12 @@ class CpuPlatform:
 
         take(rank, ranks)
 
-    def all_reduce(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
         from hotplug.platforms.cpu.comm import all_reduce
 
         return all_reduce(tensor)
 
-    def all_gather(self, tensor: torch.Tensor, group: Sequence[int]) -> torch.Tensor:
+    def all_gather(self, tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
         from hotplug.platforms.cpu.comm import all_gather
 
         return all_gather(tensor)

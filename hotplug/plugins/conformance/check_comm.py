@@ -13,6 +13,7 @@ import torch.multiprocessing
 
 from hotplug.core.platform.base import DeviceInfo, Platform
 from hotplug.core.platform.optional import HasComm, NotHandled
+from hotplug.core.platform.rank_group import RankGroup
 from hotplug.core.runner.kv_memory import torch_device
 from hotplug.plugins.conformance.report import Report, Skipped
 from hotplug.plugins.conformance.target import Target
@@ -48,11 +49,12 @@ def _rank(rank: int, make: Callable[[], Platform], device: DeviceInfo, address: 
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     platform = make()
     place = torch_device(platform, device)
+    group = RankGroup("tp", tuple(range(RANKS)), rank)
     for shape in SIZES:
         random = torch.Generator().manual_seed(rank)
         tensor = torch.randn(shape, generator=random)
         for name, expected in (("all_reduce", _reduced(tensor)), ("all_gather", _gathered(tensor))):
-            found = getattr(platform, name)(tensor.clone().to(place), range(RANKS))
+            found = getattr(platform, name)(tensor.clone().to(place), group)
             if found is NotHandled:
                 queue.put(("default", name))
                 continue

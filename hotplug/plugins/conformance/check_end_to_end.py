@@ -141,9 +141,8 @@ def _crowded(target: Target, model: Path) -> list[_Scenario]:
 
     def tight(mode: ExecMode) -> dict[str, Any]:
         size = block[mode]
-        shape = bind(config(target, model, block_size=size, exec=str(mode)), meta=True,
-                     candidates=target.candidates).groups  # fmt: skip
-        return {"kv_cache_memory": (2 + len(asked) * tokens // 2 // size) * shape.page_bytes, "block_size": size}
+        kv = bind(config(target, model, block_size=size, exec=str(mode)), meta=True, candidates=target.candidates).kv
+        return {"kv_cache_memory": (2 + len(asked) * tokens // 2 // size) * kv.block_bytes, "block_size": size}
 
     def swapping(mode: ExecMode) -> dict[str, Any]:
         options = tight(mode)

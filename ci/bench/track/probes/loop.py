@@ -68,7 +68,7 @@ class Loop:
                          max_num_batched_tokens=8192, kv_cache_memory=(blocks + 64) * BLOCK_BYTES)  # fmt: skip
         self._engine = find("EngineProcess", f"{engine}.process")(options, inbox, clients)
         core: Any = attribute(self._engine, "_core", "core")
-        self.plan_hash: str | None = core.bound.plan.hash
+        self.plan_hash: str | None = core.plan_hash
         self._step = core.step
         self._steps = self._left = 0
         self._begin = self._end = 0.0

@@ -26,6 +26,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.errors import EngineDeadError
 from hotplug.core.parallel import group
 from hotplug.core.parallel.channel import Begin, Blocks, Loaded, Message, RankChannel, RankFailed, RankReady
+from hotplug.core.parallel.mesh import Mesh
 from hotplug.core.parallel.ring import RingWriter
 from hotplug.core.parallel.transport import Writer
 from hotplug.core.parallel.zmq_transport import ZmqWriter
@@ -44,46 +45,46 @@ _LAST_WORDS = 1.0
 M = TypeVar("M", bound=Message)
 
 
-class Workers:
-    """Ranks 1 to `config.tensor_parallel_size` - 1. Implements `Peers` for rank 0."""
+class RankProcesses:
+    """The processes of ranks 1 to `mesh.size` - 1. Implements `Peers` for rank 0."""
 
     rank = 0
 
-    def __init__(self, config: EngineConfig, module: str, transport: str = "ring") -> None:
+    def __init__(self, config: EngineConfig, mesh: Mesh, module: str, transport: str = "ring") -> None:
         """`module` has the `main` of a worker. `transport` is what plans go over: ring or zmq.
 
         Raises ConfigError where this process cannot be rank 0.
         """
         group.require_free()
-        self._ranks = config.tensor_parallel_size
+        self._mesh = mesh
         self._folder = Path(tempfile.mkdtemp(prefix="hotplug-ranks-"))
-        self._processes = _Processes(self._folder)
-        self.close = weakref.finalize(self, self._processes.end)
+        self._held = _Held(self._folder)
+        self.close = weakref.finalize(self, self._held.end)
         """End the workers and leave the group; also done when this object goes, or the program ends."""
-        pipes = [os.pipe() for _ in range(1, self._ranks)]
-        self._processes.bells = [bell for _, bell in pipes]
+        pipes = [os.pipe() for _ in range(1, mesh.size)]
+        self._held.bells = [bell for _, bell in pipes]
         for _, bell in pipes:
             os.set_blocking(bell, False)
         writer: RingWriter | ZmqWriter
         if transport == "zmq":
-            writer = ZmqWriter(self._ranks - 1)
+            writer = ZmqWriter(mesh.size - 1)
             addresses = writer.addresses
         else:
-            writer = RingWriter(self._ranks - 1, doorbells=self._processes.bells)
-            addresses = [writer.name] * (self._ranks - 1)
-        self._processes.writer = writer
+            writer = RingWriter(mesh.size - 1, doorbells=self._held.bells)
+            addresses = [writer.name] * (mesh.size - 1)
+        self._held.writer = writer
         for rank, ((doorbell, _), steps) in enumerate(zip(pipes, addresses, strict=True), start=1):
-            self._processes.start(module, rank, doorbell)
+            self._held.start(module, rank, doorbell)
             os.close(doorbell)
             self._tell(rank, Begin(dataclasses.asdict(config), rank, str(self._folder / "store"), steps, doorbell))
         self._poll = select.poll()
-        for link in self._processes.links:
+        for link in self._held.links:
             self._poll.register(link, select.POLLIN)
 
     @property
     def sentinels(self) -> tuple[int, ...]:
         """File descriptors that become readable when a worker has ended."""
-        return tuple(link.fileno() for link in self._processes.links)
+        return tuple(link.fileno() for link in self._held.links)
 
     def join(self, plan: str) -> None:
         others = {loaded.plan for loaded in self._each(Loaded)}
@@ -92,25 +93,25 @@ class Workers:
                 "the ranks have bound different kernels", where="--tensor-parallel-size",
                 why=f"plans {', '.join(sorted({plan, *others}))}", hint="Run them on devices of one kind.",
             )  # fmt: skip
-        for rank in range(1, self._ranks):
+        for rank in range(1, self._mesh.size):
             self._tell(rank, RankReady())
-        group.join(self._folder / "store", 0, self._ranks)
-        self._processes.joined = True
+        group.join(self._folder / "store", self._mesh, self.rank)
+        self._held.joined = True
 
     def agree(self, blocks: int) -> int:
         count = min(blocks, *(found.count for found in self._each(Blocks)))
-        for rank in range(1, self._ranks):
+        for rank in range(1, self._mesh.size):
             self._tell(rank, Blocks(count))
         return count
 
     def ready(self) -> None:
         self._each(RankReady)
-        if isinstance(self._processes.writer, RingWriter):
-            self._processes.writer.unlink()
+        if isinstance(self._held.writer, RingWriter):
+            self._held.writer.unlink()
 
     def send(self, message: bytes) -> None:
         """Give every rank a plan. Raises EngineDeadError where one has ended."""
-        writer = self._processes.writer
+        writer = self._held.writer
         assert writer is not None
         writer.send(message, self.check)
 
@@ -133,17 +134,17 @@ class Workers:
     def _tell(self, rank: int, message: Message) -> None:
         """Send to a worker; that it has ended is found where its answer is waited for."""
         with contextlib.suppress(EOFError):
-            self._processes.links[rank - 1].send(message)
+            self._held.links[rank - 1].send(message)
 
     def _each(self, kind: type[M]) -> list[M]:
         """A message of every worker. Raises EngineDeadError as soon as one has ended."""
         found: dict[int, M] = {}
-        links = {link.fileno(): i for i, link in enumerate(self._processes.links)}
+        links = {link.fileno(): i for i, link in enumerate(self._held.links)}
         while len(found) < len(links):
             for end, _ in self._poll.poll():
                 index = links[end]
                 try:
-                    message = self._processes.links[index].receive()
+                    message = self._held.links[index].receive()
                 except EOFError:
                     raise self._ended() from None
                 if not isinstance(message, kind):
@@ -154,7 +155,7 @@ class Workers:
     def _ended(self, said: dict[int, Message] | None = None) -> EngineDeadError:
         """The error that names every worker which has ended or is about to, with its last words."""
         words, causes = [], []
-        for i, link in enumerate(self._processes.links):
+        for i, link in enumerate(self._held.links):
             failed, over = (said or {}).get(i), False
             while not over and not isinstance(failed, RankFailed) and _readable(link):
                 try:
@@ -165,7 +166,7 @@ class Workers:
                 causes.append(failed.message if failed.deliberate else f"{failed.message}\n{failed.traceback}")
             elif not over:
                 continue  # it lives
-            words.append(f"rank {i + 1} has ended, {_exit(self._processes.exit_code(i))}")
+            words.append(f"rank {i + 1} has ended, {_exit(self._held.exit_code(i))}")
         return EngineDeadError("; ".join(words), where="--tensor-parallel-size", why=causes)
 
 
@@ -176,7 +177,7 @@ def _readable(link: RankChannel) -> bool:
     return bool(poll.poll(0))
 
 
-class _Processes:
+class _Held:
     """What has to be ended: it knows nothing of the object whose end it is."""
 
     def __init__(self, folder: Path) -> None:
