@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import numpy as np
 from kv_groups import one_group
@@ -81,6 +85,26 @@ class FakeConnector:
 
 Content = tuple[int, int]
 """What a cell of the cache holds: its table, and the hash of all tokens up to its own."""
+
+
+class Delayed:
+    """Runs calls `steps` ticks after they were submitted, in order: blocks that take their time to come."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._calls: list[tuple[int, Future[Any], Callable[[], Any]]] = []
+        self._now = 0
+
+    def submit(self, call: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.append((self._now + self.steps, future, partial(call, *args)))
+        return future
+
+    def tick(self) -> None:
+        self._now += 1
+        while self._calls and self._calls[0][0] <= self._now:
+            _, future, call = self._calls.pop(0)
+            future.set_result(call())
 
 
 class FakeDevice:
@@ -226,6 +250,7 @@ class FakeEngine:
         depth: int = 0,
         prefix_cache: bool = True,
         connector: FakeConnector | None = None,
+        background: Delayed | None = None,
         num_host_blocks: int = 0,
         repeats: int = 0,
         **config: object,
@@ -240,7 +265,8 @@ class FakeEngine:
             enable_prefix_cache=prefix_cache,
             num_host_pages=num_host_blocks,
         )
-        self.scheduler = Scheduler(self.config, self.kv, connector)
+        self.background = background
+        self.scheduler = Scheduler(self.config, self.kv, connector, background)
         self.salts: dict[int, str] = {}
         self.device = FakeDevice(self.kv, self.salts, connector, repeats)
         self.depth = depth
@@ -279,6 +305,8 @@ class FakeEngine:
 
     def step(self) -> StepPlan | None:
         """Plan and launch one step; take the oldest result when more than `depth` steps are in flight."""
+        if self.background is not None:
+            self.background.tick()
         plan = self.scheduler.schedule()
         self.kv.check()
         if plan is not None:
@@ -306,8 +334,8 @@ class FakeEngine:
         for _ in range(limit):
             if not self.scheduler.has_work and not self.pending:
                 break
-            outstanding = bool(self.pending)
-            assert self.step() is not None or outstanding, "no progress"
+            outstanding = bool(self.pending) or bool(self.scheduler.state.arriving)
+            assert self.step() is not None or outstanding or self.scheduler.state.arriving, "no progress"
         assert not self.scheduler.has_work, "a request never ends"
         assert self.reasons.keys() == self.requests.keys()
         assert self.kv.pool.num_used == 0

@@ -44,6 +44,8 @@ def generate(core: EngineCore, *prompts: list[int], max_tokens: int = 12, **samp
     while core.has_work:
         for delta in core.step():
             found.setdefault(delta.request_id, []).extend(delta.token_ids)
+    if core._executor.worker.runner._transfer is not None:
+        core._executor.worker.runner._transfer.wait()  # blocks are stored in the background
     return [found[str(i)] for i in range(len(prompts))]
 
 

@@ -243,6 +243,7 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
 
     running: int = 0
     waiting: int = 0
+    """Requests in the queue, without those of `waiting_for_kv`."""
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     prefix_queries: int = 0
@@ -269,6 +270,8 @@ class EngineStats(msgspec.Struct, array_like=True, kw_only=True):
     proposed_tokens: int = 0
     accepted_tokens: int = 0
     """Proposed tokens, and those of them that the model's own choice accepted."""
+    waiting_for_kv: int = 0
+    """Requests whose KV blocks are on their way from a connector."""
     phase_ns: list[int] = []
     """Nanoseconds of the loop in each of `hotplug.core.runner.timing.PHASES`."""
     step_buckets: list[int] = []

@@ -103,6 +103,7 @@ class EngineMetrics(Collector):
         for name, doc, value in (
             ("requests_running", "Requests in the batch", stats.running),
             ("requests_waiting", "Requests in the queue", stats.waiting),
+            ("requests_waiting_for_kv", "Requests whose KV blocks are on their way", stats.waiting_for_kv),
             ("kv_cache_usage_ratio", "Share of KV cache blocks in use", usage),
             ("swap_space_usage_ratio", "Share of host blocks that hold KV of preempted requests", swap_usage),
             (

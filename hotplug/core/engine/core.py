@@ -23,6 +23,9 @@ from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.tokens import StepTokens, token_array
 from hotplug.core.startup.start import start
 
+IDLE = 0.005
+"""Seconds that the loop waits for KV blocks at most where every request waits for some; requests can come meanwhile."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -207,6 +210,7 @@ class EngineCore:
             if len(self._in_flight) <= self._ahead:
                 return StepTokens()
         if not self._in_flight:
+            self._scheduler.residency.wait(IDLE)
             return StepTokens()
         oldest, handle = self._in_flight.popleft()
         result = handle.result()

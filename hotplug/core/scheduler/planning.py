@@ -10,7 +10,7 @@ from hotplug.core.scheduler.builder import StepBuilder
 from hotplug.core.scheduler.config import ShortPrompts
 from hotplug.core.scheduler.plan import IntArray, StepPlan
 from hotplug.core.scheduler.residency import Residency
-from hotplug.core.scheduler.sequence import Sequence
+from hotplug.core.scheduler.sequence import Sequence, Status
 from hotplug.core.scheduler.speculator import Speculator
 from hotplug.core.scheduler.state import InFlight, SchedulerState
 
@@ -136,6 +136,7 @@ class Planner:
 
     def _admit(self, builder: StepBuilder, bound: ShortPrompts) -> None:
         """Start waiting requests, best first, while rows, budget and blocks last and no prefill is unfinished."""
+        self._residency.collect()
         chunk = self._config.max_num_batched_tokens
         while (
             (budget := min(chunk - builder.num_tokens, bound.tokens - builder.chunk_tokens)) > 0
@@ -149,6 +150,9 @@ class Planner:
                 return
             total = len(seq.token_ids)
             prefix, swapped = self._residency.kept(seq)
+            if self._residency.begin_fetch(seq, prefix, swapped):
+                self._residency.collect()
+                continue
             cached = prefix.num_blocks * self._kv.block_size if swapped is None else swapped.num_tokens
             if not self._config.chunked_prefill and total - cached > budget:
                 return
@@ -160,9 +164,9 @@ class Planner:
                 builder.swap_in += self._kv.swap_in(row, swapped, prefix)
             else:
                 self._kv.admit(row, prefix)
-                if self._residency.connected:
-                    cached += self._residency.fetch(seq, row, cached, builder)
+                cached += self._residency.load(seq, row, prefix.num_blocks, builder)
             self._state.drop_swapped(seq)
+            seq.status, seq.fetched = Status.RUNNING, None
             end = min(total, cached + budget)
             self._kv.extend(np.array([row], np.int32), np.array([end], np.int32))
             self._batch.computed[row] = end

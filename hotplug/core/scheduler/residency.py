@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +11,9 @@ import numpy as np
 from hotplug.core.kv.host import Swapped
 from hotplug.core.kv.manager import Prefix
 from hotplug.core.scheduler.builder import StepBuilder
-from hotplug.core.scheduler.sequence import Sequence
+from hotplug.core.scheduler.sequence import Fetched, Sequence, Status
 from hotplug.core.scheduler.state import SchedulerState
+from hotplug.core.transfer.background import Background
 
 
 class Store(Protocol):
@@ -25,16 +27,13 @@ class Store(Protocol):
 class Residency:
     """What a waiting request need not compute again, and what is kept of one that computed something."""
 
-    def __init__(self, state: SchedulerState, connector: Store | None = None) -> None:
+    def __init__(self, state: SchedulerState, connector: Store | None, background: Background) -> None:
+        """`background` runs what the connector fetches."""
         self._state = state
+        self._background = background
         self._kv = state.kv
         self._connector = connector
         self._saves: list[tuple[int, bytes]] = []
-
-    @property
-    def connected(self) -> bool:
-        """Whether blocks may be with a connector."""
-        return self._connector is not None
 
     def kept(self, seq: Sequence) -> tuple[Prefix, Swapped | None]:
         """What a waiting request need not compute again: its cached prefix, or its KV on the host where that reaches
@@ -60,21 +59,50 @@ class Residency:
             if self._connector is not None:
                 self._saves += [(block, digest) for block, digest in new if not self._connector.contains(digest)]
 
-    def fetch(self, seq: Sequence, row: int, cached: int, builder: StepBuilder) -> int:
-        """Take what the connector has after the first `cached` tokens of a row; returns how many tokens that is."""
-        assert self._connector is not None
-        size = self._kv.block_size
-        first, full = cached // size, (len(seq.token_ids) - 1) // size
-        if not seq.may_use_cache or first >= full:
+    def begin_fetch(self, seq: Sequence, prefix: Prefix, swapped: Swapped | None) -> bool:
+        """Have the connector bring what follows the cached prefix of the next request, if it has it.
+
+        The request then waits for its KV, out of the queue, until `collect` finds that the blocks are there. Once an
+        admission: what does not come is computed. Returns whether it waits.
+        """
+        if self._connector is None or swapped is not None or seq.fetched is not None or not seq.may_use_cache:
+            return False
+        first, full = prefix.num_blocks, (len(seq.token_ids) - 1) // self._kv.block_size
+        if first >= full:
+            return False
+        digests = seq.hashes.extend(seq.token_ids, full)[first:full]
+        if not self._connector.contains(digests[0]):
+            return False
+        self._state.waiting.pop()
+        seq.status = Status.WAITING_FOR_KV
+        self._state.arriving[self._background.submit(self._connector.fetch, digests)] = seq, first
+        return True
+
+    def collect(self) -> None:
+        """Put requests whose blocks have come back into the queue, where they were."""
+        arriving = self._state.arriving
+        for future in [future for future in arriving if future.done()] if arriving else ():
+            seq, first = arriving.pop(future)
+            if not seq.done:
+                seq.fetched = Fetched(first, list(future.result()))
+                seq.status = Status.WAITING
+                self._state.waiting.push(seq)
+
+    def wait(self, seconds: float) -> None:
+        """Return when blocks have come, or after so many seconds: for a loop that has nothing else to do."""
+        wait(self._state.arriving, seconds, FIRST_COMPLETED)
+
+    def load(self, seq: Sequence, row: int, first: int, builder: StepBuilder) -> int:
+        """Take what was fetched after the first `first` blocks of a row; returns how many tokens that is."""
+        fetched, size = seq.fetched, self._kv.block_size
+        skipped = 0 if fetched is None else first - fetched.first
+        if fetched is None or not 0 <= skipped < len(fetched.blocks):  # the prefix is shorter than it was, or longer
             return 0
-        digests = seq.hashes.extend(seq.token_ids, full)[:full]
-        blocks = self._connector.fetch(digests[first:])
-        if not blocks:
-            return 0
+        blocks = fetched.blocks[skipped:]
         end = first + len(blocks)
         self._kv.extend(np.array([row], np.int32), np.array([end * size], np.int32))
         builder.loads += zip(self._kv.tables[0].held(row, first, end)[0], blocks, strict=True)
-        self._kv.register(row, digests, end)
+        self._kv.register(row, seq.hashes.digests, end)
         return len(blocks) * size
 
     def take_saves(self) -> list[tuple[int, bytes]]:

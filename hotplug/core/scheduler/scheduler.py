@@ -39,17 +39,25 @@ from hotplug.core.scheduler.sequence import Sequence
 from hotplug.core.scheduler.speculator import Speculator
 from hotplug.core.scheduler.state import SchedulerState
 from hotplug.core.scheduler.tokens import StepTokens, token_array
+from hotplug.core.transfer.background import Background, Immediate
 
 
 class Scheduler:
     """Plans steps over the requests it was given; see the module's docstring for the protocol."""
 
-    def __init__(self, config: SchedulerConfig, kv: KVManager, connector: Store | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVManager,
+        connector: Store | None = None,
+        background: Background | None = None,
+    ) -> None:
+        """`background` runs what `connector` fetches; without one it is fetched at once."""
         self.config = config
         self.kv = kv
         self.state = SchedulerState(config, kv)
         self._speculator = Speculator(self.state)
-        self.residency = Residency(self.state, connector)
+        self.residency = Residency(self.state, connector, background or Immediate())
         self.planner = Planner(self.state, self.residency, self._speculator)
         self._results = Results(self.state, self.residency)
         self._arrivals = 0
@@ -108,6 +116,7 @@ class Scheduler:
         """A snapshot; `reference_ops` is the engine's to fill."""
         self.state.stats.running = self.state.batch.num_running
         self.state.stats.waiting = len(self.state.waiting)
+        self.state.stats.waiting_for_kv = len(self.state.arriving)
         self.state.stats.kv_blocks_used = self.kv.pool.num_used
         if self.kv.host is not None:
             self.state.stats.host_blocks_used = self.kv.host.blocks.num_used

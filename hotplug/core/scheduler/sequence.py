@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import enum
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from hotplug.core.kv.host import Swapped
@@ -10,6 +13,27 @@ from hotplug.core.logprobs import PromptScores
 from hotplug.core.request import Request
 from hotplug.core.scheduler.drafter import Drafter
 from hotplug.core.scheduler.plan import Admission, IntArray
+
+
+class Status(enum.Enum):
+    """What a request waits for, if it waits."""
+
+    WAITING = enum.auto()
+    """For a row, in the queue."""
+    WAITING_FOR_KV = enum.auto()
+    """For its KV blocks to come from a connector; others start meanwhile."""
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+class Fetched(NamedTuple):
+    """Blocks that a connector brought for a waiting request."""
+
+    first: int
+    """The block of the sequence that the first of them is."""
+    blocks: list[Any]
+    """Host tensors."""
+
 
 Key = tuple[float, int]
 """Sorts requests best first: (the policy's rank, order of arrival)."""
@@ -26,6 +50,7 @@ class Sequence:
         "arrival",
         "done",
         "drafter",
+        "fetched",
         "hashes",
         "in_flight",
         "key",
@@ -39,6 +64,7 @@ class Sequence:
         "row",
         "seed",
         "started",
+        "status",
         "stop_tokens",
         "swapped",
         "token_ids",
@@ -71,6 +97,9 @@ class Sequence:
         """Tokens, prompt and output, at which the request ends for its length."""
         self.stop_tokens = frozenset(self.eos_token_ids) | frozenset(sampling.stop_token_ids)
         self.row = -1
+        self.status = Status.WAITING
+        self.fetched: Fetched | None = None
+        """What a connector brought since the request last had a row."""
         self.in_flight = 0
         """Tokens sampled before a preemption that the host has not seen yet."""
         self.preempted = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ from hotplug.core.request import EngineStats
 from hotplug.core.scheduler.config import MOST_SCORED, SchedulerConfig
 from hotplug.core.scheduler.plan import StepPlan
 from hotplug.core.scheduler.running import RunningBatch
-from hotplug.core.scheduler.sequence import Sequence
+from hotplug.core.scheduler.sequence import Sequence, Status
 from hotplug.core.scheduler.waiting import WaitingQueue
 
 
@@ -42,6 +44,8 @@ class SchedulerState:
         self.batch = RunningBatch(config.max_num_seqs, self.max_model_len)
         self.waiting = WaitingQueue()
         self.requests: dict[str, Sequence] = {}
+        self.arriving: dict[Future[Any], tuple[Sequence, int]] = {}
+        """Requests in `Status.WAITING_FOR_KV`: by what fetches their blocks, each with the first of these."""
         self.prefilling: list[int] = []
         """Rows whose prompt is not planned to its end, in the order of their admission."""
         self.released: list[int] = []
@@ -56,6 +60,7 @@ class SchedulerState:
     def free_row(self, seq: Sequence) -> None:
         """Take a sequence's row and its blocks away."""
         row = seq.row
+        seq.status = Status.WAITING
         if row in self.prefilling:
             self.prefilling.remove(row)
         self.kv.free(row)
@@ -67,8 +72,10 @@ class SchedulerState:
         if seq.row >= 0:
             self.free_row(seq)
         else:
-            self.waiting.remove(seq)
+            if seq.status is Status.WAITING:
+                self.waiting.remove(seq)
             self.drop_swapped(seq)
+        seq.status = Status.ENDED
         seq.done = True
         self.num_speculating -= seq.drafter is not None
         del self.requests[seq.request.id]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hotplug.core.errors import FeatureError
 from hotplug.core.layers.kv_cache import KVBlocks
-from hotplug.core.platform.optional import HasKV
+from hotplug.core.platform.optional import HasKV, HasRuntime
 from hotplug.core.startup.bind import Bound
+from hotplug.core.transfer.background import Background
 from hotplug.core.transfer.blocks import BlockTransfer
 from hotplug.core.transfer.connector import KVConnector, KVFormat
 from hotplug.core.transfer.guard import GuardedConnector
@@ -34,13 +35,17 @@ def make_connector(bound: Bound) -> KVConnector | None:
     return GuardedConnector(bound.connector(kv_format), kv_format)
 
 
-def make_transfer(bound: Bound, kv: list[KVBlocks], connector: KVConnector | None) -> BlockTransfer | None:
-    """What moves blocks between the caches and the connector."""
+def make_transfer(
+    bound: Bound, kv: list[KVBlocks], connector: KVConnector | None, background: Background
+) -> BlockTransfer | None:
+    """What moves blocks between the caches and the connector, whose work is done in the `background`."""
     if connector is None:
         return None
     platform = bound.placement.platform
-    copy = platform.copy if isinstance(platform, HasKV) else _copy
-    return BlockTransfer(kv, connector, block_format(bound), copy)
+    if isinstance(platform, HasKV):  # its copies wait for the device
+        return BlockTransfer(kv, connector, block_format(bound), platform.copy, background)
+    runtime = platform if isinstance(platform, HasRuntime) else None
+    return BlockTransfer(kv, connector, block_format(bound), _copy if runtime is None else _queue, background, runtime)
 
 
 def block_format(bound: Bound) -> KVFormat:
@@ -72,3 +77,7 @@ def fingerprint(file: Path) -> str:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     target.copy_(source)
+
+
+def _queue(source: Tensor, target: Tensor) -> None:
+    target.copy_(source, non_blocking=True)

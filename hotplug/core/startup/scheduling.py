@@ -8,11 +8,16 @@ from hotplug.core.scheduler.drafter import Speculation
 from hotplug.core.scheduler.scheduler import Scheduler
 from hotplug.core.startup.bind import Bound
 from hotplug.core.startup.executables import short_prompts
+from hotplug.core.transfer.background import Background
 from hotplug.core.transfer.connector import KVConnector
 
 
 def make_scheduler(
-    bound: Bound, num_blocks: int, bounds: StepBounds | None, connector: KVConnector | None
+    bound: Bound,
+    num_blocks: int,
+    bounds: StepBounds | None,
+    connector: KVConnector | None,
+    background: Background,
 ) -> Scheduler:
     """The scheduler of an engine with `num_blocks` KV blocks. `bounds` are those of compiled steps. Raises ConfigError
     for options that could not make progress."""
@@ -32,7 +37,7 @@ def make_scheduler(
         seed=config.seed,
         speculation=_speculation(bound),
     )
-    return Scheduler(limits, kv, connector)
+    return Scheduler(limits, kv, connector, background)
 
 
 def _speculation(bound: Bound) -> Speculation | None:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ from hotplug.core.startup.rank_processes import give_share_back, lead, start_ran
 from hotplug.core.startup.scheduling import make_scheduler
 from hotplug.core.startup.swap import make_space, make_swap
 from hotplug.core.startup.warmup import WarmUp
+from hotplug.core.transfer.background import Background
 from hotplug.core.transfer.connector import KVConnector
 from hotplug.core.transfer.swap import SwapSpace
 
@@ -53,6 +55,8 @@ class Prepared:
     """The shapes of steps to compile, where steps are compiled."""
     connector: KVConnector | None
     """What keeps KV blocks elsewhere."""
+    background: Background
+    """The thread in which it works."""
     phases: Phases
     """How long each phase of this start takes."""
 
@@ -129,9 +133,14 @@ def _prepare(
     phases = Phases()
     with phases("bind"):
         bound = bind(config, observe=observe, candidates=candidates, rank=rank)
-        prepared = Prepared(bound, compiled_shapes(bound), make_connector(bound), phases)
+        prepared = Prepared(bound, compiled_shapes(bound), make_connector(bound), _background(), phases)
     kv_cache.check_asked(bound)
     return prepared
+
+
+def _background() -> Background:
+    """One thread, which begins with its first call; what it was given is done before the process ends."""
+    return ThreadPoolExecutor(1, thread_name_prefix="hotplug-kv")
 
 
 def _bring_up(prepared: Prepared, peers: Peers | None) -> Running:
@@ -178,7 +187,7 @@ def _make_runner(prepared: Prepared, cache: list[KVBlocks], space: SwapSpace | N
         rows.batch,
         rows.sampler,
         executable,
-        make_transfer(bound, cache, prepared.connector),
+        make_transfer(bound, cache, prepared.connector, prepared.background),
         platform if isinstance(platform, HasRuntime) else None,
         make_swap(bound, cache, space),
     )
@@ -188,5 +197,5 @@ def _started(prepared: Prepared, running: Running, executor: Executor) -> Starte
     """The engine of a rank 0 that runs."""
     bounds = None if prepared.compiles is None else prepared.compiles.bounds
     figures = {"seconds": prepared.phases.report(), **running.figures}
-    scheduler = make_scheduler(prepared.bound, running.num_blocks, bounds, prepared.connector)
+    scheduler = make_scheduler(prepared.bound, running.num_blocks, bounds, prepared.connector, prepared.background)
     return Started(prepared.bound, executor, scheduler, running.num_blocks, figures)

@@ -1,7 +1,8 @@
 """KV connectors: full KV blocks kept outside of the engine, found again by the hash of the tokens before them.
 
 A block's hash covers its own tokens and all before it (`hotplug.core.kv.prefix`), so equal hash means equal contents
-under one `KVFormat.namespace`. The scheduler asks `contains` and `fetch`, the runner calls `store`.
+under one `KVFormat.namespace`. The scheduler asks `contains` on the engine's loop; `fetch` and `store` run in
+a thread beside it (`background`), one at a time.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ class KVConnector(Protocol):
     """Keeps blocks, for as long as it likes."""
 
     def contains(self, digest: bytes) -> bool:
-        """Whether the block of this 16-byte hash is kept; asked to spare a copy. No blocking work."""
+        """Whether the block of this 16-byte hash is kept. Asked on the engine's loop, so it must not block."""
         ...
 
     def fetch(self, digests: Sequence[bytes]) -> Sequence[Tensor]:
-        """Host tensors (`KVFormat.block_shape`) of the leading ones of these blocks, as many as there are."""
+        """Host tensors (`KVFormat.block_shape`) of the leading ones of these blocks, as many as there are.
+
+        Called in a thread of the engine's own and may block; the request waits, and nobody else does.
+        """
         ...
 
     def store(self, digest: bytes, block: Tensor) -> None:
-        """Take a block, a host tensor that is the connector's from now on."""
+        """Take a block, a host tensor that is the connector's from now on. Called in the same thread as `fetch`."""
         ...
 
 
