@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from hotplug.cli.main import app
 from hotplug.core.config import EngineConfig
-from hotplug.core.engine import core as core_module
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import OutOfMemoryError, WeightsError
 from hotplug.core.request import Request, SamplingParams
@@ -120,7 +119,7 @@ def test_without_native_kernels_pytorch_serves_and_the_plan_says_why(
 def test_a_kv_cache_over_the_machines_memory_is_refused_before_weights_are_read(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core_module, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("hotplug.core.startup.load.load_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(OutOfMemoryError, match=r"was to take 102400\.00 GiB, \d+\.\d\d GiB of \d+\.\d\d GiB are free"):
         start(model, kv_cache_memory="100TiB")
 
