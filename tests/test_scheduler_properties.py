@@ -54,7 +54,7 @@ def engines(draw: st.DrawFn) -> FakeEngine:
         depth=draw(st.sampled_from([0, 1, 1, 2])),
         prefix_cache=prefix_cache,
         connector=FakeConnector() if prefix_cache and window is None and draw(st.booleans()) else None,
-        background=draw(st.sampled_from([None, Delayed(1), Delayed(4)])),
+        background=Delayed(draw(st.sampled_from([0, 1, 4]))),
         # No swap space, too little for most sequences, or enough for several.
         num_host_blocks=draw(st.sampled_from([0, 2 + 8 // block_size, 2 + 2 * max_model_len // block_size])),
         max_num_seqs=max_num_seqs,
