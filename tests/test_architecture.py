@@ -30,6 +30,7 @@ RANKS = {
     "hotplug.core.kv": 2,
     "hotplug.core.weights": 2,
     "hotplug.core.text": 2,
+    "hotplug.core.interface_1": 3,
     "hotplug.core.quant": 3,
     "hotplug.core.sample": 3,
     "hotplug.core.layers": 4,

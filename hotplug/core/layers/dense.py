@@ -146,11 +146,10 @@ class RMSNorm(nn.Module):
     def __init__(self, ctx: BuildContext, site: str, width: int, eps: float) -> None:
         super().__init__()
         self.weight = ctx.weight(width)
-        self.eps = eps
-        self.op = ctx.bind("rms_norm", site, width=width)
+        self.op = ctx.bind("rms_norm", site, width=width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.weight, self.eps)
+        return self.op(x, self.weight)
 
 
 class AddRMSNorm(nn.Module):
@@ -162,11 +161,10 @@ class AddRMSNorm(nn.Module):
     def __init__(self, ctx: BuildContext, site: str, width: int, eps: float) -> None:
         super().__init__()
         self.weight = ctx.weight(width)
-        self.eps = eps
         if ctx.ranks == 1:
-            self.op = ctx.bind("add_rms_norm", site, width=width)
+            self.op = ctx.bind("add_rms_norm", site, width=width, eps=eps)
         else:
-            self.op = ctx.bind("all_reduce_add_norm", site, width=width, ranks=ctx.ranks)
+            self.op = ctx.bind("all_reduce_add_norm", site, width=width, eps=eps, ranks=ctx.ranks)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return self.op(x, residual, self.weight, self.eps)
+        return self.op(x, residual, self.weight)

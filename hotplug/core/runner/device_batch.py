@@ -131,9 +131,8 @@ class DeviceBatch:
             *more, cells, ids = more
             self._cells.index_put_((cells,), ids)
         token_ids, positions, slots, lens, block_table = self._prepare(
-            host_tokens, rows, starts, first, self.last_tokens, self.block_tables, self._block_size,
-            -(-longest // self._block_size),
-        )  # fmt: skip
+            host_tokens, rows, starts, first, self.last_tokens, self.block_tables, -(-longest // self._block_size)
+        )
         attention = AttentionInputs(
             block_table=block_table,
             query_start=starts,
@@ -166,7 +165,7 @@ class DeviceBatch:
         rows, start: [R]; `given` [R] is -1 where the token is the row's last; `query_start` counts from 0 to R.
         """
         token_ids, positions, slots, lens, block_table = self._prepare(
-            given, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
+            given, rows, query_start, start, self.last_tokens, self.block_tables, self.max_blocks
         )
         attention = AttentionInputs(
             block_table=block_table,
@@ -190,7 +189,7 @@ class DeviceBatch:
         scored: [S] tokens that get scores.
         """
         token_ids, positions, slots, lens, block_table = self._prepare(
-            given, rows, query_start, start, self.last_tokens, self.block_tables, self._block_size, self.max_blocks
+            given, rows, query_start, start, self.last_tokens, self.block_tables, self.max_blocks
         )
         attention = AttentionInputs(
             block_table=block_table,

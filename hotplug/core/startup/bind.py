@@ -15,6 +15,7 @@ import hotplug
 from hotplug.core.config import EngineConfig, parse_bytes
 from hotplug.core.errors import ConfigError
 from hotplug.core.extension.points import Extension
+from hotplug.core.interface_1 import register
 from hotplug.core.layers.context import BuildContext
 from hotplug.core.models.decoder import Decoder
 from hotplug.core.models.loader import build_model
@@ -244,7 +245,7 @@ def _registry(platform: Platform, extension: Extension, asked: WeightFormat | No
         registry.define(op)
     if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, PackedScheme):
         registry.define(asked.scheme.op)  # that of stored groups is built in
-    platform.register(registry)
+    register(platform, registry)
     if ranks > 1:
         register_collectives(registry, platform, ranks)
     return registry
