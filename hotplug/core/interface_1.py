@@ -122,6 +122,13 @@ class _Adapter:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted((*self._ops.names, *_OPS)))
+
+    def op(self, name: str) -> registry.Op:
+        return self._ops.op(_OPS.get(name, name))
+
     def add(self, kernel: Kernel) -> None:
         """`OpRegistry.add` of 1.x. Raises PlanError for a kernel of 2.0 too."""
         if not isinstance(kernel, Kernel):

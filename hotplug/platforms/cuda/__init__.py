@@ -182,8 +182,6 @@ class CudaPlatform:
 
         torch.cuda.set_device(device.index)
 
-        return torch.cuda.stream(torch.cuda.Stream())
-
     def event(self) -> Any:
         import torch
 
