@@ -52,7 +52,7 @@ def test_kernels_of_a_wheel_of_interface_1_1_serve_the_references_tokens(install
 
 
 def test_a_wheel_of_interface_1_1_conforms(installed: Path) -> None:
-    done = run_python(installed, "-m", "hotplug.cli", "conform", "--platform", "toy_kernels", "--quick")
+    done = run_python(installed, "-m", "hotplug.cli", "conform", "--platform", "toy_kernels", "--quick", timeout=400)
     assert "toy_kernels (interface 1.1) conforms" in done.stdout, done.stdout + done.stderr
 
 
