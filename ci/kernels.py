@@ -100,7 +100,7 @@ def compile_variant(index: int, name: str) -> list[Launch]:
         if kernel.accepts is not None and not kernel.accepts(bucket):
             continue
         with _compiling(target, found):
-            kernel.fn(*args)
+            kernel.make(spec)(*args)
     return found
 
 

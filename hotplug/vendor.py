@@ -1,6 +1,8 @@
 """Everything a platform plugin may import from hotplug, and nothing else.
 
-Names load on first use: a plugin's module stays importable, and its probe callable, without torch.
+Names load on first use: a plugin's module stays importable, and its probe callable, without torch. The optional
+protocols are found by their methods, so that no platform needs to import them; for annotations they are in `optional`.
+Names that interface 1.x had besides load too (`hotplug.core.interface_1`).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import hotplug.core.platform.optional as optional
     from hotplug.core.errors import HotplugError, PlatformError
     from hotplug.core.ops.attention import AttentionInputs, finite_values, gather_kv
     from hotplug.core.ops.registry import Bucket, Impl, Op, OpRegistry, SiteSpec, Verdict
@@ -23,21 +26,7 @@ if TYPE_CHECKING:
         MemoryInfo,
         Platform,
     )
-    from hotplug.core.platform.optional import (
-        HasCapture,
-        HasComm,
-        HasCompile,
-        HasCompileCheck,
-        HasDiagnosis,
-        HasKV,
-        HasRuntime,
-        HasShare,
-        HasStepSizes,
-        HasTuning,
-        HasWarmup,
-        HasWeights,
-        NotHandled,
-    )
+    from hotplug.core.platform.optional import NotHandled
     from hotplug.core.platform.program import StepProgram
     from hotplug.core.platform.rank_group import RankGroup
     from hotplug.core.platform.tuning import TuningResult, TuningSummary
@@ -47,15 +36,12 @@ if TYPE_CHECKING:
 _WHERE = {
     "hotplug.core.errors": ("HotplugError", "PlatformError"),
     "hotplug.core.ops.attention": ("AttentionInputs", "finite_values", "gather_kv"),
-    "hotplug.core.ops.registry": ("Bucket", "Impl", "Op", "OpRegistry", "SiteSpec", "Verdict"),
+    "hotplug.core.interface_1": ("CompileLimits", "Impl", "Limits"),
+    "hotplug.core.ops.registry": ("Bucket", "Op", "OpRegistry", "SiteSpec", "Verdict"),
     "hotplug.core.platform.base": (
-        "API_VERSION", "CompileLimits", "DeviceInfo", "ExecMode", "Feature", "KVLayout", "Limits", "MemoryInfo",
-        "Platform",
+        "API_VERSION", "DeviceInfo", "ExecMode", "Feature", "KVLayout", "MemoryInfo", "Platform",
     ),
-    "hotplug.core.platform.optional": (
-        "HasCapture", "HasComm", "HasCompile", "HasCompileCheck", "HasDiagnosis", "HasKV", "HasRuntime", "HasShare",
-        "HasStepSizes", "HasTuning", "HasWarmup", "HasWeights", "NotHandled",
-    ),
+    "hotplug.core.platform.optional": ("NotHandled", "optional"),
     "hotplug.core.platform.program": ("StepProgram",),
     "hotplug.core.platform.rank_group": ("RankGroup",),
     "hotplug.core.platform.tuning": ("TuningResult", "TuningSummary"),
@@ -73,18 +59,6 @@ __all__ = [
     "DeviceInfo",
     "ExecMode",
     "Feature",
-    "HasCapture",
-    "HasComm",
-    "HasCompile",
-    "HasCompileCheck",
-    "HasDiagnosis",
-    "HasKV",
-    "HasRuntime",
-    "HasShare",
-    "HasStepSizes",
-    "HasTuning",
-    "HasWarmup",
-    "HasWeights",
     "HotplugError",
     "Impl",
     "KVLayout",
@@ -104,13 +78,18 @@ __all__ = [
     "cache_folder",
     "finite_values",
     "gather_kv",
+    "optional",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'hotplug.vendor' has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    if name in _MODULE_OF:
+        module = import_module(_MODULE_OF[name])
+        return module if name == "optional" else getattr(module, name)
+    interface_1 = import_module("hotplug.core.interface_1")
+    if name in interface_1.PROTOCOLS:
+        return getattr(import_module("hotplug.core.platform.optional"), name)
+    raise AttributeError(f"module 'hotplug.vendor' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

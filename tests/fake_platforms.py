@@ -21,6 +21,7 @@ class FakePlatform:
 
     name: str = "acme"
     torch_device: str = "cpu"
+    api_version: str = "2.0"
     devices: Sequence[DeviceInfo] = (DeviceInfo(index=0, name="Acme 1", arch="v1"),)
     facts: Limits = field(default_factory=limits)
     total: int = 8 << 30

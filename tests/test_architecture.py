@@ -30,6 +30,7 @@ RANKS = {
     "hotplug.core.kv": 2,
     "hotplug.core.weights": 2,
     "hotplug.core.text": 2,
+    "hotplug.core.interface_1": 3,
     "hotplug.core.quant": 3,
     "hotplug.core.sample": 3,
     "hotplug.core.layers": 4,
@@ -260,6 +261,7 @@ def test_the_vendor_interface_offers_every_name_it_lists() -> None:
     import hotplug.vendor as vendor
 
     assert {name for name in vendor.__all__ if getattr(vendor, name, None) is None} == set()
+    assert len(vendor.__all__) <= 30
     assert sorted(vendor.__all__) == sorted(vendor._MODULE_OF)
     with pytest.raises(AttributeError, match="no attribute 'torch'"):
         vendor.torch  # noqa: B018

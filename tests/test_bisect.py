@@ -38,8 +38,12 @@ def scaled(x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
     return linear(x, weight, bias) * 3
 
 
-def shifted(k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, layout: str) -> Any:
-    return kv_write(k, v, k_cache, v_cache, slots + 1, layout)
+def shifted(spec: SiteSpec) -> Any:
+    return lambda k, v, k_cache, v_cache, slots: kv_write(k, v, k_cache, v_cache, slots + 1, spec["layout"])
+
+
+def right_norm(spec: SiteSpec) -> Any:
+    return lambda x, weight: rms_norm(x, weight, spec["eps"])
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def run(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_right_kernels_are_acquitted(run):
-    found = run(Impl("rms_norm", "acme", lambda *a: rms_norm(*a)), Impl("linear", "acme", lambda *a: linear(*a)))
+    found = run(Impl("rms_norm", "acme", make=right_norm), Impl("linear", "acme", make=lambda _: lambda *a: linear(*a)))
     assert found.divergent == []
     assert found.tokens == found.expected
     assert found.compared > 0
@@ -64,7 +68,7 @@ def test_right_kernels_are_acquitted(run):
 
 
 def test_one_wrong_site_is_named_with_its_worst_element(run):
-    found = run(Impl("linear", "acme.scaled", scaled, check=at("layers.0.mlp.down")))
+    found = run(Impl("linear", "acme.scaled", make=lambda _: scaled, check=at("layers.0.mlp.down")))
     (site,) = found.divergent
     assert (site.site, site.provider, site.what, site.step) == ("layers.0.mlp.down", "acme.scaled", "output", 1)
     assert site.wrong_calls == site.calls
@@ -73,7 +77,7 @@ def test_one_wrong_site_is_named_with_its_worst_element(run):
 
 
 def test_what_a_kernel_left_in_its_arguments_is_judged(run):
-    found = run(Impl("kv_write", "acme", shifted))
+    found = run(Impl("kv_write", "acme", make=shifted))
     assert found.divergent[0].site == "layers.0.attn.write.kv_write"
     assert {s.op for s in found.divergent} == {"kv_write"}
 
@@ -82,16 +86,16 @@ def test_the_reference_in_its_place_shows_whether_it_explains_the_tokens(run):
     def negated(*args: Any) -> torch.Tensor:
         return linear(*args) * -1000
 
-    found = run(Impl("linear", "acme.negated", negated, check=at("layers.0.mlp.down")))
+    found = run(Impl("linear", "acme.negated", make=lambda _: negated, check=at("layers.0.mlp.down")))
     assert found.tokens != found.expected
     assert found.repaired_by_first is True
 
 
 def test_a_part_of_a_fused_op_is_blamed_and_not_the_whole(run):
-    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return rms_norm(x, weight, eps) + 1
+    def wrong(spec: SiteSpec) -> Any:
+        return lambda x, weight: rms_norm(x, weight, spec["eps"]) + 1
 
-    found = run(Impl("rms_norm", "acme", wrong, check=at("layers.1.mlp_norm.norm")))
+    found = run(Impl("rms_norm", "acme", make=wrong, check=at("layers.1.mlp_norm.norm")))
     assert [s.site for s in found.divergent] == ["layers.1.mlp_norm.norm"]
 
 
@@ -100,7 +104,7 @@ def test_a_kernel_that_raises_is_named(run):
         raise RuntimeError("bad launch")
 
     with pytest.raises(HotplugError, match=r"layers\.0\.mlp\.gate_up\.act: kernel acme of silu_mul raised.*bad launch"):
-        run(Impl("silu_mul", "acme", broken))
+        run(Impl("silu_mul", "acme", make=lambda _: broken))
 
 
 def test_a_wrong_replay_shows_in_the_tokens_of_its_own_mode(run):
@@ -118,7 +122,7 @@ def test_a_wrong_replay_shows_in_the_tokens_of_its_own_mode(run):
 
 
 def test_the_command_prints_the_culprit_and_exits_1(tiny_model, monkeypatch):
-    judged = FakePlatform(kernels=[Impl("linear", "acme.scaled", scaled, check=at("layers.0.mlp.down"))])
+    judged = FakePlatform(kernels=[Impl("linear", "acme.scaled", make=lambda _: scaled, check=at("layers.0.mlp.down"))])
     monkeypatch.setattr(bind_module, "discover", lambda: candidates(FakePlatform(name="trusted"), judged))
     args = [
         "bisect",

@@ -140,5 +140,5 @@ def taken_as_dense(sources: list[Tensor], targets: list[Tensor], pairs: Tensor) 
 @pytest.mark.parametrize("wrong", [first_alone, one_too_many, taken_as_dense, backwards])
 def test_conformance_finds_a_kernel_that_is_wrong(wrong: Any, tmp_path: Path) -> None:
     report = Report()
-    ops(target(tmp_path, "float32", kernels=[Impl("block_copy", "acme", wrong)]), report)
+    ops(target(tmp_path, "float32", kernels=[Impl("block_copy", "acme", make=lambda _: wrong)]), report)
     assert any("block_copy -> acme" in failure for failure in report.failures)

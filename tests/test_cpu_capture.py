@@ -190,10 +190,12 @@ def test_an_opaque_kernel_is_called_again_as_a_whole() -> None:
 
 def test_a_call_that_fails_in_a_replay_is_named() -> None:
     from hotplug.platforms.cpu.native.rope import rope_kv_write
+    from hotplug.vendor import SiteSpec
 
     q, kv, cache = torch.zeros(1, 2, 16), torch.zeros(1, 2, 16), torch.zeros(2, 4, 2, 16)
     positions, slots, table = torch.tensor([0]), torch.tensor([0]), torch.zeros(8, 16)
-    replay = capture(lambda: rope_kv_write(q, kv, kv, positions, table, cache, cache, slots, "NHD"))
+    kernel = rope_kv_write(SiteSpec("rope_kv_write", "s", "float32", "avx2", {"layout": "NHD"}))
+    replay = capture(lambda: kernel(q, kv, kv, positions, table, cache, cache, slots))
     replay()
     slots[0] = 99
     with pytest.raises(PlatformError, match="hp_rope_kv_write of the native library failed"):

@@ -11,17 +11,20 @@ from attention_cases import Case, dense_attention, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from whole_calls import whole
 
 from hotplug.core.ops import attention as reference
 from hotplug.core.ops.registry import SiteSpec, Verdict
+from hotplug.platforms.cpu.native import attention as native
 from hotplug.platforms.cpu.native import library
-from hotplug.platforms.cpu.native.attention import KERNELS, attention
+from hotplug.platforms.cpu.native.attention import KERNELS
 from hotplug.vendor import PlatformError
 
 BUILT = library.refusal() is None
 ISAS = [name for name in library.load().instruction_sets if name != library.BASELINE] if BUILT else []
 NAN = float("nan")
 MANY = settings(max_examples=250, deadline=None, derandomize=True)
+attention = whole("attention", native.attention)
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 pytestmark = pytest.mark.skipif(not BUILT, reason=str(library.refusal()))

@@ -8,15 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from whole_calls import whole
 
 from hotplug.core.ops import rope_kv_write as reference
 from hotplug.core.ops.registry import SiteSpec, Verdict
 from hotplug.platforms.cpu.native import library
-from hotplug.platforms.cpu.native.rope import KERNELS, qk_norm_rope_kv_write, rope_kv_write
+from hotplug.platforms.cpu.native import rope as native
+from hotplug.platforms.cpu.native.rope import KERNELS
 from hotplug.vendor import PlatformError
 
 pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
 
+rope_kv_write = whole("rope_kv_write", native.rope_kv_write)
+qk_norm_rope_kv_write = whole("qk_norm_rope_kv_write", native.qk_norm_rope_kv_write)
 BLOCKS, POSITIONS = 12, 50
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from whole_calls import whole
 
 from hotplug.core.ops import dense as dense_ops
 from hotplug.core.ops import inputs as inputs_ops
@@ -20,10 +21,13 @@ from hotplug.core.ops.registry import Fact, SiteSpec, Verdict
 from hotplug.core.quant.packed_scheme import PackedScheme
 from hotplug.platforms.cpu.native import dense, inputs, library, norm, packed
 from hotplug.platforms.cpu.native.dense import embed, silu_mul
-from hotplug.platforms.cpu.native.inputs import prepare_inputs, prepare_step
-from hotplug.platforms.cpu.native.norm import add_rms_norm, rms_norm
-from hotplug.platforms.cpu.native.packed import embed_packed, linear_packed, linear_packed_silu_mul
+from hotplug.platforms.cpu.native.packed import linear_packed, linear_packed_silu_mul
 from hotplug.vendor import PlatformError
+
+prepare_inputs = whole("prepare_inputs", inputs.prepare_inputs)
+prepare_step = whole("prepare_step", inputs.prepare_step)
+rms_norm = whole("rms_norm", norm.rms_norm)
+add_rms_norm = whole("add_rms_norm", norm.add_rms_norm)
 
 pytestmark = pytest.mark.skipif(library.refusal() is not None, reason=str(library.refusal()))
 ISAS = [] if library.refusal() else library.load().instruction_sets
@@ -119,6 +123,7 @@ def test_rows_of_tables_are_the_same_bits(count: int, groups: int, scheme: str, 
     (data,) = PackedScheme(scheme).quantize(table)
     data[3, :2] = torch.tensor([1, 0], dtype=torch.uint8)  # a subnormal scale
     ids[: count // 2] = 3
+    embed_packed = whole("embed_packed", packed.embed_packed, scheme=scheme)
     assert torch.equal(embed_packed(ids, data, hidden), packed_ops.embed_packed(ids, data, hidden))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -16,19 +17,26 @@ import torch
 from attention_cases import Case, dense_attention, make_case
 from torch import Tensor
 from torch.testing import assert_close
+from whole_calls import whole
 
 from hotplug.core.ops.attention import AttentionInputs
 from hotplug.core.ops.attention import attention as reference
 from hotplug.core.ops.registry import SiteSpec
 from hotplug.platforms.cuda.kernels import gathered_attention
-from hotplug.platforms.cuda.kernels.attention import attention
+from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
 from hotplug.platforms.cuda.kernels.decode_attention import DecodeConfig, counters, decode, split_count
-from hotplug.platforms.cuda.kernels.gathered_attention import Chunks
+from hotplug.platforms.cuda.kernels.gathered_attention import STATIC, Chunks
+from hotplug.platforms.cuda.kernels.made import made
 from hotplug.platforms.cuda.kernels.prefill_attention import PrefillConfig, prefill
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MIXED = [(1, 37), (1, 64), (1, 3), (20, 20), (9, 75), (2, 130)]
 SMALL = PrefillConfig(rows=32, keys=16)
+attention = whole("attention", made(paged_attention, *STATIC))
+
+
+def gathered(attend: Any) -> Any:
+    return whole("attention", made(partial(gathered_attention.attention, attend), *STATIC))
 
 
 @pytest.fixture(autouse=True)
@@ -142,9 +150,7 @@ def test_chunks_over_gathered_keys(lens: list[tuple[int, int]], monkeypatch: pyt
         return naive(*args)
 
     for _ in range(2):
-        actual = gathered_attention.attention(
-            attend, case.q, case.k_cache, case.v_cache, case.step, 0.3, None, "NHD", None, 2.0
-        )
+        actual = gathered(attend)(case.q, case.k_cache, case.v_cache, case.step, 0.3, None, "NHD", None, 2.0)
         check(actual, case, 0.3, None, None, 2.0)
     assert calls[0] is calls[1]  # made once a step
 
@@ -156,9 +162,7 @@ def test_steps_that_gathering_would_slow_go_to_the_kernel_over_blocks(lens: list
     def attend(*_: Any) -> Tensor:
         raise AssertionError("gathered")
 
-    check(
-        gathered_attention.attention(attend, case.q, case.k_cache, case.v_cache, case.step, 0.3, None, "NHD"), case, 0.3
-    )
+    check(gathered(attend)(case.q, case.k_cache, case.v_cache, case.step, 0.3, None, "NHD"), case, 0.3)
 
 
 def test_tiles_over_gathered_keys(monkeypatch: pytest.MonkeyPatch) -> None:

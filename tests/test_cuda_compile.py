@@ -14,10 +14,10 @@ import pytest
 import torch
 from fake_platforms import FakePlatform, candidates, limits
 from torch import Tensor
+from whole_calls import reference_kernel
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.ops import attention, norm, rope_kv_write
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.program import node
 from hotplug.core.ops.registry import Impl
@@ -31,11 +31,11 @@ from hotplug.platforms.cuda import opaque
 from hotplug.vendor import PlatformError
 
 KERNELS = (
-    Impl("rms_norm", "acme", norm.rms_norm),
-    Impl("kv_write", "acme", attention.kv_write),
-    Impl("attention", "acme", attention.attention),
+    reference_kernel("rms_norm", "acme"),
+    reference_kernel("kv_write", "acme"),
+    reference_kernel("attention", "acme"),
 )
-FUSED = (Impl("rope_kv_write", "acme", rope_kv_write.rope_kv_write), Impl("attention", "acme", attention.attention))
+FUSED = (reference_kernel("rope_kv_write", "acme"), reference_kernel("attention", "acme"))
 """With a kernel that writes to the caches and returns a new tensor too."""
 FACTS: dict[str, Any] = {"exec_modes": (ExecMode.COMPILE,), "index_dtype": "int32", "accelerator": False,
                          "shared_host_memory": True}  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,13 +22,15 @@ from fake_platforms import candidates
 from torch import Tensor
 from torch.testing import assert_close
 from typer.testing import CliRunner
+from whole_calls import whole
 
 from hotplug.cli import display
 from hotplug.cli.main import app
 from hotplug.core.ops.registry import SiteSpec
 from hotplug.core.startup import bind as bind_module
 from hotplug.platforms.cuda.kernels import flashinfer_attention, gathered_attention
-from hotplug.platforms.cuda.kernels.flashinfer_attention import attention
+from hotplug.platforms.cuda.kernels.gathered_attention import STATIC
+from hotplug.platforms.cuda.kernels.made import made
 from hotplug.platforms.cuda.target import stands_for
 
 SCALE = 0.3
@@ -117,6 +120,9 @@ def layers_of(case: Case, count: int) -> list[Case]:
     ]  # fmt: skip
 
 
+attention = whole("attention", made(flashinfer_attention.attention, *STATIC))
+
+
 def check(case: Case, window: int | None = None, soft_cap: float | None = None) -> None:
     actual = attention(case.q, case.k_cache, case.v_cache, case.step, SCALE, window, "NHD", None, soft_cap)
     expected = dense_attention(replace(case, q=case.q.cpu()), SCALE, window, None, soft_cap)
@@ -161,7 +167,8 @@ def test_layers_of_one_step_may_have_different_libraries(monkeypatch: pytest.Mon
         return q
 
     check(first)
-    gathered_attention.attention(attend, second.q, second.k_cache, second.v_cache, second.step, SCALE, None, "NHD")
+    gathered = whole("attention", made(partial(gathered_attention.attention, attend), *STATIC))
+    gathered(second.q, second.k_cache, second.v_cache, second.step, SCALE, None, "NHD")
     check(second)
     assert met == [sum(seq for _, seq in CHUNKS)]
 

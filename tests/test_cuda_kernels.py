@@ -20,6 +20,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.compare import compare
+from hotplug.core.ops.reference import bound_reference
 from hotplug.core.ops.registry import Impl, SiteSpec
 from hotplug.core.request import Request, SamplingParams
 from hotplug.platforms.cuda.kernels import KERNELS
@@ -85,8 +86,8 @@ def test_a_check_keeps_its_word_by_chance(each: int, tmp_path: Path, monkeypatch
 
 # --- what the kit does not ask --------------------------------------------------------------------
 
-HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "layout": "NHD", "sinks": False,
-         "soft_cap": None}  # fmt: skip
+HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "block_size": 16, "layout": "NHD", "scale": 0.125,
+         "sinks": False, "soft_cap": None}  # fmt: skip
 STEPS = {
     "decodes": [(1, 17), (1, 5), (1, 160)],
     "chunks": [(9, 30), (16, 16)],
@@ -96,7 +97,11 @@ ATTENTION = [kernel for kernel in KERNELS if kernel.op == "attention"]
 
 
 def serves(kernel: Impl, dtype: str, facts: dict[str, Any]) -> bool:
-    return kernel.check(SiteSpec(kernel.op, "test", dtype, target_arch(), facts)).ok
+    return kernel.check(site(kernel, dtype, facts)).ok
+
+
+def site(kernel: Impl, dtype: str, facts: dict[str, Any]) -> SiteSpec:
+    return SiteSpec(kernel.op, "test", dtype, target_arch(), facts)
 
 
 def target_arch() -> str:
@@ -122,12 +127,12 @@ def test_cells_past_the_end_of_a_sequence_do_not_leak(
     bucket = REGISTRY.op("attention").bucket
     if kernel.accepts is not None and bucket is not None and not kernel.accepts(bucket(*call.args)):
         pytest.skip("not a step of this kernel")
-    expected = REGISTRY.op("attention").reference(*call.args)
+    expected = bound_reference(REGISTRY.op("attention"), facts)(*call.args)
     q, k_cache, v_cache, *rest = (to(arg, DEVICE) for arg in call.args)
     for cache in (k_cache, v_cache):
         assert (cache == cases.POISON).any()
         cache[cache == cases.POISON] = float("nan")
-    result = kernel.fn(q, k_cache, v_cache, *rest)
+    result = kernel.make(site(kernel, "float32", facts))(q, k_cache, v_cache, *rest)
     found = compare(result[: call.rows].cpu(), expected[: call.rows])
     assert found.ok, found.reason
 
@@ -137,12 +142,13 @@ def test_cells_past_the_end_of_a_sequence_do_not_leak(
 def test_rows_of_any_width_are_normalized(op: str) -> None:
     (kernel,) = [k for k in KERNELS if k.op == op]
     for width in (1, 3, 31, 257, 8192):
-        if not serves(kernel, "float32", {"width": width}):
+        facts = {"width": width, "eps": 1e-5}
+        if not serves(kernel, "float32", facts):
             continue
-        call = cases.Builder("float32", "int32", seed=width).call(op, {"width": width}, [(3, 3)], view=True)
+        call = cases.Builder("float32", "int32", seed=width).call(op, facts, [(3, 3)], view=True)
         assert call is not None
-        got = kernel.fn(*(to(arg, DEVICE) for arg in call.args))
-        want = REGISTRY.op(op).reference(*call.args)
+        got = kernel.make(site(kernel, "float32", facts))(*(to(arg, DEVICE) for arg in call.args))
+        want = bound_reference(REGISTRY.op(op), facts)(*call.args)
         pairs = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
         assert all(compare(a.cpu(), b).ok for a, b in pairs), width
 

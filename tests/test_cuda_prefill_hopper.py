@@ -27,6 +27,7 @@ from hotplug.vendor import Bucket, SiteSpec
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's compiler")
 
+STATIC = {"scale": 0.3, "window": None, "soft_cap": None}
 SHARED = 227 << 10
 """Bytes of shared memory that a program may have."""
 COMPILE = """
@@ -358,7 +359,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def run(case: Case, step: Any = None) -> None:
     from hotplug.platforms.cuda.kernels.prefill_hopper import attention
 
-    out = attention(case.q, case.k_cache, case.v_cache, step or case.step, 0.3, None, "NHD")
+    out = attention(case.q, case.k_cache, case.v_cache, step or case.step, None, **STATIC)
     assert_close(out.double(), dense_attention(case, 0.3, None), rtol=2e-2, atol=2e-2)
 
 
@@ -391,5 +392,5 @@ def test_tokens_of_no_request_are_zero_in_static_steps(chunks: list[int]) -> Non
     case = case_of([(20, 20)])
     q = torch.cat((case.q, torch.full((3, *case.q.shape[1:]), float("nan"), dtype=case.q.dtype)))
     step = replace(case.step, query_lens_host=None, seq_lens_host=None)
-    out = attention(q, case.k_cache, case.v_cache, step, 0.3, None, "NHD")
+    out = attention(q, case.k_cache, case.v_cache, step, None, **STATIC)
     assert not out[20:].any()

@@ -202,7 +202,7 @@ def test_inputs_are_prepared_as_a_loop_over_tokens_does(
         torch.randint(1, 99, (max_rows, 1600), generator=random),
     )  # fmt: skip
     typed = tuple(t.to(index_dtype) for t in given)
-    actual = prepare_step(*(t.to(DEVICE) for t in typed), 16, num_blocks)
+    actual = prepare_step(*(t.to(DEVICE) for t in typed), num_blocks, block_size=16)
     assert all(t.dtype == index_dtype for t in actual)
     assert tuple(t.tolist() for t in actual) == prepared(*typed, 16, num_blocks)
 
@@ -211,7 +211,7 @@ def test_tokens_beyond_the_last_query_get_slots_in_block_0() -> None:
     """As steps of static shape have them; their positions may lie beyond the block table."""
     values = [torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in
               ([7, -1, 8, 8, 8], [1], [0, 2], [30], [3, 4], [[5, 6], [9, 2]])]  # fmt: skip
-    tokens, positions, slots, *_ = prepare_step(*values, 16, 2)
+    tokens, positions, slots, *_ = prepare_step(*values, 2, block_size=16)
     assert tokens.tolist()[:2] == [7, 4] and positions.tolist()[:2] == [30, 31]
     assert slots.tolist() == [2 * 16 + 14, 2 * 16 + 15, 0, 1, 2]
 

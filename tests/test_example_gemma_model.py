@@ -78,13 +78,13 @@ def gelu_mul(gate_up):
     return up * torch.nn.functional.gelu(gate, approximate="tanh")
 
 class Acme:
-    name, torch_device = "acme", "cpu"
+    name, torch_device, api_version = "acme", "cpu", "2.0"
     def probe(self): return [DeviceInfo(index=0, name="Acme 1", arch="v1")]
     def limits(self, device): return Limits(dtypes=("float32",), shared_host_memory=True)
     def memory(self, device): return MemoryInfo(free=1 << 30, total=1 << 30)
     def register(self, ops):
         if "gelu_mul" in ops.names:
-            ops.add(Impl("gelu_mul", "acme", gelu_mul))
+            ops.add(Impl("gelu_mul", "acme", make=lambda _: gelu_mul))
 """
 GENERATE = """
 import json, sys

@@ -11,13 +11,12 @@ import pytest
 import torch
 from fake_platforms import FakePlatform, candidates, limits
 from typer.testing import CliRunner
+from whole_calls import reference_kernel
 
 from hotplug.cli import display
 from hotplug.cli.main import app
 from hotplug.cli.plan_view import short
-from hotplug.core.ops.attention import attention
-from hotplug.core.ops.norm import rms_norm
-from hotplug.core.ops.registry import Impl, SiteSpec, Verdict
+from hotplug.core.ops.registry import SiteSpec, Verdict
 from hotplug.core.startup import bind as bind_module
 
 DOCS = Path(__file__).parent.parent / "docs" / "explain.md"
@@ -28,12 +27,12 @@ def only_layer_0(spec: SiteSpec) -> Verdict:
 
 
 def two_platforms(*_: Any) -> Any:
-    flash = Impl("attention", "acme.flash", attention, check=only_layer_0, rank=5)
-    decode = Impl("attention", "acme.decode", attention, accepts=lambda b: b.max_query_len == 1, rank=7)
+    flash = reference_kernel("attention", "acme.flash", check=only_layer_0, rank=5)
+    decode = reference_kernel("attention", "acme.decode", accepts=lambda b: b.max_query_len == 1, rank=7)
     return candidates(
         FakePlatform(name="acme", kernels=[flash, decode]),
         FakePlatform(name="plain", devices=(), facts=limits(block_sizes=(32,))),
-        FakePlatform(name="other", facts=limits(block_sizes=(32,)), kernels=[Impl("rms_norm", "other", rms_norm)]),
+        FakePlatform(name="other", facts=limits(block_sizes=(32,)), kernels=[reference_kernel("rms_norm", "other")]),
     )
 
 

@@ -27,7 +27,7 @@ class Fails(FakePlatform):
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self.kernels = [Impl("silu_mul", "acme", self.silu_mul)]
+        self.kernels = [Impl("silu_mul", "acme", make=lambda _: self.silu_mul)]
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         if self.error is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import dense_attention, make_case
 from torch.testing import assert_close
 
-from hotplug.core.ops.attention import attention, gather_kv, kv_write
+from hotplug.core.ops.attention import AttentionInputs, attention, gather_kv, kv_write
 from hotplug.core.ops.inputs import prepare_step
 
 LAYOUTS = pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -124,3 +126,32 @@ def test_prepare_step_equals_a_loop(index_dtype: torch.dtype) -> None:
     seq_lens = [s + n for s, n in zip(start, counts, strict=True)]
     assert [t.tolist() for t in actual] == [tokens, positions, slots, seq_lens, tables[rows, :2].tolist()]
     assert {t.dtype for t in actual} == {index_dtype}
+
+
+# --- what kernels prepare of a step ---------------------------------------------------------------
+
+
+def lengths(step: AttentionInputs, factor: int = 1) -> list[int]:
+    return [n * factor for n in step.seq_lens_host or ()]
+
+
+def others(step: AttentionInputs, factor: int = 1) -> list[int]:
+    return lengths(step, -factor)
+
+
+def test_what_is_prepared_of_a_step_is_made_once_for_its_layers() -> None:
+    step = make_case([(1, 5), (2, 4)]).step
+    first = step.once(lengths, 2)
+    assert first == [10, 8]
+    assert step.once(lengths, 2) is first
+
+
+def test_each_kernel_and_each_choice_of_arguments_has_its_own() -> None:
+    step = make_case([(1, 5)]).step
+    assert [step.once(lengths), step.once(lengths, 3), step.once(others)] == [[5], [15], [-5]]
+
+
+def test_a_changed_step_has_nothing_prepared() -> None:
+    step = make_case([(1, 5)]).step
+    step.once(lengths)
+    assert replace(step, seq_lens_host=[7]).once(lengths) == [7]

@@ -10,6 +10,7 @@ from attention_cases import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from whole_calls import whole
 
 from hotplug.core.ops import attention as attention_op
 from hotplug.core.ops import dense, moe, norm, packed_linear
@@ -27,7 +28,7 @@ from hotplug.platforms.cpu.native import norm as native_norm
 from hotplug.platforms.cpu.native import rope as native_rope
 from hotplug.platforms.cpu.native import sampling as native_sampling
 from hotplug.platforms.cpu.native.library import refusal
-from hotplug.platforms.cpu.native.packed import embed_packed, linear_packed, linear_packed_silu_mul
+from hotplug.platforms.cpu.native.packed import linear_packed
 
 FEW = settings(max_examples=200, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -43,10 +44,13 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_kernel_of_the_platform_is_compared_here() -> None:
-    here = {attention, kv_write, rope, rms_norm, moe_experts, linear, linear_packed}
     files = (native_attention, native_dense, native_inputs, native_norm, native_rope, native_sampling)
-    elsewhere = {k.fn for module in files for k in module.KERNELS}  # tests/test_cpu_native_*.py
-    assert {k.fn for k in KERNELS} == here | elsewhere | {embed_packed, linear_packed_silu_mul}
+    elsewhere = {(k.op, k.provider) for module in files for k in module.KERNELS}  # tests/test_cpu_native_*.py
+    packed = {(f"{op}_packed", "cpu.native") for op in ("embed", "linear", "logits")}
+    elsewhere |= packed | {("linear_packed_silu_mul", "cpu.native")}
+    here = {("attention", "cpu.sdpa"), ("kv_write", "cpu.index_copy"), ("rope", "cpu.joint"), ("rms_norm", "cpu.fused"),
+            ("moe_experts", "cpu.by_expert"), ("linear", "cpu.native"), ("logits", "cpu.native")}  # fmt: skip
+    assert {(k.op, k.provider) for k in KERNELS} == here | elsewhere
 
 
 @pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
@@ -133,8 +137,9 @@ def test_attention_equals_its_reference(
     wide[..., :dim] = case.q
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2e-2}
     expected = attention_op.attention(case.q, *arguments)
-    assert_close(attention(case.q, *arguments), expected, **tolerance)
-    assert_close(attention(wide[..., :dim], *arguments), expected, **tolerance)
+    kernel = whole("attention", attention)
+    assert_close(kernel(case.q, *arguments), expected, **tolerance)
+    assert_close(kernel(wide[..., :dim], *arguments), expected, **tolerance)
 
 
 @FEW
@@ -144,7 +149,7 @@ def test_rms_norm_equals_its_reference(shape: list[int], width: int, dtype: torc
     x = torch.randn((*shape, 2 * width), generator=rng).to(dtype)[..., ::2]
     weight = torch.randn(width, generator=rng).to(dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2e-2}
-    assert_close(rms_norm(x, weight, 1e-5), norm.rms_norm(x, weight, 1e-5), **tolerance)
+    assert_close(whole("rms_norm", rms_norm, width=width)(x, weight, 1e-5), norm.rms_norm(x, weight, 1e-5), **tolerance)
 
 
 @FEW
@@ -161,7 +166,7 @@ def test_kv_write_equals_its_reference(
     qkv = torch.randn((tokens, 3 * heads, dim), generator=rng).to(dtype)
     k, v = qkv[:, heads : 2 * heads], qkv[:, 2 * heads :]
     slots = torch.randperm(6 * block, generator=rng)[:tokens]
-    kv_write(k[: len(slots)], v[: len(slots)], cache[0], cache[1], slots, "NHD")
+    kv_write(k[: len(slots)], v[: len(slots)], cache[0], cache[1], slots)
     attention_op.kv_write(k[: len(slots)], v[: len(slots)], expected[0], expected[1], slots, "NHD")
     assert torch.equal(cache, expected)
 

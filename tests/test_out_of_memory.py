@@ -34,7 +34,7 @@ class Full(FakePlatform):
     most: int = 1 << 30
 
     def __post_init__(self) -> None:
-        self.kernels = [Impl("silu_mul", "acme", self.silu_mul)]
+        self.kernels = [Impl("silu_mul", "acme", make=lambda _: self.silu_mul)]
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         if len(gate_up) >= self.fails_at:

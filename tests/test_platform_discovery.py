@@ -43,7 +43,7 @@ class Raising(Good):
 
 class TooNew(Good):
     name = "too_new"
-    api_version = "1.9"
+    api_version = "2.9"
 
 class Halfway:
     name = "halfway"
@@ -116,7 +116,7 @@ def test_a_platform_without_devices_is_absent_not_broken(found: dict[str, list[A
         ("halfway", "the plugin lacks required members: limits, memory, register"),
         ("raising", "probe failed: OSError: libacme.so: not found"),
         ("bad_diagnosis", "diagnose failed: RuntimeError: no idea"),
-        ("too_new", "the plugin needs interface 1.9, this hotplug has 1.1; upgrade hotplug"),
+        ("too_new", "the plugin needs interface 2.9, this hotplug has 2.0; upgrade hotplug"),
     ],
 )
 def test_a_broken_plugin_is_reported_with_its_reason(found: dict[str, list[Any]], name: str, reason: str) -> None:
@@ -139,12 +139,12 @@ def test_a_broken_plugin_that_takes_a_platforms_name_is_a_conflict_too() -> None
         discover([loaded(error="ImportError: x"), loaded(FakePlatform())])
 
 
-@pytest.mark.parametrize("version", ["1.1", "1.0", "0.0", "0.7"])
+@pytest.mark.parametrize("version", ["2.0", "1.1", "1.0"])
 def test_this_major_version_and_the_one_before_are_served(version: str) -> None:
     assert incompatible(version) == ""
 
 
-@pytest.mark.parametrize("version", ["1.2", "2.0"])
+@pytest.mark.parametrize("version", ["2.1", "3.0"])
 def test_a_newer_interface_is_refused(version: str) -> None:
     assert "upgrade hotplug" in incompatible(version)
 
@@ -161,7 +161,12 @@ def test_a_version_of_another_form_is_refused(version: object) -> None:
 
 
 def test_a_platform_without_a_version_is_taken_for_1_0() -> None:
-    assert not candidates(FakePlatform())[0].broken
+    class Undeclared:
+        name, torch_device = "acme", "cpu"
+        probe = limits = memory = register = lambda *_: []
+
+    (candidate,) = candidates(Undeclared())
+    assert (candidate.api_version, candidate.broken) == ("1.0", False)
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_platforms import FakePlatform, candidates, limits
+from fake_platforms import FakePlatform, candidates, limits, loaded
 from gguf_files import HIDDEN, VOCAB, random_tensors, tensor_shapes, write_gguf
 from torch import Tensor, nn
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
-from hotplug.core.ops import packed_linear
-from hotplug.core.ops.registry import Bucket, Impl, SiteSpec
+from hotplug.core.errors import PlatformError
+from hotplug.core.extension.points import Extension
+from hotplug.core.ops import dense, packed_linear
+from hotplug.core.ops.registry import Bucket, Impl, Op, SiteSpec
 from hotplug.core.request import Request, SamplingParams
 from hotplug.core.startup import bind as bind_module
+from hotplug.core.startup import installed
 from hotplug.platforms.cpu import CpuPlatform
 from hotplug.platforms.cpu.native import packed as native
 from hotplug.platforms.cpu.native.library import refusal
@@ -44,21 +47,50 @@ def as_packed(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
     return packed_linear.linear_packed(x, data, bias)
 
 
+def as_gated(x: Tensor, data: Tensor, bias: Tensor | None) -> Tensor:
+    return packed_linear.linear_packed_silu_mul(x, data, bias)
+
+
+def flipped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return dense.linear(x, weight.flip(0), bias)
+
+
+def linear_halved(x: Tensor, halves: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return dense.linear(x, halves * scale, bias)
+
+
+def flipped_halved(x: Tensor, halves: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return linear_halved(x, halves.flip(0), scale.flip(0), bias)
+
+
+class Halved:
+    """A scheme of two tensors: half of each weight, and what to multiply each row by."""
+
+    op = Op("linear_halved", linear_halved, facts=("in_features", "out_features", "bias"))
+
+    def tensors(self, out_features: int, in_features: int) -> Any:
+        return {"halves": ((out_features, in_features), torch.float32), "scale": ((out_features, 1), torch.float32)}
+
+    def quantize(self, weight: Tensor) -> Sequence[Tensor]:
+        scale = 1 + torch.arange(len(weight)).unsqueeze(1) / len(weight)
+        return [weight / scale, scale]
+
+
 @dataclass
 class Flips(FakePlatform):
     """Repacks by turning the order of rows around."""
 
     facts: Any = field(default_factory=lambda: limits(quantization=("none", "*"), accelerator=False))
     kernels: Any = (
-        Impl("linear_packed", "acme", flipped),
-        Impl("linear_packed_silu_mul", "acme", flipped_gated),
-        Impl("logits_packed", "acme", flipped_scores),
+        Impl("linear_packed", "acme", make=lambda _: flipped),
+        Impl("linear_packed_silu_mul", "acme", make=lambda _: flipped_gated),
+        Impl("logits_packed", "acme", make=lambda _: flipped_scores),
     )
     asked: list[tuple[SiteSpec, str]] = field(default_factory=list)
 
-    def repack(self, weight: Tensor, spec: SiteSpec, provider: str) -> Tensor:
+    def repack(self, weight: Sequence[Tensor], spec: SiteSpec, provider: str) -> Sequence[Tensor]:
         self.asked.append((spec, provider))
-        return weight.flip(0)
+        return [tensor.flip(0) for tensor in weight]
 
 
 @pytest.fixture
@@ -107,8 +139,8 @@ def test_an_embedding_keeps_the_groups_that_its_tied_head_gets_repacked(start) -
 
 def test_what_was_repacked_is_let_go_of(start) -> None:
     class Counts(Flips):
-        def repack(self, weight: Tensor, spec: SiteSpec, provider: str) -> Tensor:
-            before.append(weight.untyped_storage()._weak_ref())
+        def repack(self, weight: Sequence[Tensor], spec: SiteSpec, provider: str) -> Sequence[Tensor]:
+            before.append(weight[0].untyped_storage()._weak_ref())
             return super().repack(weight, spec, provider)
 
     before: list[Any] = []
@@ -119,13 +151,67 @@ def test_what_was_repacked_is_let_go_of(start) -> None:
     assert core.bound.model.decoder.embed.weight.untyped_storage()._weak_ref() in alive
 
 
+def test_the_matrix_of_a_lowered_op_is_repacked_for_the_part_that_reads_it(start) -> None:
+    parts = (
+        Impl("linear_packed", "acme", make=lambda _: flipped),
+        Impl("silu_mul", "acme", make=lambda _: dense.silu_mul),
+    )
+    platform = Flips(kernels=parts)
+    core = start(platform)
+    assert tokens(core) == tokens(start(FakePlatform(facts=platform.facts)))
+    gated = {spec.site: (spec.op, spec["out_features"]) for spec, _ in platform.asked if "gate_up" in spec.site}
+    width = 2 * core.bound.model.layers[0].mlp.width
+    assert gated == {f"layers.{i}.mlp.gate_up.linear": ("linear_packed", width) for i in range(2)}
+
+
+def test_a_floating_point_matrix_of_a_lowered_op_is_repacked_too(start) -> None:
+    platform = Flips(kernels=(Impl("linear", "acme", make=lambda _: flipped_linear),))
+    found = tokens(start(platform, quantization="none"))
+    assert found == tokens(start(FakePlatform(facts=platform.facts), quantization="none"))
+    assert {spec.site for spec, _ in platform.asked} >= {"layers.0.mlp.gate_up.linear", "layers.1.attn.qkv"}
+
+
+@pytest.mark.parametrize("other", ["fused", "part"])
+def test_the_matrix_of_a_lowered_op_stays_where_several_kernels_read_it(start, other: str) -> None:
+    def few(bucket: Bucket) -> bool:
+        return bucket.num_tokens < 3
+
+    beside = {
+        "fused": Impl("linear_packed_silu_mul", "acme.few", make=lambda _: as_gated, accepts=few),
+        "part": Impl("linear_packed", "acme.few", make=lambda _: as_packed, accepts=few, rank=5),
+    }
+    platform = Flips(kernels=(Impl("linear_packed", "acme", make=lambda _: as_packed), beside[other]))
+    monkey = start(FakePlatform(facts=platform.facts))
+    platform.repack = lambda weight, spec, provider: platform.asked.append((spec, provider)) or weight
+    assert tokens(start(platform)) == tokens(monkey)
+    assert not [spec for spec, _ in platform.asked if "gate_up" in spec.site]
+
+
+def test_a_weight_of_several_tensors_is_repacked_as_a_whole(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = Extension(quantization={"halved": Halved()})
+    monkeypatch.setattr(installed, "load_group", lambda group: [loaded(extension)])
+    platform = Flips(kernels=(Impl("linear_halved", "acme", make=lambda _: flipped_halved),))
+    core = start(platform, quantization="halved")
+    assert tokens(core) == tokens(start(FakePlatform(facts=platform.facts), quantization="halved"))
+    stored = core.bound.model.layers[0].attn.qkv.stored
+    assert [tuple(t.shape[1:]) for t in stored] == [(HIDDEN,), (1,)]
+    assert {spec.op for spec, _ in platform.asked} == {"linear_halved"}
+
+
+def test_a_weight_that_comes_back_with_fewer_tensors_is_an_error(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = Flips()
+    monkeypatch.setattr(Flips, "repack", lambda self, weight, spec, provider: [])
+    with pytest.raises(PlatformError, match=r"acme at .*: repack gives something else than the 1 tensors of a weight"):
+        start(platform)
+
+
 def test_a_site_that_another_kernel_serves_in_part_keeps_its_matrix(start) -> None:
     def few(bucket: Bucket) -> bool:
         return bucket.num_tokens < 3
 
     kernels = (
-        Impl("linear_packed", "acme.few", as_packed, accepts=few, rank=5),
-        Impl("linear_packed", "acme", as_packed),
+        Impl("linear_packed", "acme.few", make=lambda _: as_packed, accepts=few, rank=5),
+        Impl("linear_packed", "acme", make=lambda _: as_packed),
     )
     platform = Flips(kernels=kernels)
     tokens(start(platform))
@@ -134,7 +220,7 @@ def test_a_site_that_another_kernel_serves_in_part_keeps_its_matrix(start) -> No
 
 @pytest.mark.parametrize("how", ["reference", "observed", "compiled"])
 def test_matrices_stay_as_they_are_where_others_read_them(start, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    platform = Flips(kernels=(Impl("linear_packed", "acme", as_packed),))
+    platform = Flips(kernels=(Impl("linear_packed", "acme", make=lambda _: as_packed),))
     if how == "reference":
         core = start(platform, force=("linear_packed=reference",))
     elif how == "observed":
@@ -210,7 +296,7 @@ def test_the_cpu_platform_keeps_no_second_copy(start) -> None:
 
 
 def test_the_cpu_platform_leaves_what_it_has_no_layout_for() -> None:
-    weight = nn.Parameter(torch.randn(4, HIDDEN), requires_grad=False)
+    weight = [nn.Parameter(torch.randn(4, HIDDEN), requires_grad=False)]
     spec = SiteSpec("linear", "s", "float32", "avx2", {"scheme": "none"})
     assert CpuPlatform().repack(weight, spec, "cpu.native") is weight
 

@@ -163,7 +163,7 @@ def test_a_profiled_platform_has_run_a_step_that_verifies(tiny_model: Path) -> N
         return reject_sample(tokens, proposed, first)
 
     own_memory = FakePlatform(facts=facts(shared_host_memory=False), total=64 << 20,
-                              kernels=[Impl("reject_sample", "acme", spy)])  # fmt: skip
+                              kernels=[Impl("reject_sample", "acme", make=lambda _: spy)])  # fmt: skip
     core = start(tiny_model, own_memory, kv_cache_memory=None, speculative="ngram")
     assert ran == [64]
     asked = asked_of(random.Random(3), 4)

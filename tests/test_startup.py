@@ -97,7 +97,7 @@ class Warms(FakePlatform):
     calls: list[tuple[str, str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.kernels = [Impl("silu_mul", "acme", self.silu_mul)]
+        self.kernels = [Impl("silu_mul", "acme", make=lambda _: self.silu_mul)]
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         self.calls.append((threading.current_thread().name, gate_up.device.type, len(gate_up)))

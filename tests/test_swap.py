@@ -160,7 +160,9 @@ def test_the_plans_kernel_copies_all_layers_in_one_call(start):
         block_copy(sources, targets, pairs)
 
     facts = limits(shared_host_memory=True, accelerator=False, index_dtype="int32")
-    swapping = start(FakePlatform(facts=facts, kernels=[Impl("block_copy", "acme", copy)]), swap_space=40 * BLOCK)
+    swapping = start(
+        FakePlatform(facts=facts, kernels=[Impl("block_copy", "acme", make=lambda _: copy)]), swap_space=40 * BLOCK
+    )
     (site,) = [s for s in swapping.report()["sites"] if s["op"] == "block_copy"]
     assert (site["site"], site["provider"], site["facts"]["block_size"]) == ("swap", "acme", 16)
     assert generate(swapping) == generate(start(FakePlatform(facts=SYNCHRONOUS), kv_cache_memory="4MiB"))

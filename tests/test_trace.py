@@ -42,11 +42,11 @@ def core(tiny_model, monkeypatch) -> Any:
     return make
 
 
-def kernel(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return rms_norm(x, weight, eps)
+def kernel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, weight, 1e-5)
 
 
-KERNEL = Impl("rms_norm", "acme", kernel)
+KERNEL = Impl("rms_norm", "acme", make=lambda _: kernel)
 
 
 def generate(core: EngineCore, count: int) -> None:
@@ -73,13 +73,13 @@ def test_a_trace_counts_every_call_by_site_and_kernel(core):
 
 
 def test_a_lowered_op_is_not_charged_with_its_parts(core, monkeypatch):
-    def slow(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         until = time.perf_counter() + 0.002
         while time.perf_counter() < until:
             pass
-        return rms_norm(x, weight, eps)
+        return rms_norm(x, weight, 1e-5)
 
-    platform = FakePlatform(kernels=[Impl("rms_norm", "acme", slow)])
+    platform = FakePlatform(kernels=[Impl("rms_norm", "acme", make=lambda _: slow)])
     monkeypatch.setattr(bind_module, "discover", lambda: candidates(platform))
     engine = core(trace_ops=True)
     generate(engine, 5)

@@ -293,7 +293,10 @@ def test_the_platform_offers_tuning():
 class Tunes(FakePlatform):
     """Says what it was asked, and reports one result."""
 
-    kernels: Sequence[Impl] = (Impl("silu_mul", "acme", lambda x: x), Impl("rms_norm", "acme", lambda *a: a[0]))
+    kernels: Sequence[Impl] = (
+        Impl("silu_mul", "acme", make=lambda _: lambda x: x),
+        Impl("rms_norm", "acme", make=lambda _: lambda *a: a[0]),
+    )
     asked: dict[str, Any] = field(default_factory=dict)
 
     def tune(self, device: DeviceInfo, sites: Sequence[SiteSpec], seconds: float,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from hotplug.platforms.cpu import kernels
 from hotplug.platforms.cpu.native import attention as native
 from hotplug.platforms.cpu.native import library
-from hotplug.vendor import AttentionInputs
+from hotplug.vendor import AttentionInputs, SiteSpec
 
 LAYERS = 30
 PAUSE = 0.02
@@ -61,10 +62,10 @@ def milliseconds(kernel: Kernel, q: Tensor, caches: Tensor, step: AttentionInput
     """Of one layer, over a step of `LAYERS`, with the threads of the other kernel asleep and its own awake."""
     time.sleep(PAUSE)
     for layers in (caches[:4], caches):
-        step.prepared = None
+        step = replace(step)  # with nothing prepared of it
         began = time.perf_counter()
         for k_cache, v_cache in layers:
-            kernel(q, k_cache, v_cache, step, q.shape[-1] ** -0.5, None, "NHD")
+            kernel(q, k_cache, v_cache, step, None)
     return (time.perf_counter() - began) / len(caches) * 1e3
 
 
@@ -87,7 +88,9 @@ def main() -> None:
         step, blocks = step_of(lens, args.block, 512 if name == SHARED else 0)
         caches = torch.randn(LAYERS, 2, blocks, args.block, args.kv_heads, args.dim)
         q = torch.randn(sum(n for n, _ in lens), args.heads, args.dim)
-        times: dict[Kernel, list[float]] = {kernels.attention: [], native.attention: []}
+        facts = {"scale": args.dim**-0.5, "window": None, "soft_cap": None, "layout": "NHD"}
+        spec = SiteSpec("attention", "bench", "float32", "any", facts)
+        times: dict[Kernel, list[float]] = {kernels.attention(spec): [], native.attention(spec): []}
         for kernel in times:
             milliseconds(kernel, q, caches, step)
         for _ in range(args.repeat if len(q) < 512 else max(3, args.repeat // 6)):

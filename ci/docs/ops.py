@@ -8,14 +8,17 @@ from pathlib import Path
 
 from hotplug.core.ops.attention import AttentionInputs
 from hotplug.core.ops.builtin import builtin_ops
+from hotplug.core.ops.reference import call_parameters, static_parameters
 from hotplug.core.ops.registry import Op
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "ops.md"
 HEAD = """# Operations
 
-Every operation that a kernel may claim, with the signature of its plain-PyTorch reference, which a kernel has too, and
-the static facts that its call sites state (`spec["head_dim"]` in `check`). Written by `make docs` from
-`hotplug/core/ops/`; a test keeps it so. What a kernel may rely on is in [platforms.md](platforms.md#kernels).
+Every operation that a kernel may claim, with the signature of its plain-PyTorch reference, and the static facts that
+its call sites state (`spec["head_dim"]` in `check` and `make`). A parameter that bears the name of a fact and is no
+tensor is static: a kernel has it from the facts, and what `make` gives is called with the other parameters alone, as
+the line below the signature shows. Written by `make docs` from `hotplug/core/ops/`; a test keeps it so. What a kernel
+may rely on is in [platforms.md](platforms.md#kernels).
 
 A KV cache is [num_blocks, block_size, kv_heads, head_dim] in layout `NHD` and
 [num_blocks, kv_heads, block_size, head_dim] in `HND`; block 0 belongs to nobody. Positions, slots, block tables and
@@ -25,6 +28,9 @@ lengths have `Limits.index_dtype`.
 FACTS = {
     "vocab": "vocabulary size",
     "hidden": "width of the hidden state",
+    "eps": "what is added to the mean square under the root",
+    "scale": "what scores are multiplied by",
+    "renormalize": "whether the weights of a token's experts are divided by their sum",
     "width": "size of the last dimension (of the result, for a gate), or of an expert's inner layer",
     "in_features": "columns of the weight",
     "out_features": "rows of the weight",
@@ -58,7 +64,10 @@ def page() -> str:
 def _section(op: Op) -> str:
     signature = str(inspect.signature(op.reference, eval_str=True))
     signature = re.sub(r"\b(?:\w+\.)+(Tensor|AttentionInputs)\b", r"\1", signature)
-    lines = [f"## {op.name}", "", "```python", f"{op.name}{signature}", "```", "", inspect.getdoc(op.reference) or ""]
+    lines = [f"## {op.name}", "", "```python", f"{op.name}{signature}", "```", ""]
+    if static_parameters(op):
+        lines += [f"Called as `{op.name}({', '.join(call_parameters(op))})`.", ""]
+    lines += [inspect.getdoc(op.reference) or ""]
     if op.lower is not None:
         lines += ["", "A fused op: where no kernel claims it, its parts are bound in turn."]
     if op.facts:
@@ -69,8 +78,9 @@ def _section(op: Op) -> str:
 def _inputs() -> str:
     """What `step` holds."""
     source = inspect.getsource(AttentionInputs)
-    body = source[: source.index("    NODE_FIELDS")].rstrip()
-    return f"## AttentionInputs\n\n```python\n{body}\n```\n"
+    body = source[: source.index("    _made")].rstrip()
+    once = inspect.getdoc(AttentionInputs.once)
+    return f"## AttentionInputs\n\n```python\n{body}\n```\n\n`once(make, *args)`: {once}\n"
 
 
 if __name__ == "__main__":

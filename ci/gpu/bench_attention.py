@@ -32,7 +32,6 @@ from hotplug.platforms.cuda.kernels import (
     prefill_attention,
     prefill_hopper,
 )
-from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import DecodeConfig as D
 from hotplug.platforms.cuda.kernels.gathered_attention import chunks_of, gather
 from hotplug.platforms.cuda.kernels.prefill_attention import PrefillConfig as P
@@ -275,8 +274,9 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
 
     def flashinfer(backend: str, p: Problem) -> Tensor:
         return flashinfer_attention.attention(
-            p.q, p.k_cache, p.v_cache, p.step, p.q.shape[-1] ** -0.5, None, "NHD", backend=backend
-        )
+            p.q, p.k_cache, p.v_cache, p.step, None, scale=p.q.shape[-1] ** -0.5, window=None, soft_cap=None,
+            backend=backend,
+        )  # fmt: skip
 
     def hopper(p: Problem) -> Tensor:
         out = torch.empty_like(p.q)
@@ -296,7 +296,7 @@ def prefill_calls() -> Iterator[tuple[str, int, Callable[[Problem], Tensor]]]:
 
 def chunks_in(p: Problem) -> gathered_attention.Chunks:
     """The chunks of a step, made once for all layers, as the kernel does."""
-    chunks = prepared(p.step, "gathered", partial(chunks_of, p.step, p.k_cache.shape[1]))
+    chunks = p.step.once(chunks_of, p.k_cache.shape[1], None)
     assert chunks is not None
     return chunks
 

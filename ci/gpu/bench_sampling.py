@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,12 +81,13 @@ def time_inputs(name: str, queries: int, requests: int, context: int) -> None:
     args = (
         torch.full((queries * requests,), -1, **index), torch.randperm(requests, device=DEVICE).to(torch.int32),
         torch.arange(requests + 1, **index) * queries, torch.full((requests,), context - queries, **index),
-        torch.arange(requests, **index), torch.randint(1, 9999, (requests, 2 * blocks), **index), 16, blocks,
+        torch.arange(requests, **index), torch.randint(1, 9999, (requests, 2 * blocks), **index),
     )  # fmt: skip
-    for got, want in zip(prepare_step(*args), inputs.prepare_step(*args), strict=True):
+    kernel = partial(prepare_step, *args, blocks, block_size=16)
+    for got, want in zip(kernel(), inputs.prepare_step(*args, 16, blocks), strict=True):
         if not torch.equal(got, want):
             raise SystemExit(f"{name}, {requests} requests: not the reference's")
-    took = captured(lambda: prepare_step(*args))
+    took = captured(kernel)
     print(f"{name:24} {requests:5} {took:9.1f} {requests * blocks * 8 / READS * 1e6:9.1f}", flush=True)
 
 

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from hotplug.core.ops.attention import attention as reference
 from hotplug.platforms.cuda.kernels import flashinfer_attention
-from hotplug.platforms.cuda.kernels.flashinfer_attention import attention
 
 pytestmark = pytest.mark.timeout(900)
 MIXED = [(1, 37), (1, 640), (200, 200), (9, 750), (128, 1300)]
@@ -35,7 +34,9 @@ def case_of(lens: list[tuple[int, int]], dim: int = 128, seed: int = 0) -> Case:
 
 
 def run(case: Case, window: int | None = None, soft_cap: float | None = None) -> Tensor:
-    return attention(case.q, case.k_cache, case.v_cache, case.step, 0.1, window, "NHD", None, soft_cap)
+    return flashinfer_attention.attention(
+        case.q, case.k_cache, case.v_cache, case.step, None, scale=0.1, window=window, soft_cap=soft_cap
+    )
 
 
 def check(out: Tensor, case: Case, window: int | None = None, soft_cap: float | None = None) -> None:

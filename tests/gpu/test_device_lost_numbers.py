@@ -17,6 +17,7 @@ from test_values_stay_apart import BAD_PROMPTS, GREEDY, INNOCENT, RANDOM, tokens
 from hotplug import LLM
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.compare import compare
+from hotplug.core.ops.reference import bound_reference
 from hotplug.core.ops.registry import Bucket, Impl, SiteSpec
 from hotplug.platforms.cuda import CudaPlatform
 from hotplug.platforms.cuda.kernels import KERNELS
@@ -43,10 +44,11 @@ def test_what_a_query_does_not_see_has_no_effect(
     device, lens = torch.device("cuda"), STEPS[step]
     facts: dict[str, Any] = {
         "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "block_size": 64, "layout": "NHD",
-        "kv_dtype": dtype, "window": window, "sinks": False, "soft_cap": None, "static": False,
+        "kv_dtype": dtype, "scale": dim**-0.5, "window": window, "sinks": False, "soft_cap": None, "static": False,
     }  # fmt: skip
     arch = CudaPlatform().probe()[0].arch
-    verdict = kernel.check(SiteSpec("attention", "test", dtype, arch, facts))
+    spec = SiteSpec("attention", "test", dtype, arch, facts)
+    verdict = kernel.check(spec)
     if not verdict.ok:
         pytest.skip(verdict.reason)
     call = Builder(dtype, "int32", 1).call("attention", facts, lens, lost=True)
@@ -56,10 +58,10 @@ def test_what_a_query_does_not_see_has_no_effect(
         pytest.skip("not for such steps")
     wide = [to(arg, device) for arg in call.args]
     wide[:3] = [x.float() for x in wide[:3]]
-    expected = builtin_registry().op("attention").reference(*wide).to(call.args[0].dtype)
+    expected = bound_reference(builtin_registry().op("attention"), facts)(*wide).to(call.args[0].dtype)
     assert expected.isnan().any() == (len(lens) > 1)
     assert expected.isfinite().any()
-    got = kernel.fn(*(to(arg, device) for arg in call.args))
+    got = kernel.make(spec)(*(to(arg, device) for arg in call.args))
     found = compare(got.cpu(), expected.cpu())
     assert found.ok, found.reason
 

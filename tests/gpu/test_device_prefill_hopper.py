@@ -39,7 +39,7 @@ def case_of(lens: list[tuple[int, int]], dim: int = 128, block: int = 64, dtype:
 
 def expected(case: Case) -> torch.Tensor:
     q, k_cache, v_cache = (x.float() for x in (case.q, case.k_cache, case.v_cache))
-    return reference(q, k_cache, v_cache, case.step, SCALE, None, "NHD")
+    return reference(q, k_cache, v_cache, case.step, None, scale=SCALE, window=None, soft_cap=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -50,7 +50,8 @@ def test_steps_equal_the_reference_each_time(dim: int, block: int, group: int, d
 
     for seed, lens in enumerate((MIXED, CHUNKS, ONES, MANY)):
         case = case_of(lens, dim, block, dtype, group, seed)
-        got = [attention(case.q, case.k_cache, case.v_cache, case.step, SCALE, None, "NHD") for _ in range(3)]
+        static = {"scale": SCALE, "window": None, "soft_cap": None}
+        got = [attention(case.q, case.k_cache, case.v_cache, case.step, None, **static) for _ in range(3)]
         assert_close(got[0].float(), expected(case), rtol=2e-2, atol=2e-2)
         assert all(torch.equal(got[0], other) for other in got)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hotplug.vendor import DeviceInfo, ExecMode, KVLayout, Limits, MemoryInfo
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 class Right:
     name = "right"
     torch_device = "cpu"
-    api_version = "1.0"
+    api_version = "2.0"
 
     def probe(self) -> Sequence[DeviceInfo]:
         return [DeviceInfo(index=0, name="Right 1", arch="r1")]
@@ -37,9 +38,9 @@ class Right:
     def register(self, ops: OpRegistry) -> None:
         from hotplug.vendor import Impl
 
-        ops.add(Impl("attention", self.name, self.attention, check=self.check_attention))
-        ops.add(Impl("kv_write", self.name, self.kv_write))
-        ops.add(Impl("rope", self.name, self.rope))
+        ops.add(Impl("attention", self.name, make=self.make_attention, check=self.check_attention))
+        ops.add(Impl("kv_write", self.name, make=self.make_kv_write))
+        ops.add(Impl("rope", self.name, make=lambda _: self.rope))
 
     def capture(self, step: Callable[[], Any], device: DeviceInfo) -> Callable[[], Any]:
         step()
@@ -58,6 +59,17 @@ class Right:
         if spec["sinks"] or spec["soft_cap"] is not None:
             return Verdict(False, "has no sinks and no soft cap")
         return Verdict(spec["head_dim"] <= 128, "" if spec["head_dim"] <= 128 else "head_dim above 128")
+
+    def make_attention(self, spec: SiteSpec) -> Callable[..., Any]:
+        constants = (spec["scale"], spec["window"], spec["layout"])
+
+        def attend(q: Any, k_cache: Any, v_cache: Any, step: AttentionInputs, sinks: None) -> Any:
+            return self.attention(q, k_cache, v_cache, step, *constants)
+
+        return attend
+
+    def make_kv_write(self, spec: SiteSpec) -> Callable[..., Any]:
+        return partial(self.kv_write, layout=spec["layout"])
 
     def kv_of(self, k_cache: Any, v_cache: Any, table: Any, seq_len: int, layout: str) -> Any:
         from hotplug.vendor import gather_kv

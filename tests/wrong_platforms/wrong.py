@@ -48,7 +48,7 @@ class TakesNoNumberForAToken(Right):
 
     def register(self, ops: OpRegistry) -> None:
         super().register(ops)
-        ops.add(Impl("argmax", self.name, lambda logits: logits.argmax(-1)))
+        ops.add(Impl("argmax", self.name, make=lambda _: lambda logits: logits.argmax(-1)))
 
 
 class LiesInCheck(Right):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class NullDevice:
     name = "null_device"
     torch_device = "cpu"
-    api_version = "1.1"
+    api_version = "2.0"
 
     def probe(self) -> Sequence[DeviceInfo]:
         return [DeviceInfo(index=0, name="Null Device", arch="null")]

@@ -7,15 +7,15 @@ costs the host what launching it would, and the tokens are right only if each ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hotplug.vendor import AttentionInputs, Impl
+from hotplug.vendor import AttentionInputs, Impl, SiteSpec
 from null_device.clock import Clock
 from null_device.graph import compute
 from null_device.tokens import generator
@@ -34,7 +34,6 @@ def kernels(clock: Clock) -> Sequence[Impl]:
         start: Tensor,
         last_tokens: Tensor,
         block_tables: Tensor,
-        block_size: int,
         num_blocks: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The step's tokens, and the beginning of its time. No kernel here reads positions, slots or blocks."""
@@ -45,8 +44,14 @@ def kernels(clock: Clock) -> Sequence[Impl]:
         return tokens, tokens, tokens, start, blocks
 
     fns = (prepare_step, embed, linear, silu_mul, linear_silu_mul, rms_norm, add_rms_norm, rope_kv_write,
-           qk_norm_rope_kv_write, attention, moe_route, moe_experts, logits, argmax, sample, sample_rows)  # fmt: skip
-    return [Impl(fn.__name__, NAME, fn, rank=1) for fn in fns]
+           qk_norm_rope_kv_write, attention, moe_experts, logits, argmax, sample, sample_rows)  # fmt: skip
+    plain = [Impl(fn.__name__, NAME, make=partial(_itself, fn)) for fn in fns]
+    return [*plain, Impl("moe_route", NAME, make=moe_route)]
+
+
+def _itself(fn: Callable[..., Any], spec: SiteSpec) -> Callable[..., Any]:
+    """One function serves all call sites."""
+    return fn
 
 
 def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -65,11 +70,11 @@ def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x[:, :1].expand(-1, weight.shape[0] // 2)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x, residual
 
 
@@ -82,7 +87,6 @@ def rope_kv_write(
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
-    layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q, k_cache, v_cache
 
@@ -93,33 +97,26 @@ def qk_norm_rope_kv_write(
     v: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    eps: float,
     positions: Tensor,
     cos_sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
-    layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q, k_cache, v_cache
 
 
-def attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    step: AttentionInputs,
-    scale: float,
-    window: int | None,
-    layout: str,
-    sinks: Tensor | None = None,
-    soft_cap: float | None = None,
-) -> Tensor:
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, sinks: Tensor | None) -> Tensor:
     return q
 
 
-def moe_route(x: Tensor, weight: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    return x[:, :top_k].to(torch.float32), torch.zeros(top_k, dtype=torch.int32).expand(len(x), -1)
+def moe_route(spec: SiteSpec) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    top_k = spec["top_k"]
+
+    def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :top_k].to(torch.float32), torch.zeros(top_k, dtype=torch.int32).expand(len(x), -1)
+
+    return route
 
 
 def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.platform.discovery import Loaded, discover
 from hotplug.core.request import Request, SamplingParams
-from hotplug.vendor import HasCapture, HasKV, HasRuntime, Platform
+from hotplug.vendor import Platform, optional
 
 VOCAB = 1024
 LLAMA = {
@@ -64,7 +64,10 @@ def chains(prompts):
 
 
 def test_it_is_a_platform_with_a_runtime():
-    assert all(isinstance(NullDevice(), protocol) for protocol in (Platform, HasRuntime, HasCapture, HasKV))
+    assert all(
+        isinstance(NullDevice(), protocol)
+        for protocol in (Platform, optional.HasRuntime, optional.HasCapture, optional.HasKV)
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -12,6 +12,7 @@ from hotplug.vendor import DeviceInfo, ExecMode, Limits, MemoryInfo, OpRegistry
 class ToyCapture:
     name = "toy_capture"
     torch_device = "toy"
+    api_version = "2.0"
 
     def probe(self) -> Sequence[DeviceInfo]:
         return [DeviceInfo(index=0, name="Toy Capture", arch="toy")]

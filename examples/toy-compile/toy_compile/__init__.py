@@ -13,6 +13,7 @@ from hotplug.vendor import DeviceInfo, ExecMode, Impl, Limits, MemoryInfo, OpReg
 class ToyCompile:
     name = "toy_compile"
     torch_device = "cpu"
+    api_version = "2.0"
 
     def __init__(self) -> None:
         self._num_compiled = 0
@@ -38,7 +39,7 @@ class ToyCompile:
     def register(self, ops: OpRegistry) -> None:
         from toy_compile.machine import silu_mul  # imports torch
 
-        ops.add(Impl("silu_mul", "toy_compile", silu_mul))
+        ops.add(Impl("silu_mul", "toy_compile", make=lambda _: silu_mul))
 
     def buckets(self, max_tokens: int, max_requests: int) -> Sequence[tuple[int, int]]:
         decodes = [(1, 1), (max_requests, max_requests)]

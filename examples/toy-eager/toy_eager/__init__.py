@@ -11,6 +11,7 @@ from hotplug.vendor import DeviceInfo, Limits, MemoryInfo, OpRegistry
 class ToyEager:
     name = "toy_eager"
     torch_device = "cpu"
+    api_version = "2.0"
 
     def probe(self) -> Sequence[DeviceInfo]:
         return [DeviceInfo(index=0, name="Toy Eager", arch="toy")]

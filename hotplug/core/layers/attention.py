@@ -28,12 +28,8 @@ class Attention(nn.Module):
         self.head_dim = dim
         self.head_counts = [heads, kv_heads, kv_heads]
         self.sizes = [count * dim for count in self.head_counts]
-        self.scale = dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = spec.reach
-        self.layout = form.layout
-        self.eps = config.rms_norm_eps
         self.sinks: Tensor | None = None
-        self.soft_cap: float | None = None
 
         self.qkv = make_linear(ctx, f"{site}.qkv", config.hidden_size, sum(self.sizes), bias=config.attention_bias)
         self.out = make_linear(ctx, f"{site}.out", heads * dim, config.hidden_size, bias=config.output_bias)
@@ -41,11 +37,15 @@ class Attention(nn.Module):
         self.k_norm = ctx.weight(dim) if qk_norm else None
         geometry: dict[str, Fact] = {"num_kv_heads": kv_heads, "head_dim": dim, "block_size": form.block_size,
                  "layout": form.layout, "kv_dtype": form.dtype}  # fmt: skip
-        write = "qk_norm_rope_kv_write" if qk_norm else "rope_kv_write"
-        self.rope_kv_write = ctx.bind(write, f"{site}.write", num_heads=heads, rotary_dim=dim, **geometry)
+        rotation: dict[str, Fact] = {"num_heads": heads, "rotary_dim": dim, **geometry}
+        if qk_norm:
+            write = ctx.bind("qk_norm_rope_kv_write", f"{site}.write", eps=config.rms_norm_eps, **rotation)
+        else:
+            write = ctx.bind("rope_kv_write", f"{site}.write", **rotation)
+        self.rope_kv_write = write
         self.attention = ctx.bind(
-            "attention", site, num_heads=heads, window=self.window, sinks=self.sinks is not None,
-            soft_cap=self.soft_cap, static=ctx.static_steps, **geometry,
+            "attention", site, num_heads=heads, scale=config.attention_scale or dim**-0.5, window=self.window,
+            sinks=self.sinks is not None, soft_cap=None, static=ctx.static_steps, **geometry,
         )  # fmt: skip
 
     def forward(
@@ -58,17 +58,15 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.head_counts, dim=1)
         at = self.kv
-        cache = (step.positions, cos_sin, *at.caches(lanes[at.lane]), step.slots[at.table], self.layout)
+        cache = (step.positions, cos_sin, *at.caches(lanes[at.lane]), step.slots[at.table])
         if self.q_norm is None:
             q, k_cache, v_cache = self.rope_kv_write(q, k, v, *cache)
         else:
-            q, k_cache, v_cache = self.rope_kv_write(q, k, v, self.q_norm, self.k_norm, self.eps, *cache)
+            q, k_cache, v_cache = self.rope_kv_write(q, k, v, self.q_norm, self.k_norm, *cache)
         queries = step.attention[at.table]
         if scored_only:
             assert step.scored is not None
             q, queries = q[step.logit_indices], step.scored[at.table]
-        # Kernels written for interface 1.0 do not know of them, and need not where there are none.
-        extras = () if self.sinks is None and self.soft_cap is None else (self.sinks, self.soft_cap)
-        mixed = self.attention(q, k_cache, v_cache, queries, self.scale, self.window, self.layout, *extras)
+        mixed = self.attention(q, k_cache, v_cache, queries, self.sinks)
         at.store(lanes, (k_cache, v_cache))
         return self.out(mixed.flatten(1))

@@ -146,11 +146,10 @@ class RMSNorm(nn.Module):
     def __init__(self, ctx: BuildContext, site: str, width: int, eps: float) -> None:
         super().__init__()
         self.weight = ctx.weight(width)
-        self.eps = eps
-        self.op = ctx.bind("rms_norm", site, width=width)
+        self.op = ctx.bind("rms_norm", site, width=width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.weight, self.eps)
+        return self.op(x, self.weight)
 
 
 class AddRMSNorm(nn.Module):
@@ -163,14 +162,13 @@ class AddRMSNorm(nn.Module):
         """`reduce`: what comes in is a part of a sum, if there are several ranks."""
         super().__init__()
         self.weight = ctx.weight(width)
-        self.eps = eps
         if ctx.ranks == 1 or not reduce:
-            self.op = ctx.bind("add_rms_norm", site, width=width)
+            self.op = ctx.bind("add_rms_norm", site, width=width, eps=eps)
         else:
-            self.op = ctx.bind("all_reduce_add_norm", site, width=width, group="tp", ranks=ctx.ranks)
+            self.op = ctx.bind("all_reduce_add_norm", site, width=width, eps=eps, group="tp", ranks=ctx.ranks)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return self.op(x, residual, self.weight, self.eps)
+        return self.op(x, residual, self.weight)
 
 
 class ReduceRMSNorm(nn.Module):

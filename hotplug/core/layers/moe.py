@@ -26,18 +26,20 @@ class SparseMLP(nn.Module):
             )
         self.hidden_size = hidden = config.hidden_size
         self.width = width = config.moe_intermediate_size
-        self.top_k, self.renormalize = config.experts_per_token, config.norm_topk_prob
-        count = config.num_experts
+        count, top_k = config.num_experts, config.experts_per_token
         self.router = ctx.weight(count, hidden)
         self.gate_up = ctx.weight(count, 2 * width, hidden)
         self.down = ctx.weight(count, hidden, width)
-        self.route = ctx.bind("moe_route", f"{site}.route", hidden=hidden, num_experts=count, top_k=self.top_k)
+        self.route = ctx.bind(
+            "moe_route", f"{site}.route", hidden=hidden, num_experts=count, top_k=top_k,
+            renormalize=config.norm_topk_prob,
+        )  # fmt: skip
         self.experts = ctx.bind(
-            "moe_experts", f"{site}.experts", hidden=hidden, width=width, num_experts=count, top_k=self.top_k
+            "moe_experts", f"{site}.experts", hidden=hidden, width=width, num_experts=count, top_k=top_k
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, experts = self.route(x, self.router, self.top_k, self.renormalize)
+        weights, experts = self.route(x, self.router)
         return self.experts(x, weights, experts, self.gate_up, self.down)
 
     def destinations(self, prefix: str) -> Iterator[tuple[str, Destination]]:

@@ -19,13 +19,13 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, ctx: BuildContext, scheme: PackedScheme, site: str, vocab: int, hidden: int) -> None:
         super().__init__()
-        self._hidden, self._dtype = hidden, ctx.dtype
+        self._dtype = ctx.dtype
         self.scheme = scheme
         self.weight = scheme.parameter(vocab, hidden, ctx.device)
         self.op = ctx.bind("embed_packed", site, vocab=vocab, hidden=hidden, scheme=scheme.name)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return self.op(token_ids, self.weight, self._hidden).to(self._dtype)
+        return self.op(token_ids, self.weight).to(self._dtype)
 
 
 class SplitEmbedding(nn.Module):

@@ -13,13 +13,17 @@ NaN: cells past a sequence's end, of other blocks and of the null block may hold
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hotplug.core.ops.registry import Bucket, Op
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 
 @dataclass(slots=True)
@@ -39,8 +43,7 @@ class AttentionInputs:
     max_query_len: int
     """The longest run of queries; in a step of static shape 1 for decodes, else the number of tokens."""
     max_seq_len: int
-    prepared: Any = None
-    """Per-step state of the attention kernel, made once for all layers."""
+    _made: dict[tuple[Any, ...], object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     NODE_FIELDS: ClassVar[tuple[str, ...]] = ("block_table", "query_start", "seq_lens", "max_query_len")
     """What an attention node of a whole-step program has of this: a step of static shape (`core.ops.program`)."""
@@ -50,6 +53,19 @@ class AttentionInputs:
         """The inputs of a step of static shape."""
         decodes = len(seq_lens) if max_query_len == 1 else 0
         return cls(block_table, query_start, seq_lens, None, None, decodes, max_query_len, max_seq_len=0)
+
+    def once(self, make: Callable[Concatenate[Self, P], Made], *args: P.args, **kwargs: P.kwargs) -> Made:
+        """`make(self, *args)`, made at its first call with these arguments and kept for the step's other layers.
+
+        For what an attention kernel prepares of a step: `make` is a function of the kernel's module, so that each
+        kernel has what it made itself. Layers of one KV group share these inputs. Arguments are hashable.
+        """
+        key = (make, args, *kwargs.items())
+        try:
+            found = self._made[key]
+        except KeyError:
+            found = self._made[key] = make(self, *args, **kwargs)
+        return cast("Made", found)
 
 
 def kv_write(
@@ -249,7 +265,7 @@ OPS = (
     Op(
         "attention",
         attention,
-        facts=("num_heads", "window", "sinks", "soft_cap", "static", *_CACHE_FACTS),
+        facts=("num_heads", "scale", "window", "sinks", "soft_cap", "static", *_CACHE_FACTS),
         bucket=_bucket,
         outline=_like_queries,
     ),

@@ -33,10 +33,10 @@ def all_reduce_add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 def lower_all_reduce_add_norm(bind: Bind, spec: SiteSpec) -> Fn:
     reduce = bind("all_reduce", "sum", width=spec["width"], group=spec["group"], ranks=spec["ranks"])
-    norm = bind("add_rms_norm", "norm", width=spec["width"])
+    norm = bind("add_rms_norm", "norm", width=spec["width"], eps=spec["eps"])
 
-    def composed(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        normalized, total = norm(reduce(x), residual, weight, eps)
+    def composed(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        normalized, total = norm(reduce(x), residual, weight)
         return normalized, total
 
     return composed
@@ -45,5 +45,10 @@ def lower_all_reduce_add_norm(bind: Bind, spec: SiteSpec) -> Fn:
 OPS = (
     Op("all_reduce", all_reduce, facts=("width", "group", "ranks")),
     Op("all_gather", all_gather, facts=("width", "group", "ranks")),
-    Op("all_reduce_add_norm", all_reduce_add_norm, facts=("width", "group", "ranks"), lower=lower_all_reduce_add_norm),
+    Op(
+        "all_reduce_add_norm",
+        all_reduce_add_norm,
+        facts=("width", "eps", "group", "ranks"),
+        lower=lower_all_reduce_add_norm,
+    ),
 )

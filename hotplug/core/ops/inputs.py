@@ -82,10 +82,9 @@ def lower_prepare_step(bind: Bind, spec: SiteSpec) -> Fn:
         start: Tensor,
         last_tokens: Tensor,
         block_tables: Tensor,
-        block_size: int,
         num_blocks: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        prepared = prepare(token_ids, rows, query_start, start, last_tokens, block_tables, block_size)
+        prepared = prepare(token_ids, rows, query_start, start, last_tokens, block_tables)
         return *prepared, block_tables[rows, :num_blocks]
 
     return composed

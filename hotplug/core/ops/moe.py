@@ -54,6 +54,6 @@ def _bucket(x: Tensor, *_: Any) -> Bucket:
 
 
 OPS = (
-    Op("moe_route", moe_route, facts=("hidden", "num_experts", "top_k"), bucket=_bucket),
+    Op("moe_route", moe_route, facts=("hidden", "num_experts", "top_k", "renormalize"), bucket=_bucket),
     Op("moe_experts", moe_experts, facts=("hidden", "width", "num_experts", "top_k"), bucket=_bucket),
 )

@@ -22,16 +22,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def lower_add_rms_norm(bind: Bind, spec: SiteSpec) -> Fn:
-    norm = bind("rms_norm", "norm", width=spec["width"])
+    norm = bind("rms_norm", "norm", width=spec["width"], eps=spec["eps"])
 
-    def composed(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def composed(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         residual = x + residual
-        return norm(residual, weight, eps), residual
+        return norm(residual, weight), residual
 
     return composed
 
 
 OPS = (
-    Op("rms_norm", rms_norm, facts=("width",)),
-    Op("add_rms_norm", add_rms_norm, facts=("width",), lower=lower_add_rms_norm),
+    Op("rms_norm", rms_norm, facts=("width", "eps")),
+    Op("add_rms_norm", add_rms_norm, facts=("width", "eps"), lower=lower_add_rms_norm),
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hotplug.core.errors import PlanError, nearest
+from hotplug.core.ops.reference import bound_reference
 from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Impl, Observe, Op, OpRegistry, SiteSpec, Verdict
 
 COMPOSED = "composed"
@@ -73,6 +74,7 @@ class Plan:
         self._unused_force = set(self._force)
         self._faults: dict[str, list[str]] = {}  # what is wrong -> at which sites
         self._sites: set[str] = set()
+        self._made: dict[tuple[str, str], Fn] = {}
         self.accelerator = accelerator
         self.choices: list[Choice] = []
 
@@ -104,21 +106,21 @@ class Plan:
     def _bind_forced(self, op: Op, spec: SiteSpec, provider: str, part_of: str) -> Fn:
         if provider == REFERENCE:
             self.choices.append(Choice(spec, REFERENCE, "forced", (), part_of))
-            return self._observed(op, spec, REFERENCE, op.reference)
+            return self._reference(op, spec)
         impl = next((i for i in self.registry.impls(op.name) if i.provider == provider), None)
         if impl is None:
             known = {i.provider for i in self.registry.impls(op.name)} | {REFERENCE}
             self._fault(
                 f"forced provider {provider!r} has no kernel for {op.name}; {nearest(provider, known)}", spec.site
             )
-            return op.reference
+            return bound_reference(op, spec.facts)
         verdict = self._ask(impl, spec)
         if not verdict.ok:
             self._fault(f"forced provider {provider!r} cannot serve it: {verdict.reason}", spec.site)
-            return op.reference
+            return bound_reference(op, spec.facts)
         if impl.accepts is None:
             self.choices.append(Choice(spec, provider, "forced", (), part_of))
-            return self._observed(op, spec, provider, impl.fn)
+            return self._observed(op, spec, provider, self._make(op, impl, spec))
         return self._bind_best(op, spec, part_of, forced=impl)
 
     def _ask(self, impl: Impl, spec: SiteSpec) -> Verdict:
@@ -132,6 +134,22 @@ class Plan:
         if not ok and not reason:
             self._fault(f"kernel {impl.provider} refused without a reason", spec.site)
         return Verdict(ok, reason)
+
+    def _make(self, op: Op, impl: Impl, spec: SiteSpec) -> Fn:
+        """The kernel's callable for a site; one that cannot be made is an error of the plan."""
+        try:
+            fn = impl.make(spec)
+        except Exception as e:
+            self._fault(f"kernel {impl.provider} cannot be made: {type(e).__name__}: {e}", spec.site)
+            return bound_reference(op, spec.facts)
+        if not callable(fn):
+            self._fault(f"kernel {impl.provider}: its make gives {type(fn).__name__}, no function", spec.site)
+        self._made[spec.site, impl.provider] = fn
+        return fn
+
+    def kernel(self, site: str, provider: str) -> Fn:
+        """The callable that was made of a bound kernel. Raises KeyError for one that is not bound at the site."""
+        return self._made[site, provider]
 
     def _bind_best(self, op: Op, spec: SiteSpec, part_of: str, forced: Impl | None = None) -> Fn:
         """The best by rank; before them `forced`, a kernel for some step shapes."""
@@ -170,15 +188,16 @@ class Plan:
             reason = "forced, other shapes " + ("by rank" if len(chain) > 1 else f"to {_FALLBACKS[fallback]}")
         provider = "+".join([i.provider for i in chain] + ([] if whole else [fallback]))
         self.choices.append(Choice(spec, provider, reason, tuple(rejected), part_of))
-        fn = self._observed(op, spec, chain[-1].provider, chain[-1].fn) if whole else self._without_kernel(op, spec)
-        partial = chain[:-1] if whole else chain
-        for impl in reversed(partial):
-            fn = self._by_shape(op, spec, impl, fn)
+        made = [self._observed(op, spec, impl.provider, self._make(op, impl, spec)) for impl in chain]
+        fn = made[-1] if whole else self._without_kernel(op, spec)
+        partial = len(chain) - 1 if whole else len(chain)
+        for i in reversed(range(partial)):
+            fn = self._by_shape(op, chain[i], made[i], fn)
         return fn
 
-    def _by_shape(self, op: Op, spec: SiteSpec, impl: Impl, otherwise: Fn) -> Fn:
-        """A callable that takes `impl` for the step shapes it accepts. In a captured step it runs once."""
-        accepts, fn = impl.accepts, self._observed(op, spec, impl.provider, impl.fn)
+    def _by_shape(self, op: Op, impl: Impl, fn: Fn, otherwise: Fn) -> Fn:
+        """A callable that takes `fn`, of `impl`, for the step shapes it accepts. In a captured step it runs once."""
+        accepts = impl.accepts
         assert accepts is not None
         bucket = op.bucket or _rows
 
@@ -193,8 +212,11 @@ class Plan:
     def _without_kernel(self, op: Op, spec: SiteSpec) -> Fn:
         """What serves a site where no kernel of the op itself does: its parts, or its reference."""
         if op.lower is None:
-            return self._observed(op, spec, REFERENCE, op.reference)
+            return self._reference(op, spec)
         return self._observed(op, spec, COMPOSED, self._lowered(op, spec))
+
+    def _reference(self, op: Op, spec: SiteSpec) -> Fn:
+        return self._observed(op, spec, REFERENCE, bound_reference(op, spec.facts))
 
     def _lowered(self, op: Op, spec: SiteSpec) -> Fn:
         assert op.lower is not None

@@ -1,7 +1,7 @@
 """Ops as opaque nodes of a `torch.export` program: `hotplug::rms_norm(x, weight, eps, site)`.
 
-A node has the op's parameters and its call site's name, writes to nothing, and computes the op's reference: whoever
-compiles a program may claim nodes by op or site, inline others, or run them as they are.
+A node has all of the op's parameters, static ones too, and its call site's name, writes to nothing, and computes the
+op's reference: whoever compiles a program may claim nodes by op or site, inline others, or run them as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hotplug.core.errors import PlanError
-from hotplug.core.ops.registry import Fn, Op
+from hotplug.core.ops.reference import all_arguments
+from hotplug.core.ops.registry import Fact, Fn, Op
 
 NAMESPACE = "hotplug"
 _LIBRARY: Any = cast("Any", torch.library).Library(NAMESPACE, "FRAGMENT")  # untyped in torch
@@ -52,16 +53,16 @@ def node(op: Op) -> Any:
     return known.overload
 
 
-def as_node(op: Op, site: str) -> Fn:
-    """A callable for a call site that leaves a node in the program being traced.
+def as_node(op: Op, site: str, facts: Mapping[str, Fact]) -> Fn:
+    """The callable of a call site that leaves a node in the program being traced.
 
-    A node has all parameters of its op: those that a call leaves out, with their defaults.
+    A node has all parameters of its op: static ones from the site's facts, those that a call leaves out with their
+    defaults.
     """
     overload = node(op)
-    defaults = [p.default for p in inspect.signature(op.functional or op.reference).parameters.values()]
 
     def call(*args: Any) -> Any:
-        return overload(*flatten((*args, *defaults[len(args) :])), site)
+        return overload(*flatten(all_arguments(op, args, facts)), site)
 
     return call
 

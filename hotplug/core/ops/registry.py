@@ -1,14 +1,14 @@
 """Ops and their kernels: what an op is, what a kernel declares, and the table that holds both.
 
 An op is a function with a plain-PyTorch reference that runs on any torch device. A kernel (`Impl`) claims
-an op at the call sites whose static facts it can serve. The registry is filled once, at load; the plan
-(`hotplug.core.ops.plan`) then freezes it and binds every call site.
+an op at the call sites whose static facts it can serve, and is made for each of them. The registry is filled once, at
+load; the plan (`hotplug.core.ops.plan`) then freezes it and binds every call site.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 from hotplug.core.errors import PlanError, nearest
@@ -36,7 +36,7 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SiteSpec:
-    """The static facts of one call site: everything `Impl.check` may look at."""
+    """The static facts of one call site: everything that `Impl.check` and `Impl.make` may look at."""
 
     op: str
     site: str
@@ -62,9 +62,12 @@ Bind = Callable[..., Fn]
 class Op:
     """An operation: its reference, the facts that its call sites state, and how it splits if it is fused.
 
-    `lower(bind, spec)` builds the op from smaller planned ops; the plan uses it where no kernel claims the
-    fused op, so that a platform's small kernels are used before the reference is.
-    `bucket(*args)` reads the step's shape off the call's arguments, for kernels that serve only some shapes.
+    The reference defines the op, with all its parameters. Those that bear the name of a fact and are a number, a
+    string, a boolean or None are static: a call site states them once, and its callable takes the others alone
+    (`hotplug.core.ops.reference`).
+    `lower(bind, spec)` builds the site's callable from smaller planned ops; the plan uses it where no kernel claims
+    the fused op, so that a platform's small kernels are used before the reference is.
+    `bucket(*args)` reads the step's shape off the callable's arguments, for kernels that serve only some shapes.
     `functional` is the reference of an op that writes to its arguments, returning new tensors instead: whole-step
     programs use it.
     `outline` answers tensors of the results' shapes and dtypes and computes nothing, where tracing the reference
@@ -88,6 +91,9 @@ Observe = Callable[[Op, SiteSpec, str, Fn], Fn]
 class Impl:
     """A kernel of an op.
 
+    make: builds the callable of a call site from its static facts, once, while the model is built. The callable takes
+        the parameters of the op's reference that are not static, in their order. Called where no memory is taken too
+        (`hotplug explain`), so what is large is allocated on the first call.
     check: may this call site use it? Sees static facts only.
     accepts: of a site it serves, which step shapes? Others go to the next candidate. None = all.
     rank: the highest ok rank wins; equal ranks at one site are an error. Above 0.
@@ -95,7 +101,8 @@ class Impl:
 
     op: str
     provider: str
-    fn: Fn
+    _: KW_ONLY
+    make: Callable[[SiteSpec], Fn]
     check: Callable[[SiteSpec], Verdict] = field(default=lambda _: Verdict(True))
     accepts: Callable[[Bucket], bool] | None = None
     rank: int = 1
@@ -123,6 +130,9 @@ class OpRegistry:
         """Register a kernel. Raises PlanError for an unknown op, a duplicate provider or a late call."""
         where = f"kernel {impl.provider} of {impl.op}"
         self._refuse_if_frozen(where)
+        if not isinstance(impl, Impl):
+            raise PlanError("it is a function that takes constants, as interface 1.x has kernels", where=where,
+                            hint="Give Impl a make=; docs/migrating.md shows how.")  # fmt: skip
         if impl.op not in self._ops:
             raise PlanError("there is no such op", where=where, hint=nearest(impl.op, self._ops))
         if impl.provider == REFERENCE or impl.rank < 1:

@@ -39,8 +39,8 @@ def qk_norm_rope(
 
 def lower_qk_norm_rope(bind: Bind, spec: SiteSpec) -> Fn:
     head_dim, rotary_dim = spec["head_dim"], spec["rotary_dim"]
-    q_norm = bind("rms_norm", "q_norm", width=head_dim)
-    k_norm = bind("rms_norm", "k_norm", width=head_dim)
+    q_norm = bind("rms_norm", "q_norm", width=head_dim, eps=spec["eps"])
+    k_norm = bind("rms_norm", "k_norm", width=head_dim, eps=spec["eps"])
     rotate = bind("rope", "rope", num_heads=spec["num_heads"], num_kv_heads=spec["num_kv_heads"],
                   head_dim=head_dim, rotary_dim=rotary_dim)  # fmt: skip
 
@@ -49,11 +49,10 @@ def lower_qk_norm_rope(bind: Bind, spec: SiteSpec) -> Fn:
         k: Tensor,
         q_weight: Tensor,
         k_weight: Tensor,
-        eps: float,
         positions: Tensor,
         cos_sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        return rotate(q_norm(q, q_weight, eps), k_norm(k, k_weight, eps), positions, cos_sin)
+        return rotate(q_norm(q, q_weight), k_norm(k, k_weight), positions, cos_sin)
 
     return composed
 
@@ -62,5 +61,5 @@ _FACTS = ("num_heads", "num_kv_heads", "head_dim", "rotary_dim")
 
 OPS = (
     Op("rope", rope, facts=_FACTS),
-    Op("qk_norm_rope", qk_norm_rope, facts=_FACTS, lower=lower_qk_norm_rope),
+    Op("qk_norm_rope", qk_norm_rope, facts=(*_FACTS, "eps"), lower=lower_qk_norm_rope),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hotplug.core.ops.collective import all_gather, all_reduce
-from hotplug.core.ops.registry import Impl, OpRegistry
+from hotplug.core.ops.registry import Impl, OpRegistry, SiteSpec
 from hotplug.core.platform.base import Platform
 from hotplug.core.platform.optional import HasComm, NotHandledType
 from hotplug.core.platform.rank_group import RankGroup
@@ -22,10 +22,10 @@ def register_collectives(registry: OpRegistry, platform: Platform, group: RankGr
     own = isinstance(platform, HasComm)
     for name, default in (("all_reduce", all_reduce), ("all_gather", all_gather)):
         times = group.size if name == "all_gather" else 1
-        registry.add(Impl(name, TORCH, _skipped_on_meta(default, times)))
+        registry.add(Impl(name, TORCH, make=_skipped_on_meta(default, times)))
         if own:
-            fn = _skipped_on_meta(_either(getattr(platform, name), default, group), times)
-            registry.add(Impl(name, f"{platform.name}.comm", fn, rank=2))
+            make = _skipped_on_meta(_either(getattr(platform, name), default, group), times)
+            registry.add(Impl(name, f"{platform.name}.comm", make=make, rank=2))
 
 
 def _either(
@@ -40,10 +40,10 @@ def _either(
     return call
 
 
-def _skipped_on_meta(fn: Collective, times: int) -> Collective:
-    """`fn`, but for tensors without memory, whose steps one rank runs by itself: wider by `times`, and no call."""
+def _skipped_on_meta(fn: Collective, times: int) -> Callable[[SiteSpec], Collective]:
+    """Makes `fn`, but not called for tensors without memory, whose steps one rank runs by itself: wider by `times`."""
 
     def call(x: Tensor) -> Tensor:
         return x.repeat(1, times) if x.is_meta else fn(x)
 
-    return call
+    return lambda _: call

@@ -17,7 +17,7 @@ from hotplug.core.errors import PlatformError, nearest
 if TYPE_CHECKING:
     from hotplug.core.ops.registry import OpRegistry
 
-API_VERSION = "1.1"
+API_VERSION = "2.0"
 """Version of this interface. Additions raise the minor number; the core serves majors N and N-1."""
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -189,4 +189,4 @@ class Platform(Protocol):
         """Free and total bytes, now."""
 
     def register(self, ops: OpRegistry) -> None:
-        """Add kernels with `ops.add(Impl(...))`; may do nothing."""
+        """Add kernels with `ops.add(Impl(op, provider, make=...))`; may do nothing."""

@@ -89,7 +89,7 @@ def _probe(item: Loaded) -> Candidate:
                if not hasattr(platform, m)]  # fmt: skip
     if missing:
         return broken(f"the plugin lacks required members: {', '.join(missing)}")
-    version = str(getattr(platform, "api_version", "1.0"))
+    version = declared_version(platform)
     reason = incompatible(version)
     if reason:
         return broken(reason)
@@ -107,6 +107,11 @@ def _probe(item: Loaded) -> Candidate:
 def _absence(platform: Platform) -> str:
     findings = platform.diagnose() if isinstance(platform, HasDiagnosis) else ()
     return "; ".join(findings) or "no device found"
+
+
+def declared_version(platform: object) -> str:
+    """The interface that a platform was written for: what its `api_version` says, "1.0" where it has none."""
+    return str(getattr(platform, "api_version", "1.0"))
 
 
 def incompatible(version: object) -> str:

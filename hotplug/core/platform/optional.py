@@ -149,17 +149,19 @@ class HasKV(Protocol):
 
 @runtime_checkable
 class HasWeights(Protocol):
-    """Rearrange a matrix once, at load, into the layout that its kernel wants."""
+    """Rearrange a weight once, at load, into the layout that its kernel wants."""
 
-    def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
-        """The matrix of the site `spec` as `provider`'s kernel of its op, which alone reads it, wants it in its place.
+    def repack(self, weight: Sequence[torch.Tensor], spec: SiteSpec, provider: str) -> Sequence[torch.Tensor]:
+        """The weight of the site `spec` as `provider`'s kernel of its op, which alone reads it, wants it in its place.
 
-        `weight` is filled, and may be a read-only view of the checkpoint's file: it is not written to. It is let go of
-        afterwards, unless it is what this returns. Asked for the matrices of products: the op's second argument.
+        `weight` holds all tensors of a product's weight in the order of the op's parameters: one matrix, or what a
+        quantization scheme stores (scales among them); the bias is not among them. As many are returned, those that
+        stay as they are themselves. They are filled, and may be read-only views of the checkpoint's file: they are not
+        written to. What is not returned is let go of afterwards. Where a fused op was lowered, `spec` is that of the
+        part that reads the weight.
 
         Weights are left as they are in the checkpoint, and kernels must take them so, where others read them too:
-        where steps are compiled as a whole, in parts of a fused op that has no kernel of its own, in tests and in tools
-        that compare kernels with references.
+        where steps are compiled as a whole, in tests and in tools that compare kernels with references.
         """
 
 

@@ -58,7 +58,11 @@ class StepProgram(Protocol):
 
     @property
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
-        """By call site: the platform's own kernels that the plan chose for this shape."""
+        """By call site: the platform's own kernels that the plan chose for this shape.
+
+        Each is called as its node is, with all parameters of the op: without the site, and with `AttentionInputs` in
+        place of its fields.
+        """
 
     def export(self) -> torch.export.ExportedProgram:
         """The program with every operation as an opaque node `hotplug::<op>(..., site)`.

@@ -165,7 +165,7 @@ class DeviceBatch:
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, list[Tensor]]:
         """Token ids, positions, slots by block table, sequence lengths, and the rows' block tables."""
         first, *others = (
-            self._prepare(given, rows, query_start, start, self.last_tokens, table, self._block_size, num_blocks)
+            self._prepare(given, rows, query_start, start, self.last_tokens, table, num_blocks)
             for table in self._tables
         )
         token_ids, positions, slots, lens, table = first

@@ -17,7 +17,8 @@ from hotplug.core.models.decoder import Decoder
 from hotplug.core.ops.inputs import StepInputs
 from hotplug.core.ops.plan import COMPOSED, Plan
 from hotplug.core.ops.program import as_node, references
-from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Op
+from hotplug.core.ops.reference import without_constants
+from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Op, SiteSpec
 from hotplug.core.runner.dynamic import DynamicInputs
 from hotplug.core.runner.schema import by_lane, from_tensors
 from hotplug.core.runner.static import StaticInputs, StepShape
@@ -52,7 +53,7 @@ class ModelProgram:
         return model, binder.ops
 
     def kernels(self, shape: StepShape) -> dict[str, Fn]:
-        """The planned kernel of each site in a step of this shape, references left out."""
+        """The planned kernel of each site in a step of this shape, called as the nodes are; references left out."""
         bucket = Bucket(shape.num_tokens, 1 if shape.decodes else shape.num_tokens)
         found = {}
         for choice in self._plan.choices:
@@ -60,9 +61,13 @@ class ModelProgram:
             for provider in choice.provider.split("+"):
                 impl = impls.get(provider)
                 if impl is not None and (impl.accepts is None or impl.accepts(bucket)):
-                    found[choice.spec.site] = impl.fn
+                    found[choice.spec.site] = self._with_constants(choice.spec, provider)
                     break
         return found
+
+    def _with_constants(self, spec: SiteSpec, provider: str) -> Fn:
+        """The site's kernel, called as its node is: with the static parameters too."""
+        return without_constants(self._plan.registry.op(spec.op), self._plan.kernel(spec.site, provider))
 
 
 class ExportedStep:
@@ -113,7 +118,7 @@ class _NodeBinder:
 
             return definition.lower(bind_part, self._composed[site])
         self.ops[op] = definition
-        return as_node(definition, site)
+        return as_node(definition, site, facts)
 
 
 class _Step(nn.Module):

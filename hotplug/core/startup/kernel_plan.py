@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hotplug.core.config import EngineConfig
 from hotplug.core.extension.points import Extension
+from hotplug.core.interface_1 import register
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.plan import Plan
 from hotplug.core.ops.registry import Observe, OpRegistry
@@ -76,7 +77,7 @@ def _registry(placement: Placement, extension: Extension, asked: WeightFormat | 
         registry.define(op)
     if asked is not None and asked.scheme is not None and not isinstance(asked.scheme, PackedScheme):
         registry.define(asked.scheme.op)  # that of packed weights is built in
-    placement.platform.register(registry)
+    register(placement.platform, registry)
     if placement.tensor_group.size > 1:
         register_collectives(registry, placement.platform, placement.tensor_group)
     return registry

@@ -9,7 +9,6 @@ culprit found explains the wrong tokens is then tried out, with the reference in
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import HotplugError, RequestError
 from hotplug.core.ops.compare import Comparison, compare, describe, dtypes_through, leaves
+from hotplug.core.ops.reference import bound_reference, call_parameters
 from hotplug.core.ops.registry import REFERENCE, Fact, Fn, Observe, Op, SiteSpec
 from hotplug.core.platform.base import ExecMode
 from hotplug.core.request import Request, SamplingParams
@@ -93,10 +93,11 @@ class Comparer:
 
     def observe(self, op: Op, spec: SiteSpec, provider: str, fn: Fn) -> Fn:
         """Implements `hotplug.core.ops.registry.Observe`."""
-        names = list(inspect.signature(op.reference).parameters)
+        names = call_parameters(op)
+        reference = bound_reference(op, spec.facts)
 
         def compared(*args: Any) -> Any:
-            if fn is op.reference and _all_on_host(args):
+            if provider == REFERENCE and _all_on_host(args):
                 return fn(*args)
             copies = [self._to_host(a) for a in args]
             failures = self._failures
@@ -112,7 +113,7 @@ class Comparer:
                     hint=f"Try --force {spec.site}=reference.",
                 ) from e
             if self._failures == failures:  # else a part of this op is wrong, and is the one to blame
-                expected = op.reference(*copies)
+                expected = reference(*copies)
                 checks = [("output", result, expected), *zip(names, args, copies, strict=False)]
                 self._judge(spec, provider, args, checks)
             return result
@@ -147,7 +148,7 @@ class Comparer:
         if isinstance(value, tuple | list):
             return type(value)(self._to_host(item) for item in value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            copied = {f.name: self._to_host(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            copied = {f.name: self._to_host(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
             return dataclasses.replace(value, **copied)
         return value
 
@@ -239,7 +240,7 @@ def _instead(sites: Collection[str]) -> Observe:
     """An observer that puts the reference in the place of whatever serves these sites."""
 
     def observe(op: Op, spec: SiteSpec, provider: str, fn: Fn) -> Fn:
-        return op.reference if spec.site in sites else fn
+        return bound_reference(op, spec.facts) if spec.site in sites else fn
 
     return observe
 

@@ -23,7 +23,7 @@ class CpuPlatform:
 
     name = "cpu"
     torch_device = "cpu"
-    api_version = "1.1"
+    api_version = "2.0"
 
     def probe(self) -> Sequence[DeviceInfo]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -76,13 +76,13 @@ class CpuPlatform:
         for kernel in KERNELS:
             ops.add(kernel)
 
-    def repack(self, weight: torch.Tensor, spec: SiteSpec, provider: str) -> torch.Tensor:
+    def repack(self, weight: Sequence[torch.Tensor], spec: SiteSpec, provider: str) -> Sequence[torch.Tensor]:
         """Matrices in groups are packed for the native kernels; others stay as they are."""
         from hotplug.platforms.cpu.native import packed
 
         if provider != packed.PROVIDER or spec.op not in packed.PACKED_OPS:
             return weight
-        return packed.repack(weight, spec["scheme"])
+        return [packed.repack(data, spec["scheme"]) for data in weight]
 
     def share(self, device: DeviceInfo, rank: int, ranks: int) -> None:
         from hotplug.platforms.cpu.cores import take

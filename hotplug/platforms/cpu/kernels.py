@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,17 +40,17 @@ class _DecodeState:
     """[requests, context, 1, 1] the others."""
 
 
-@opaque
-def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
-    sinks: None = None, soft_cap: None = None,
-) -> Tensor:  # fmt: skip
+def attention(spec: SiteSpec) -> Callable[[Tensor, Tensor, Tensor, AttentionInputs, None], Tensor]:
     """Decodes as one padded batch, prompt chunks one request at a time, through PyTorch's fused attention."""
+    return opaque(partial(_attention, scale=spec["scale"], window=spec["window"]))
+
+
+def _attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, sinks: None, scale: float, window: int | None
+) -> Tensor:
     if step.seq_lens_host is None:  # of static shape: prepared anew, since what it holds changes
         lens = step.seq_lens.tolist()
-        step = dataclasses.replace(
-            step, query_lens_host=step.query_start.diff().tolist(), seq_lens_host=lens, prepared=None
-        )
+        step = dataclasses.replace(step, query_lens_host=step.query_start.diff().tolist(), seq_lens_host=lens)
     decodes = step.num_decodes
     if not q.shape[0]:
         return torch.empty_like(q)
@@ -60,7 +62,7 @@ def attention(
     begin = decodes
     for i in range(decodes, len(step.query_lens_host)):
         query_len, seq_len = step.query_lens_host[i], step.seq_lens_host[i]
-        k, v = gather_kv(k_cache, v_cache, step.block_table[i], seq_len, layout)
+        k, v = gather_kv(k_cache, v_cache, step.block_table[i], seq_len, "NHD")
         out[begin : begin + query_len] = _prefill(q[begin : begin + query_len], k, v, scale, window)
         begin += query_len
     return out
@@ -72,11 +74,7 @@ def _decode(
     """q [requests, heads, head_dim], one query each."""
     requests, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
-    if step.prepared is None:
-        step.prepared = {}
-    state = step.prepared.get(window)  # layers differ in their window only
-    if state is None:
-        state = step.prepared[window] = _decode_state(step, requests, block_size, window)
+    state = step.once(_decode_state, requests, block_size, window)
     # index_select copies whole blocks; advanced indexing would go element by element
     k, v = (
         cache.index_select(0, state.blocks).view(requests, -1, kv_heads, head_dim).to(q.dtype)
@@ -144,9 +142,7 @@ def _attend_selected(heads: Tensor, keys: Tensor, values: Tensor, visible: Tenso
     return (weights @ values.to(torch.float32)).to(heads.dtype)
 
 
-def kv_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str
-) -> tuple[Tensor, Tensor]:
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """One copy for the keys and one for the values: a token's heads lie together in this layout."""
     k, v = k + (v - v), v.nan_to_num(0.0, 0.0, 0.0)  # `finite_values` in few passes: inf - inf is NaN, else 0
     k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
@@ -168,9 +164,10 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
     return rotated[:, :heads], rotated[:, heads:]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(spec: SiteSpec) -> Callable[[Tensor, Tensor], Tensor]:
     """PyTorch's own normalization."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    shape, eps = (spec["width"],), spec["eps"]
+    return lambda x, weight: F.rms_norm(x, shape, weight, eps)
 
 
 @opaque
@@ -236,13 +233,13 @@ def _few_rows(bucket: Bucket) -> bool:
 
 
 KERNELS = (
-    Impl("attention", "cpu.sdpa", attention, check=_plain, rank=10),
-    Impl("kv_write", "cpu.index_copy", kv_write, check=_same_dtype, rank=10),
-    Impl("rope", "cpu.joint", rope, check=_whole_float32, rank=10),
-    Impl("rms_norm", "cpu.fused", rms_norm, rank=10),
-    Impl("moe_experts", "cpu.by_expert", moe_experts, rank=10),
-    Impl("linear", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
-    Impl("logits", "cpu.native", linear, check=_native_float32, accepts=_few_rows, rank=10),
+    Impl("attention", "cpu.sdpa", make=attention, check=_plain, rank=10),
+    Impl("kv_write", "cpu.index_copy", make=lambda _: kv_write, check=_same_dtype, rank=10),
+    Impl("rope", "cpu.joint", make=lambda _: rope, check=_whole_float32, rank=10),
+    Impl("rms_norm", "cpu.fused", make=rms_norm, rank=10),
+    Impl("moe_experts", "cpu.by_expert", make=lambda _: moe_experts, rank=10),
+    Impl("linear", "cpu.native", make=lambda _: linear, check=_native_float32, accepts=_few_rows, rank=10),
+    Impl("logits", "cpu.native", make=lambda _: linear, check=_native_float32, accepts=_few_rows, rank=10),
     *ATTENTION_KERNELS,
     *DENSE_KERNELS,
     *INPUTS_KERNELS,

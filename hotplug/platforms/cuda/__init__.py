@@ -22,7 +22,7 @@ class CudaPlatform:
 
     name = "cuda"
     torch_device = "cuda"
-    api_version = "1.1"
+    api_version = "2.0"
 
     def __init__(self) -> None:
         self._nvml: Nvml | None = None
@@ -181,8 +181,6 @@ class CudaPlatform:
         import torch
 
         torch.cuda.set_device(device.index)
-
-        return torch.cuda.stream(torch.cuda.Stream())
 
     def event(self) -> Any:
         import torch

@@ -1,4 +1,4 @@
-"""Generated calls of ops: arguments on the host, from an op's facts and the lengths of a step.
+"""Generated calls of ops: arguments of call sites on the host, from an op's facts and the lengths of a step.
 
 KV cells beyond a sequence's end, and blocks of nobody, hold large values: what reads them is far off. In calls with
 `lost` numbers they hold NaN and infinities, some keys of a sequence are NaN too, and table entries behind a window are
@@ -40,7 +40,7 @@ LOST_OPS = frozenset({
 
 @dataclass
 class Call:
-    """Arguments of one call, and how much of its first result means something."""
+    """Arguments of one call of a site, and how much of its first result means something."""
 
     args: tuple[Any, ...]
     rows: int | None = None
@@ -87,7 +87,7 @@ class Builder:
 
     def _embed_packed(self, facts: Any, lens: Lens, view: bool) -> Call:
         ids = self._ints(_tokens(lens), facts["vocab"])
-        return Call((ids, self._groups(facts["vocab"], facts["hidden"], facts["scheme"]), facts["hidden"]))
+        return Call((ids, self._groups(facts["vocab"], facts["hidden"], facts["scheme"])))
 
     def _linear_packed(self, facts: Any, lens: Lens, view: bool) -> Call:
         wide, out = facts["in_features"], facts["out_features"]
@@ -114,19 +114,18 @@ class Builder:
         return self._linear({**facts, "out_features": 2 * facts["width"]}, lens, view)
 
     def _rms_norm(self, facts: Any, lens: Lens, view: bool) -> Call:
-        return Call((self._normal(_tokens(lens), facts["width"], view=view), self._normal(facts["width"]), 1e-5))
+        return Call((self._normal(_tokens(lens), facts["width"], view=view), self._normal(facts["width"])))
 
     def _add_rms_norm(self, facts: Any, lens: Lens, view: bool) -> Call:
         x, residual = (self._normal(_tokens(lens), facts["width"], view=view) for _ in range(2))
-        return Call((x, residual, self._normal(facts["width"]), 1e-5))
+        return Call((x, residual, self._normal(facts["width"])))
 
     def _moe_route(self, facts: Any, lens: Lens, view: bool) -> Call:
         """Scores that are exact in every dtype: which experts are best is then no matter of rounding."""
         hidden = facts["hidden"]
         x = torch.randint(-2, 3, (_tokens(lens), (2 if view else 1) * hidden), generator=self.random)
         weight = torch.randint(-2, 3, (facts["num_experts"], hidden), generator=self.random) / 8
-        renormalize = _tokens(lens) % 2 == 1
-        return Call((x.to(self.dtype)[:, :hidden], weight.to(self.dtype), facts["top_k"], renormalize))
+        return Call((x.to(self.dtype)[:, :hidden], weight.to(self.dtype)))
 
     def _moe_experts(self, facts: Any, lens: Lens, view: bool) -> Call:
         hidden, width, count, top_k = (facts[name] for name in ("hidden", "width", "num_experts", "top_k"))
@@ -145,7 +144,7 @@ class Builder:
     def _qk_norm_rope(self, facts: Any, lens: Lens, view: bool) -> Call:
         q, k = self._heads(facts, lens, view)
         q_weight, k_weight = self._normal(facts["head_dim"]), self._normal(facts["head_dim"])
-        return Call((q, k, q_weight, k_weight, 1e-6, self._positions(lens), self._cos_sin(facts, lens)))
+        return Call((q, k, q_weight, k_weight, self._positions(lens), self._cos_sin(facts, lens)))
 
     def _kv_write(self, facts: Any, lens: Lens, view: bool) -> Call:
         tokens, block = _tokens(lens), facts["block_size"]
@@ -153,7 +152,7 @@ class Builder:
         slots = torch.randperm(caches[0].shape[0] * block - block, generator=self.random)[:tokens] + block
         width = (facts["num_kv_heads"], facts["head_dim"])
         k, v = (self._normal(tokens, *width, view=view) for _ in range(2))
-        return Call((k, v, *caches, slots.to(self.index), facts["layout"]))
+        return Call((k, v, *caches, slots.to(self.index)))
 
     def _block_copy(self, facts: Any, lens: Lens, view: bool) -> Call:
         """The sequences' blocks, some of them read twice, of three caches; with `view` both lists are slices."""
@@ -178,7 +177,7 @@ class Builder:
     def _qk_norm_rope_kv_write(self, facts: Any, lens: Lens, view: bool) -> Call:
         q, k, v, *rest = self._rope_kv_write(facts, lens, view).args
         q_weight, k_weight = self._normal(facts["head_dim"]), self._normal(facts["head_dim"])
-        return Call((q, k, v, q_weight, k_weight, 1e-6, *rest))
+        return Call((q, k, v, q_weight, k_weight, *rest))
 
     def _attention(self, facts: Any, lens: Lens, view: bool) -> Call:
         block, layout = facts["block_size"], facts["layout"]
@@ -198,10 +197,7 @@ class Builder:
         if facts["static"]:
             q, step, rows = self._padded(q, step)
         sinks = self._normal(facts["num_heads"]) if facts["sinks"] else None
-        scale = facts["head_dim"] ** -0.5
-        # passed where a model has them, as the layers do: kernels written for interface 1.0 do not know of them
-        extras = () if sinks is None and facts["soft_cap"] is None else (sinks, facts["soft_cap"])
-        return Call((q, k_cache, v_cache, step, scale, facts["window"], layout, *extras), rows)
+        return Call((q, k_cache, v_cache, step, sinks), rows)
 
     def _step(self, lens: Lens, table: Tensor) -> AttentionInputs:
         queries, seqs = [q for q, _ in lens], [s for _, s in lens]
@@ -347,7 +343,7 @@ class Builder:
         widest = max((-(-seq // facts["block_size"]) for _, seq in lens), default=1)
         tables = torch.randint(1, 99, (rows, widest), generator=self.random).to(self.index)
         last = self._ints(rows, 100)
-        return Call((ids, order.to(self.index), query_start, starts, last, tables, facts["block_size"]))
+        return Call((ids, order.to(self.index), query_start, starts, last, tables))
 
     def _lose_prepare_inputs(self, call: Call, facts: Any, lens: Lens) -> None:
         """Rows without a last token."""

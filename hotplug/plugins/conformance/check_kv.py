@@ -11,6 +11,7 @@ from torch import Tensor
 from hotplug.core.kv.groups import make_groups
 from hotplug.core.kv.spec import BlockFormat, FullAttention
 from hotplug.core.ops.attention import gather_kv
+from hotplug.core.ops.reference import bound_reference
 from hotplug.core.ops.registry import Fn, SiteSpec
 from hotplug.core.platform.base import KVLayout
 from hotplug.core.platform.optional import HasKV
@@ -54,7 +55,7 @@ def _written_is_read(
              "kv_dtype": dtype}  # fmt: skip
     write = _kernel(target, SiteSpec("kv_write", "conform", compute, target.device.arch, facts))
     device = target.torch_device
-    write(k.to(device), v.to(device), *pair, slots.to(device), str(layout))
+    write(k.to(device), v.to(device), *pair, slots.to(device))
     table = blocks.to(device)
     for name, given, got in zip("kv", (k, v), gather_kv(*pair, table, tokens, str(layout)), strict=True):
         want = given.to(TORCH_DTYPES[dtype]).to(torch.float32)
@@ -68,8 +69,8 @@ def _written_is_read(
 def _kernel(target: Target, spec: SiteSpec) -> Fn:
     for impl in target.registry.impls(spec.op):
         if impl.check(spec)[0]:
-            return impl.fn
-    return target.registry.op(spec.op).reference
+            return impl.make(spec)
+    return bound_reference(target.registry.op(spec.op), spec.facts)
 
 
 def _copies(target: Target, report: Report, cache: Tensor, where: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hotplug.core.ops.collective import OPS as COLLECTIVES
 from hotplug.core.ops.compare import Comparison, compare, dtypes_through, leaves
-from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Impl, Op, SiteSpec
+from hotplug.core.ops.reference import all_arguments, bound_reference, call_parameters
+from hotplug.core.ops.registry import REFERENCE, Bucket, Fact, Fn, Impl, Op, SiteSpec
 from hotplug.plugins.conformance.cases import LOST_OPS, Builder, Call, Lens
 from hotplug.plugins.conformance.faults import name_fault, name_stray_writes
 from hotplug.plugins.conformance.grid import Fuzz, call_sites, steps
@@ -57,7 +58,11 @@ def _candidates(target: Target) -> Iterator[tuple[Op, Impl]]:
         for impl in target.registry.impls(name):
             yield op, impl
         if target.torch_device.type not in (HOST.type, "meta"):
-            yield op, Impl(name, REFERENCE, op.reference)
+            yield op, Impl(name, REFERENCE, make=partial(_reference, op))
+
+
+def _reference(op: Op, spec: SiteSpec) -> Fn:
+    return bound_reference(op, spec.facts)
 
 
 def _calls(target: Target, op: Op) -> Iterator[tuple[SiteSpec, str, Lens, bool]]:
@@ -89,15 +94,15 @@ def _try(
     where = f"{_words(spec)}; {step_name}: {_lens_words(lens)}{', strided' if view else ''}{LOST if lost else ''}"
     given, kept = [to(a, target.torch_device) for a in call.args], [to(a, HOST) for a in call.args]
     try:
-        result = impl.fn(*given)
+        result = impl.make(spec)(*given)
     except Exception as e:
         report.fail(f"{op.name} -> {impl.provider}: {promise}it raises {type(e).__name__}: {e} ({where})")
         return True
-    expected = op.reference(*kept)
+    expected = _reference(op, spec)(*kept)
     what, worst = _worst(op, spec, call, (result, given), (expected, kept))
     if worst.ok:
         return True
-    fault = _fault(op, call, result, given, kept)
+    fault = _fault(op, spec, call, result, given, kept)
     report.fail(f"{op.name} -> {impl.provider}: {promise}{fault or 'differs from its reference'} "
                 f"({what}: {worst.reason}; {where})")  # fmt: skip
     return True
@@ -113,7 +118,7 @@ def _accepts(op: Op, impl: Impl, call: Call) -> bool:
 
 def _worst(op: Op, spec: SiteSpec, call: Call, got: Any, want: Any) -> tuple[str, Comparison]:
     """The worst tensor among the results and the arguments, by name."""
-    names = list(inspect.signature(op.reference).parameters)
+    names = call_parameters(op)
     through = dtypes_through(spec)
     triples = [("output", got[0], want[0]), *zip(names, got[1], want[1], strict=False)]
     worst = ("output", Comparison(0.0))
@@ -129,14 +134,14 @@ def _worst(op: Op, spec: SiteSpec, call: Call, got: Any, want: Any) -> tuple[str
     return worst
 
 
-def _fault(op: Op, call: Call, result: Any, given: list[Any], kept: list[Any]) -> str:
-    names = list(inspect.signature(op.reference).parameters)
+def _fault(op: Op, spec: SiteSpec, call: Call, result: Any, given: list[Any], kept: list[Any]) -> str:
+    names = call_parameters(op)
     if "slots" in names:  # it writes to the caches
-        slots, layout = (call.args[names.index(name)] for name in ("slots", "layout"))
+        slots, layout = call.args[names.index("slots")], spec["layout"]
         caches = (names.index("k_cache"), names.index("v_cache"))
         return next((words for i in caches
                      if (words := name_stray_writes(call.args[i], given[i], kept[i], slots, layout))), "")  # fmt: skip
-    return name_fault(op.name, tuple(call.args), result, call.rows)
+    return name_fault(op.name, all_arguments(op, call.args, spec.facts), result, call.rows)
 
 
 def to(value: Any, device: torch.device) -> Any:
@@ -150,7 +155,7 @@ def to(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [to(item, device) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        fields = {f.name: to(getattr(value, f.name), device) for f in dataclasses.fields(value) if f.init}
         return dataclasses.replace(value, **fields)
     return value
 

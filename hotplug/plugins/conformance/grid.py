@@ -43,21 +43,25 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             bias = {"bias": False} if op == "logits_packed" else {}
             yield from ({"vocab": 257, "hidden": 96, "scheme": scheme, **bias} for scheme in GROUP_BYTES)
         case "rms_norm" | "add_rms_norm" | "silu_mul":
-            yield from ({"width": width} for width in (64, 96, 130))
+            eps: dict[str, Fact] = {} if op == "silu_mul" else {"eps": 1e-5}
+            yield from ({"width": width, **eps} for width in (64, 96, 130))
         case "linear_silu_mul":
             for i, w, b in ((64, 48, True), (130, 33, False)):
                 yield {"in_features": i, "width": w, "bias": b, "scheme": "none"}
         case "rope_kv_write" | "qk_norm_rope_kv_write":
             for (h, kv, dim), part, cache in itertools.product(heads, (1, 2), _caches(limits, quick)):
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // part, **cache}
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // part, **cache,
+                       **_head_norm(op)}  # fmt: skip
         case "moe_route":
-            yield from ({"hidden": h, "num_experts": e, "top_k": k} for h, _, e, k in experts)
+            for i, (h, _, e, k) in enumerate(experts):
+                yield {"hidden": h, "num_experts": e, "top_k": k, "renormalize": i % 2 == 0}
         case "moe_experts":
             yield from ({"hidden": h, "width": w, "num_experts": e, "top_k": k} for h, w, e, k in experts)
         case "rope" | "qk_norm_rope":
             for h, kv, dim in heads:
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim}
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": dim // 2}
+                for rotary in (dim, dim // 2):
+                    yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "rotary_dim": rotary,
+                           **_head_norm(op)}  # fmt: skip
         case "kv_write":
             for (_, kv, dim), cache in itertools.product(heads, _caches(limits, quick)):
                 yield {"num_kv_heads": kv, "head_dim": dim, **cache}
@@ -69,19 +73,24 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             for (h, kv, dim), window, static, cache in itertools.product(
                 heads, windows, (False, True), _caches(limits, quick)
             ):
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": window, "sinks": False,
-                       "soft_cap": None, "static": static, **cache}  # fmt: skip
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "scale": dim**-0.5, "window": window,
+                       "sinks": False, "soft_cap": None, "static": static, **cache}  # fmt: skip
             (h, kv, dim), cache = heads[1], _caches(limits, quick)[0]
             more = ((True, 0.5, False), (True, None, True), (False, 0.5, True))
             for sinks, soft_cap, static in more[:1] if quick else more:
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "window": None, "sinks": sinks,
-                       "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
+                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "scale": dim**-0.5, "window": None,
+                       "sinks": sinks, "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
         case "argmax" | "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
         case "reject_sample":
             yield {}
         case "prepare_inputs" | "prepare_step":
             yield from ({"block_size": size} for size in limits.block_sizes[:2])
+
+
+def _head_norm(op: str) -> dict[str, Fact]:
+    """The facts that an op has which normalizes heads too."""
+    return {"eps": 1e-6} if op.startswith("qk_norm") else {}
 
 
 def _caches(limits: Limits, quick: bool) -> Sequence[dict[str, Fact]]:
@@ -138,6 +147,7 @@ class Fuzz:
             "block_size": pick(self._limits.block_sizes),
             "layout": str(pick(self._limits.kv_layouts)),
             "kv_dtype": pick(self._limits.kv_dtypes or self._limits.dtypes),
+            "scale": pick((dim**-0.5, 0.125)),
             "window": pick((None, None, 1, 5, 64)),
             "sinks": pick((False, False, True)),
             "soft_cap": pick((None, None, 0.5, 20.0)),
@@ -145,8 +155,10 @@ class Fuzz:
             "vocab": pick((2, 31, 257, 1000)),
             "hidden": pick((8, 33, 64, 130)),
             "width": pick((2, 7, 64, 96, 1000)),
+            "eps": pick((1e-5, 1e-6)),
             "num_experts": experts,
             "top_k": pick([k for k in (1, 2, 4, 6, 8) if k <= experts]),
+            "renormalize": pick((False, True)),
             "in_features": pick((8, 33, 64, 130)),
             "out_features": pick((1, 7, 48, 256)),
             "bias": pick((False, True)),

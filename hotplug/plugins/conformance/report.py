@@ -13,6 +13,7 @@ import torch
 
 import hotplug
 from hotplug.core.platform.base import API_VERSION
+from hotplug.core.platform.discovery import declared_version
 from hotplug.plugins.conformance.target import Target
 
 SCHEMA = 1
@@ -99,7 +100,7 @@ def certificate(target: Target, results: list[Result]) -> dict[str, Any]:
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hotplug": hotplug.__version__,
-        "api_version": getattr(target.platform, "api_version", "1.0"),
+        "api_version": declared_version(target.platform),
         "core_api_version": API_VERSION,
         "torch": str(torch.__version__),
         "platform": target.platform.name,

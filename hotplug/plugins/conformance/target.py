@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from hotplug.core.interface_1 import register
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.registry import OpRegistry
-from hotplug.core.platform.base import DeviceInfo, Limits, MemoryInfo, Platform
+from hotplug.core.platform.base import API_VERSION, DeviceInfo, Limits, MemoryInfo, Platform
 from hotplug.core.platform.discovery import Candidate, Loaded, discover
 from hotplug.core.platform.select import select
 from hotplug.core.runner.kv_memory import torch_device
@@ -27,6 +28,7 @@ class Trusted:
 
     name = TRUSTED
     torch_device = "cpu"
+    api_version = API_VERSION
 
     def probe(self) -> Sequence[DeviceInfo]:
         return [DeviceInfo(index=0, name="references", arch="any")]
@@ -86,7 +88,7 @@ class Target:
         registry = builtin_registry()
         for op in gather().ops:
             registry.define(op)
-        self.platform.register(registry)
+        register(self.platform, registry)
         return registry
 
     @property

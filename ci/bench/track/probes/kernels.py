@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from track.probes.places import CannotError, find
@@ -65,6 +66,9 @@ def _attention(probe: str) -> tuple[Callable[[], object], int]:
     from cpu_attention import step_of
 
     attention: Any = find("attention", "hotplug.platforms.cpu.native.attention")
+    rest: tuple[Any, ...] = (DIM**-0.5, None, "NHD")  # before interface 2.0
+    if len(signature(attention).parameters) == 1:
+        attention, rest = attention(_site()), (None,)
     lens, calls = ATTENTION[probe]
     step, blocks = step_of(lens, BLOCK, 0)
     draw = torch.Generator().manual_seed(0)
@@ -74,15 +78,21 @@ def _attention(probe: str) -> tuple[Callable[[], object], int]:
 
     def call() -> object:
         layer = next(turn)
-        if layer == 0:
-            step.prepared = None
-        return attention(q, caches[layer][0], caches[layer][1], step, DIM**-0.5, None, "NHD")
+        return attention(q, caches[layer][0], caches[layer][1], step, *rest)
 
     try:
         call()
     except TypeError as e:
         raise CannotError(f"attention has other arguments here: {e}") from e
     return call, calls
+
+
+def _site() -> Any:
+    """The call site that a kernel is made for."""
+    from hotplug.core.ops.registry import SiteSpec
+
+    facts = {"scale": DIM**-0.5, "window": None, "soft_cap": None, "layout": "NHD"}
+    return SiteSpec("attention", "probe", "float32", "any", facts)
 
 
 def start(options: dict[str, Any]) -> Kernels:

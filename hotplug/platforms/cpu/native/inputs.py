@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,19 +16,21 @@ _call = struct.Struct("@11P7q").pack
 """`hp_prepare_step_call`."""
 
 
-def prepare_inputs(
-    token_ids: Tensor, rows: Tensor, query_start: Tensor, start: Tensor, last_tokens: Tensor, block_tables: Tensor,
-    block_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def prepare_inputs(spec: SiteSpec) -> Callable[..., tuple[Tensor, ...]]:
     """The op. Raises as `prepare_step` does."""
-    return prepare_step(token_ids, rows, query_start, start, last_tokens, block_tables, block_size, 0)[:4]
+    block_size = spec["block_size"]
+    return lambda *inputs: _prepared(*inputs, 0, block_size)[:4]
 
 
-def prepare_step(
-    token_ids: Tensor, rows: Tensor, query_start: Tensor, start: Tensor, last_tokens: Tensor, block_tables: Tensor,
-    block_size: int, num_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def prepare_step(spec: SiteSpec) -> Callable[..., tuple[Tensor, ...]]:
     """The op. Raises PlatformError for a row or a block that there is none of, ValueError for int32 tensors."""
+    return partial(_prepared, block_size=spec["block_size"])
+
+
+def _prepared(
+    token_ids: Tensor, rows: Tensor, query_start: Tensor, start: Tensor, last_tokens: Tensor, block_tables: Tensor,
+    num_blocks: int, block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = (token_ids, rows, query_start, start, last_tokens)
     if any(x.dtype is not torch.int64 for x in (*given, block_tables)):
         raise ValueError("inputs must be int64, the CPU platform's index dtype")
@@ -52,6 +56,6 @@ def _check(_: SiteSpec) -> Verdict:
 
 
 KERNELS = (
-    Impl("prepare_inputs", "cpu.native", prepare_inputs, check=_check, rank=10),
-    Impl("prepare_step", "cpu.native", prepare_step, check=_check, rank=10),
+    Impl("prepare_inputs", "cpu.native", make=prepare_inputs, check=_check, rank=10),
+    Impl("prepare_step", "cpu.native", make=prepare_step, check=_check, rank=10),
 )

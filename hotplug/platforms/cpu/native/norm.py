@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,21 +15,31 @@ _call = struct.Struct("@5P4qd").pack
 """`hp_rms_norm_call`."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(spec: SiteSpec) -> Callable[[Tensor, Tensor], Tensor]:
     """The op, for any strides of `x` [..., n]."""
-    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty(x.shape)
-    _run(rows, None, weight, None, out, eps)
-    return out
+    eps = spec["eps"]
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
+        out = torch.empty(x.shape)
+        _run(rows, None, weight, None, out, eps)
+        return out
+
+    return run
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(spec: SiteSpec) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The op, for any strides of `x` and `residual` [num_tokens, n]."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    out, total = torch.empty(x.shape), torch.empty(x.shape)
-    _run(x, residual, weight, total, out, eps)
-    return out, total
+    eps = spec["eps"]
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+        out, total = torch.empty(x.shape), torch.empty(x.shape)
+        _run(x, residual, weight, total, out, eps)
+        return out, total
+
+    return run
 
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor | None, out: Tensor, eps: float) -> None:
@@ -47,6 +58,6 @@ def _check(spec: SiteSpec) -> Verdict:
 
 
 KERNELS = (
-    Impl("rms_norm", "cpu.native", rms_norm, check=_check, rank=20),
-    Impl("add_rms_norm", "cpu.native", add_rms_norm, check=_check, rank=20),
+    Impl("rms_norm", "cpu.native", make=rms_norm, check=_check, rank=20),
+    Impl("add_rms_norm", "cpu.native", make=add_rms_norm, check=_check, rank=20),
 )

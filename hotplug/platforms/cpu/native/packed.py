@@ -6,6 +6,8 @@ first used, and is then there both ways.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -35,9 +37,10 @@ def linear_packed_silu_mul(x: Tensor, data: Tensor, bias: Tensor | None) -> Tens
     return linear_silu_mul(x if x.stride(-1) == 1 else x.contiguous(), weight_of(data, x.shape[1]), bias)
 
 
-def embed_packed(token_ids: Tensor, data: Tensor, hidden: int) -> Tensor:
+def embed_packed(spec: SiteSpec) -> Callable[[Tensor, Tensor], Tensor]:
     """The op, from the groups as they are. Raises PlatformError for a token that there is none of."""
-    return rows_of_table(token_ids, data, hidden, KINDS[_KINDS[data.shape[1] * GROUP // hidden]])
+    hidden, kind = spec["hidden"], KINDS[str(spec["scheme"]).upper()]
+    return lambda token_ids, data: rows_of_table(token_ids, data, hidden, kind)
 
 
 def repack(data: Tensor, scheme: str) -> Tensor:
@@ -83,10 +86,10 @@ def _check_gated(spec: SiteSpec) -> Verdict:
 
 
 _PRODUCTS = (
-    Impl("linear_packed", PROVIDER, linear_packed, check=_check, rank=10),
-    Impl("linear_packed_silu_mul", PROVIDER, linear_packed_silu_mul, check=_check_gated, rank=10),
-    Impl("logits_packed", PROVIDER, linear_packed, check=_check, rank=10),
+    Impl("linear_packed", PROVIDER, make=lambda _: linear_packed, check=_check, rank=10),
+    Impl("linear_packed_silu_mul", PROVIDER, make=lambda _: linear_packed_silu_mul, check=_check_gated, rank=10),
+    Impl("logits_packed", PROVIDER, make=lambda _: linear_packed, check=_check, rank=10),
 )
 PACKED_OPS = frozenset(kernel.op for kernel in _PRODUCTS)
 """Ops whose kernels read what `repack` gives."""
-KERNELS = (Impl("embed_packed", PROVIDER, embed_packed, check=_check, rank=10), *_PRODUCTS)
+KERNELS = (Impl("embed_packed", PROVIDER, make=embed_packed, check=_check, rank=10), *_PRODUCTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,26 +18,40 @@ _CACHE_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in _CACHE_KIND
 MAX_HEAD_DIM = 1024
 
 
-def rope_kv_write(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-    slots: Tensor, layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+Written = tuple[Tensor, Tensor, Tensor]
+"""The rotated queries, and the caches."""
+
+
+def rope_kv_write(spec: SiteSpec) -> Callable[..., Written]:
     """The op. Raises PlatformError for a position or slot that there is none of, ValueError for int32 ones."""
-    return _run(q, k, v, None, None, 0.0, positions, cos_sin, k_cache, v_cache, slots, layout)
+    layout = spec["layout"]
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor,
+        slots: Tensor,
+    ) -> Written:  # fmt: skip
+        return _run(q, k, v, None, None, 0.0, positions, cos_sin, k_cache, v_cache, slots, layout)
+
+    return run
 
 
-def qk_norm_rope_kv_write(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor,
-    cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def qk_norm_rope_kv_write(spec: SiteSpec) -> Callable[..., Written]:
     """The op. Raises as `rope_kv_write` does."""
-    return _run(q, k, v, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slots, layout)
+    eps, layout = spec["eps"], spec["layout"]
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, positions: Tensor, cos_sin: Tensor,
+        k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    ) -> Written:  # fmt: skip
+        return _run(q, k, v, q_weight, k_weight, eps, positions, cos_sin, k_cache, v_cache, slots, layout)
+
+    return run
 
 
 def _run(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
     positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Written:  # fmt: skip
     if positions.dtype is not torch.int64 or slots.dtype is not torch.int64:
         raise ValueError("positions and slots must be int64, the CPU platform's index dtype")
     tokens, heads, dim = q.shape
@@ -78,6 +93,6 @@ def _check(spec: SiteSpec) -> Verdict:
 
 
 KERNELS = (
-    Impl("rope_kv_write", "cpu.native", rope_kv_write, check=_check, rank=10),
-    Impl("qk_norm_rope_kv_write", "cpu.native", qk_norm_rope_kv_write, check=_check, rank=10),
+    Impl("rope_kv_write", "cpu.native", make=rope_kv_write, check=_check, rank=10),
+    Impl("qk_norm_rope_kv_write", "cpu.native", make=qk_norm_rope_kv_write, check=_check, rank=10),
 )

@@ -14,6 +14,7 @@ from hotplug.platforms.cuda.kernels.attention import attention, kv_write
 from hotplug.platforms.cuda.kernels.block_copy import block_copy
 from hotplug.platforms.cuda.kernels.dense import add_rms_norm, rms_norm, rope, silu_mul
 from hotplug.platforms.cuda.kernels.inputs import embed, prepare_step
+from hotplug.platforms.cuda.kernels.made import made
 from hotplug.platforms.cuda.kernels.moe import grouped_mm, moe_experts
 from hotplug.platforms.cuda.kernels.moe_route import moe_route
 from hotplug.platforms.cuda.kernels.rotate import qk_norm_rope_kv_write, rope_kv_write
@@ -99,35 +100,38 @@ def _many_tokens(bucket: Bucket) -> bool:
 
 
 KERNELS = (
-    Impl("linear", "cuda.few_rows", linear.linear, check=_plain, accepts=_few_rows, rank=10),
-    Impl("linear", "cuda.cublas", linear.library, check=_plain, rank=5),
-    Impl("linear_silu_mul", "cuda.few_rows", linear.linear_silu_mul, check=_plain, accepts=_few_rows, rank=10),
-    Impl("linear_silu_mul", "cuda.hopper", gated_hopper.gated, check=_gates_on_hopper, accepts=_many_rows, rank=20),
-    Impl("logits", "cuda.wide", linear.logits, check=_plain, rank=10),
-    Impl("rope_kv_write", "cuda.triton", rope_kv_write, check=_whole_heads, rank=10),
-    Impl("qk_norm_rope_kv_write", "cuda.triton", qk_norm_rope_kv_write, check=_whole_heads, rank=10),
-    Impl("rms_norm", "cuda.triton", rms_norm, check=_row, rank=10),
-    Impl("add_rms_norm", "cuda.triton", add_rms_norm, check=_row, rank=10),
-    Impl("silu_mul", "cuda.triton", silu_mul, rank=10),
-    Impl("rope", "cuda.triton", rope, rank=10),
-    Impl("kv_write", "cuda.triton", kv_write, check=_cache, rank=10),
-    Impl("block_copy", "cuda.triton", block_copy, rank=10),
-    Impl("attention", "cuda.triton", attention, check=_cache, rank=10),
+    Impl("linear", "cuda.few_rows", make=made(linear.linear), check=_plain, accepts=_few_rows, rank=10),
+    Impl("linear", "cuda.cublas", make=made(linear.library), check=_plain, rank=5),
+    Impl("linear_silu_mul", "cuda.few_rows", make=made(linear.linear_silu_mul), check=_plain, accepts=_few_rows,
+         rank=10),
+    Impl("linear_silu_mul", "cuda.hopper", make=made(gated_hopper.gated), check=_gates_on_hopper, accepts=_many_rows,
+         rank=20),
+    Impl("logits", "cuda.wide", make=made(linear.logits), check=_plain, rank=10),
+    Impl("rope_kv_write", "cuda.triton", make=made(rope_kv_write), check=_whole_heads, rank=10),
+    Impl("qk_norm_rope_kv_write", "cuda.triton", make=made(qk_norm_rope_kv_write, "eps"), check=_whole_heads, rank=10),
+    Impl("rms_norm", "cuda.triton", make=made(rms_norm, "eps"), check=_row, rank=10),
+    Impl("add_rms_norm", "cuda.triton", make=made(add_rms_norm, "eps"), check=_row, rank=10),
+    Impl("silu_mul", "cuda.triton", make=made(silu_mul), rank=10),
+    Impl("rope", "cuda.triton", make=made(rope), rank=10),
+    Impl("kv_write", "cuda.triton", make=made(kv_write), check=_cache, rank=10),
+    Impl("block_copy", "cuda.triton", make=made(block_copy), rank=10),
+    Impl("attention", "cuda.triton", make=made(attention, "scale", "window", "soft_cap"), check=_cache, rank=10),
     *gathered_attention.KERNELS,
     *flashinfer_attention.KERNELS,
     *prefill_hopper.KERNELS,
-    Impl("embed", "cuda.triton", embed, rank=10),
-    Impl("prepare_step", "cuda.triton", prepare_step, rank=10),
-    Impl("argmax", "cuda.triton", argmax, rank=10),
-    Impl("sample", "cuda.triton", sample, rank=10),
-    Impl("sample_rows", "cuda.triton", sample_rows, rank=10),
-    Impl("reject_sample", "cuda.triton", reject_sample, rank=10),
-    Impl("penalties", "cuda.triton", penalties, rank=10),
-    Impl("logprobs", "cuda.triton", logprobs, rank=10),
-    Impl("moe_route", "cuda.triton", moe_route, check=_experts, rank=10),
-    Impl("moe_experts", "cuda.triton", moe_experts, check=_experts, rank=10),
-    Impl("moe_experts", "cuda.grouped_mm", grouped_mm, check=_grouped_mm, accepts=_many_tokens, rank=GROUPED_MM_RANK),
-)
+    Impl("embed", "cuda.triton", make=made(embed), rank=10),
+    Impl("prepare_step", "cuda.triton", make=made(prepare_step, "block_size"), rank=10),
+    Impl("argmax", "cuda.triton", make=made(argmax), rank=10),
+    Impl("sample", "cuda.triton", make=made(sample), rank=10),
+    Impl("sample_rows", "cuda.triton", make=made(sample_rows), rank=10),
+    Impl("reject_sample", "cuda.triton", make=made(reject_sample), rank=10),
+    Impl("penalties", "cuda.triton", make=made(penalties), rank=10),
+    Impl("logprobs", "cuda.triton", make=made(logprobs), rank=10),
+    Impl("moe_route", "cuda.triton", make=made(moe_route, "top_k", "renormalize"), check=_experts, rank=10),
+    Impl("moe_experts", "cuda.triton", make=made(moe_experts), check=_experts, rank=10),
+    Impl("moe_experts", "cuda.grouped_mm", make=made(grouped_mm), check=_grouped_mm, accepts=_many_tokens,
+         rank=GROUPED_MM_RANK),
+)  # fmt: skip
 
 TUNABLES = (*dense.TUNABLES, *linear.TUNABLES)
 """What `hotplug tune` may measure."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 import triton
 import triton.language as tl
@@ -14,8 +11,6 @@ from hotplug.platforms.cuda.kernels.decode_attention import decode
 from hotplug.platforms.cuda.kernels.prefill_attention import prefill
 from hotplug.platforms.cuda.kernels.softmax import finite_cells
 from hotplug.vendor import AttentionInputs
-
-Made = TypeVar("Made")
 
 
 @triton.jit
@@ -33,9 +28,7 @@ def _kv_write(k, v, k_cache, v_cache, slots, k_token, k_head, v_token, v_head, d
     tl.store(v_cache + slot * width + cells, value, mask=mask)
 
 
-def kv_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, layout: str
-) -> tuple[Tensor, Tensor]:
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Caches of the compute dtype, in place."""
     tokens, heads, dim = k.shape
     if tokens:
@@ -45,8 +38,8 @@ def kv_write(
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
-    sinks: Tensor | None = None, soft_cap: float | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, sinks: Tensor | None, *, scale: float,
+    window: int | None, soft_cap: float | None,
 ) -> Tensor:  # fmt: skip
     """Decodes and prompt chunks, each by its own kernel; lengths are read on the device."""
     decodes = step.num_decodes
@@ -57,13 +50,3 @@ def attention(
     if decodes < len(step.seq_lens):
         prefill(q, k_cache, v_cache, step, out, scale, window, sinks, soft_cap)
     return out
-
-
-def prepared(step: AttentionInputs, kernel: str, make: Callable[[], Made]) -> Made:
-    """What `kernel` makes of a step, once for all its layers, which need not all have the same kernel."""
-    if step.prepared is None:
-        step.prepared = {}
-    if kernel not in step.prepared:
-        step.prepared[kernel] = make()
-    made: Made = step.prepared[kernel]
-    return made

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from hotplug.platforms.cuda.kernels import gpu
 from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
-from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import decode
-from hotplug.platforms.cuda.kernels.gathered_attention import chunked, plain
+from hotplug.platforms.cuda.kernels.gathered_attention import STATIC, chunked, plain
+from hotplug.platforms.cuda.kernels.made import made
 from hotplug.platforms.cuda.target import target
 from hotplug.vendor import AttentionInputs, Impl, SiteSpec, Verdict
 
@@ -63,6 +63,13 @@ def pages_of(queries: list[int], seqs: list[int], table: Tensor, block_size: int
     kept = [(row[n : n + 1].expand(n), row[n:count]) for row, n, count in zip(table, unseen, blocks, strict=True)]
     pages = torch.cat([part for parts in kept for part in parts]).to(torch.int32)
     return Pages(query_start, page_start, pages, last)
+
+
+def _pages_of_chunks(step: AttentionInputs, block_size: int, window: int | None) -> Pages:
+    """Of a step whose lengths are on the host."""
+    begin, queries, seqs = step.num_decodes, step.query_lens_host, step.seq_lens_host
+    assert queries is not None and seqs is not None
+    return pages_of(queries[begin:], seqs[begin:], step.block_table[begin:], block_size, window)
 
 
 class Kind(NamedTuple):
@@ -130,13 +137,13 @@ _alone = threading.Lock()
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
-    sinks: Tensor | None = None, soft_cap: float | None = None, backend: str | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, sinks: Tensor | None, *, scale: float,
+    window: int | None, soft_cap: float | None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Chunks by FlashInfer's kernels `backend`, "fa2" or "fa3"; by default those for the generation of the GPU."""
     decodes, queries, seqs = step.num_decodes, step.query_lens_host, step.seq_lens_host
     if queries is None or seqs is None or decodes == len(seqs):
-        return paged_attention(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
+        return paged_attention(q, k_cache, v_cache, step, sinks, scale=scale, window=window, soft_cap=soft_cap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if decodes:
         decode(q[:decodes], k_cache, v_cache, step, out[:decodes], scale, window, sinks, soft_cap)
@@ -146,9 +153,7 @@ def attention(
     if q.is_meta:
         build(kind, target(q.device))
         return out
-    table = step.block_table[decodes:]
-    make = partial(pages_of, queries[decodes:], seqs[decodes:], table, block_size, window)
-    pages = prepared(step, f"flashinfer {window}", make)
+    pages = step.once(_pages_of_chunks, block_size, window)
     planner = _planner(kind, q.device)
     with _alone:
         planner.plan(pages)
@@ -183,4 +188,6 @@ def _check(spec: SiteSpec) -> Verdict:
     return Verdict(not missing(), missing())
 
 
-KERNELS = (Impl("attention", "cuda.flashinfer", attention, check=_check, accepts=chunked, rank=RANK),)
+KERNELS = (
+    Impl("attention", "cuda.flashinfer", make=made(attention, *STATIC), check=_check, accepts=chunked, rank=RANK),
+)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
-from hotplug.platforms.cuda.kernels.attention import prepared
 from hotplug.platforms.cuda.kernels.decode_attention import decode
+from hotplug.platforms.cuda.kernels.made import made
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict
 
+STATIC = ("scale", "window", "soft_cap")
+"""Facts of a call site that attention is made with."""
 LEAST_QUERIES = 256
 """Queries that a gathered key must meet on average: copying it then costs less than the library saves."""
 MOST_TOKENS = 1 << 17
@@ -74,16 +76,16 @@ def chunks_of(step: AttentionInputs, block_size: int, window: int | None) -> Chu
 
 
 def attention(
-    attend: Attend, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float,
-    window: int | None, layout: str, sinks: Tensor | None = None, soft_cap: float | None = None,
+    attend: Attend, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, sinks: Tensor | None, *,
+    scale: float, window: int | None, soft_cap: float | None,
 ) -> Tensor:  # fmt: skip
     """Chunks by `attend` where gathering pays."""
     decodes = step.num_decodes
     chunks = None
     if decodes < len(step.seq_lens):
-        chunks = prepared(step, f"gathered {window}", partial(chunks_of, step, k_cache.shape[1], window))
+        chunks = step.once(chunks_of, k_cache.shape[1], window)
     if chunks is None:
-        return paged_attention(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
+        return paged_attention(q, k_cache, v_cache, step, sinks, scale=scale, window=window, soft_cap=soft_cap)
     k, v = gather(k_cache, v_cache, chunks)
     if not decodes:
         return attend(q, k, v, chunks, scale, window, soft_cap)
@@ -171,6 +173,8 @@ def chunked(bucket: Bucket) -> bool:
 
 
 KERNELS = (
-    Impl("attention", "cuda.fa3", partial(attention, _fa3), check=_check_fa3, accepts=chunked, rank=20),
-    Impl("attention", "cuda.flash", partial(attention, _flash), check=_check_flash, accepts=chunked, rank=5),
+    Impl("attention", "cuda.fa3", make=made(partial(attention, _fa3), *STATIC), check=_check_fa3, accepts=chunked,
+         rank=20),
+    Impl("attention", "cuda.flash", make=made(partial(attention, _flash), *STATIC), check=_check_flash,
+         accepts=chunked, rank=5),
 )  # fmt: skip

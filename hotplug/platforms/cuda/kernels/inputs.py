@@ -61,8 +61,8 @@ def prepare_step(
     start: Tensor,
     last_tokens: Tensor,
     block_tables: Tensor,
-    block_size: int,
     num_blocks: int,
+    block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Index tensors of one dtype, int32 or int64. Tokens beyond the last query get slots in block 0."""
     num_tokens, requests = len(token_ids), len(rows)

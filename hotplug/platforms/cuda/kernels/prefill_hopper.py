@@ -27,7 +27,8 @@ from hotplug.platforms.cuda.kernels import gpu
 from hotplug.platforms.cuda.kernels.attention import attention as paged_attention
 from hotplug.platforms.cuda.kernels.barrier import thread_barrier
 from hotplug.platforms.cuda.kernels.decode_attention import decode
-from hotplug.platforms.cuda.kernels.gathered_attention import plain
+from hotplug.platforms.cuda.kernels.gathered_attention import STATIC, plain
+from hotplug.platforms.cuda.kernels.made import made
 from hotplug.platforms.cuda.kernels.softmax import factors
 from hotplug.vendor import AttentionInputs, Bucket, Impl, SiteSpec, Verdict
 
@@ -412,8 +413,8 @@ def compile_for(q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInpu
 
 
 def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, scale: float, window: int | None, layout: str,
-    sinks: Tensor | None = None, soft_cap: float | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionInputs, sinks: Tensor | None, *, scale: float,
+    window: int | None, soft_cap: float | None,
 ) -> Tensor:  # fmt: skip
     """Decodes by the Triton kernel, prompt chunks by the one above; lengths are read on the device.
 
@@ -421,7 +422,7 @@ def attention(
     """
     decodes = step.num_decodes
     if decodes == len(step.seq_lens) or q.data_ptr() % 16 or q.stride(0) * q.element_size() % 16:
-        return paged_attention(q, k_cache, v_cache, step, scale, window, layout, sinks, soft_cap)
+        return paged_attention(q, k_cache, v_cache, step, sinks, scale=scale, window=window, soft_cap=soft_cap)
     padded = step.query_lens_host is None and not decodes  # a static step of chunks: tokens that are of no request
     out = (torch.zeros if padded else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     if decodes:
@@ -453,6 +454,7 @@ def _is_short(bucket: Bucket) -> bool:
 
 
 KERNELS = (
-    Impl("attention", "cuda.hopper", attention, check=_check, accepts=_is_short, rank=25),
-    Impl("attention", "cuda.hopper_long", attention, check=_check, accepts=_fills_a_tile, rank=15),
-)
+    Impl("attention", "cuda.hopper", make=made(attention, *STATIC), check=_check, accepts=_is_short, rank=25),
+    Impl("attention", "cuda.hopper_long", make=made(attention, *STATIC), check=_check, accepts=_fills_a_tile,
+         rank=15),
+)  # fmt: skip

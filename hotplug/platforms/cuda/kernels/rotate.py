@@ -98,14 +98,14 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, norms: tuple[Tensor, Tensor, float]
 
 
 def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor,
-                  v_cache: Tensor, slots: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                  v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Heads dense in their last dimension, whole heads rotated, caches of the compute dtype in NHD."""
     return _launch(q, k, v, None, positions, cos_sin, k_cache, v_cache, slots), k_cache, v_cache
 
 
-def qk_norm_rope_kv_write(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float,
-                          positions: Tensor, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
-                          layout: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def qk_norm_rope_kv_write(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, positions: Tensor,
+                          cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+                          eps: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`rope_kv_write` of normalized queries and keys."""
     out = _launch(q, k, v, (q_weight, k_weight, eps), positions, cos_sin, k_cache, v_cache, slots)
     return out, k_cache, v_cache

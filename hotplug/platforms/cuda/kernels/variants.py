@@ -49,12 +49,14 @@ def _attention(heads: tuple[int, int, int], lens: Lens, dtype: str = "bfloat16",
                **more: Any) -> Variant:  # fmt: skip
     """Decodes alone run in captured steps, of static shape; everything else op by op."""
     alone = all(query == 1 for query, _ in lens)
-    facts = {**_heads(*heads), **_cache(dtype), "window": window, "sinks": False, "soft_cap": None, "static": alone}
+    facts = {**_heads(*heads), **_cache(dtype), "scale": heads[2] ** -0.5, "window": window, "sinks": False,
+             "soft_cap": None, "static": alone}  # fmt: skip
     return Variant("attention", facts, lens, dtype, **more)
 
 
 LLAMA_8B, LLAMA_1B, QWEN3_30B, GEMMA, SMOLLM2 = (32, 8, 128), (32, 8, 64), (32, 4, 128), (8, 4, 256), (9, 3, 64)
 QWEN3_ROUTER = {"hidden": 2048, "num_experts": 128, "top_k": 8}
+EPS = {"eps": 1e-5}
 
 LLAMA_VOCAB, QWEN3_VOCAB = 128256, 151936
 SPILLS = {"gfx1100": "products of such heads spill by far"}
@@ -66,9 +68,9 @@ def _linear(op: str, facts: Mapping[str, Any], *tokens: int) -> Sequence[Variant
 
 
 VARIANTS: tuple[Variant, ...] = (
-    *(Variant(op, facts) for op in ("rms_norm", "add_rms_norm") for facts in _width(2048, 4096)),
-    Variant("rms_norm", {"width": 128}),  # of single heads
-    Variant("add_rms_norm", {"width": 576}, dtype="float32"),
+    *(Variant(op, {**facts, **EPS}) for op in ("rms_norm", "add_rms_norm") for facts in _width(2048, 4096)),
+    Variant("rms_norm", {"width": 128, **EPS}),  # of single heads
+    Variant("add_rms_norm", {"width": 576, **EPS}, dtype="float32"),
     *(Variant("silu_mul", facts) for facts in _width(768, 14336)),
     Variant("rope", {**_heads(*LLAMA_8B), "rotary_dim": 128}),
     Variant("rope", {**_heads(*SMOLLM2), "rotary_dim": 64}, dtype="float32"),
@@ -76,7 +78,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("kv_write", {"num_kv_heads": 3, "head_dim": 64, **_cache("float32")}, dtype="float32"),
     Variant("block_copy", {"page_bytes": 16 * 8 * 128 * 2}),
     *(
-        Variant(op, {**_heads(*heads), "rotary_dim": heads[2], **_cache()})
+        Variant(op, {**_heads(*heads), "rotary_dim": heads[2], **_cache(), **EPS})
         for op, heads in (
             ("rope_kv_write", LLAMA_8B),
             ("rope_kv_write", LLAMA_1B),
@@ -90,7 +92,7 @@ VARIANTS: tuple[Variant, ...] = (
     *_linear("linear_silu_mul", {"in_features": 4096, "width": 14336}, 1, 16, 64),
     Variant("linear_silu_mul", {"in_features": 4096, "width": 14336, "bias": False, "scheme": "none"}, PROMPTS),
     *_linear("logits", {"hidden": 4096, "vocab": LLAMA_VOCAB}, 1, 16, 64),
-    *(Variant("moe_route", QWEN3_ROUTER, lens) for lens in (ONE, DECODES)),
+    *(Variant("moe_route", {**QWEN3_ROUTER, "renormalize": lens is ONE}, lens) for lens in (ONE, DECODES)),
     *(Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, lens) for lens in (ONE, DECODES, PROMPTS)),
     Variant("moe_experts", {**QWEN3_ROUTER, "width": 768}, DECODES, "float32"),
     Variant("prepare_step", {"block_size": 64}, DECODES, "int32"),
