@@ -6,6 +6,7 @@ A platform is one of 1.x if its `api_version` is 1.x, or if it has none: 1.x too
   `Impl(op, provider, fn)`. Sinks and soft cap of `attention` were passed only where a model had one of them.
 - `AttentionInputs.prepared` was an attribute for whatever a kernel kept of a step.
 - `repack` took and gave one tensor, and was not asked about weights of several.
+- `block_copy` had facts of keys and values; a page is bytes since 2.0, so that kernels of 1.x are not asked.
 - Four ops and the quantization "packed" had other names; `Impl` had tags and `Limits` an alignment, which nothing read.
 - `hotplug.vendor` exported the optional protocols one by one (`PROTOCOLS`).
 
@@ -46,6 +47,8 @@ _OPS = {
     "logits_stored": "logits_packed",
 }
 """Ops by the names that they had in 1.1."""
+_OTHER_FACTS = frozenset({"block_copy"})
+"""Ops whose call sites state other facts than in 1.x, so that a check of 1.x cannot judge them."""
 _OLD_OPS = {new: old for old, new in _OPS.items()}
 _QUANTIZATION = {"stored": "packed"}
 
@@ -144,7 +147,8 @@ class _Adapter:
 
         self._ops.add(registry.Impl(
             name, kernel.provider, make=make, accepts=kernel.accepts, rank=kernel.rank,
-            check=_always if check is None else lambda spec: check(_as_named(spec)),
+            check=_other_facts if name in _OTHER_FACTS else _always if check is None
+            else lambda spec: check(_as_named(spec)),
         ))  # fmt: skip
 
     def _with_constants(self, fn: Fn, spec: SiteSpec) -> Fn:
@@ -156,6 +160,10 @@ class _Adapter:
 
 def _always(_: SiteSpec) -> Verdict:
     return Verdict(True)
+
+
+def _other_facts(spec: SiteSpec) -> Verdict:
+    return Verdict(False, f"written for interface 1.x, in which {spec.op} had other facts")
 
 
 def _as_named(spec: SiteSpec) -> SiteSpec:
