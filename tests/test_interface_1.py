@@ -197,8 +197,8 @@ def test_a_wheel_of_1_1_reads_packed_weights_as_it_repacked_them(package: Any, t
     facts = limits(quantization=("none", "*"), accelerator=False)
     found = tokens(core)
     assert found == tokens(start(FakePlatform(facts=facts)))
-    assert core.bound.model.layers[0].attn.qkv.stored[0].ndim == 3
-    assert core.bound.model.layers[0].mlp.gate_up.weight.ndim == 3  # of a lowered op
+    assert core.bound.model.decoder.layers[0].attn.qkv.stored[0].ndim == 3
+    assert core.bound.model.decoder.layers[0].mlp.gate_up.weight.ndim == 3  # of a lowered op
     from toy_kernels.kernels import PREPARED  # type: ignore[import-not-found]
 
     assert len(PREPARED) >= len(found) and len(set(map(id, PREPARED))) == len(PREPARED)

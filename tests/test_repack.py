@@ -160,7 +160,7 @@ def test_the_matrix_of_a_lowered_op_is_repacked_for_the_part_that_reads_it(start
     core = start(platform)
     assert tokens(core) == tokens(start(FakePlatform(facts=platform.facts)))
     gated = {spec.site: (spec.op, spec["out_features"]) for spec, _ in platform.asked if "gate_up" in spec.site}
-    width = 2 * core.bound.model.layers[0].mlp.width
+    width = 2 * core.bound.model.decoder.layers[0].mlp.width
     assert gated == {f"layers.{i}.mlp.gate_up.linear": ("linear_packed", width) for i in range(2)}
 
 
@@ -193,7 +193,7 @@ def test_a_weight_of_several_tensors_is_repacked_as_a_whole(start, monkeypatch: 
     platform = Flips(kernels=(Impl("linear_halved", "acme", make=lambda _: flipped_halved),))
     core = start(platform, quantization="halved")
     assert tokens(core) == tokens(start(FakePlatform(facts=platform.facts), quantization="halved"))
-    stored = core.bound.model.layers[0].attn.qkv.stored
+    stored = core.bound.model.decoder.layers[0].attn.qkv.stored
     assert [tuple(t.shape[1:]) for t in stored] == [(HIDDEN,), (1,)]
     assert {spec.op for spec, _ in platform.asked} == {"linear_halved"}
 
