@@ -110,6 +110,9 @@ class Builder:
     def _silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
         return Call((self._normal(_tokens(lens), 2 * facts["width"], view=view),))
 
+    def _gelu_tanh_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
+        return self._silu_mul(facts, lens, view)
+
     def _linear_silu_mul(self, facts: Any, lens: Lens, view: bool) -> Call:
         return self._linear({**facts, "out_features": 2 * facts["width"]}, lens, view)
 

@@ -42,8 +42,8 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
         case "embed_packed" | "logits_packed":
             bias = {"bias": False} if op == "logits_packed" else {}
             yield from ({"vocab": 257, "hidden": 96, "scheme": scheme, **bias} for scheme in GROUP_BYTES)
-        case "rms_norm" | "add_rms_norm" | "silu_mul":
-            eps: dict[str, Fact] = {} if op == "silu_mul" else {"eps": 1e-5}
+        case "rms_norm" | "add_rms_norm" | "silu_mul" | "gelu_tanh_mul":
+            eps: dict[str, Fact] = {} if op.endswith("_mul") else {"eps": 1e-5}
             yield from ({"width": width, **eps} for width in (64, 96, 130))
         case "linear_silu_mul":
             for i, w, b in ((64, 48, True), (130, 33, False)):
@@ -163,6 +163,7 @@ class Fuzz:
             "out_features": pick((1, 7, 48, 256)),
             "bias": pick((False, True)),
             "scheme": "none",
+            "page_bytes": pick((16, 48, 100, 4096, 65536)),
         }
         if op in PACKED_OPS:  # rows of whole groups, and enough results for what rounding to eight bits may change
             pool |= {"hidden": pick((32, 64, 160)), "in_features": pick((32, 64, 160, 576)), "vocab": pick((257, 1000)),
