@@ -39,7 +39,7 @@ def case_of(lens: list[tuple[int, int]], dim: int = 128, block: int = 64, dtype:
 
 def expected(case: Case) -> torch.Tensor:
     q, k_cache, v_cache = (x.float() for x in (case.q, case.k_cache, case.v_cache))
-    return reference(q, k_cache, v_cache, case.step, None, scale=SCALE, window=None, soft_cap=None)
+    return reference(q, k_cache, v_cache, case.step, scale=SCALE, window=None, layout="NHD")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
