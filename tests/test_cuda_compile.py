@@ -243,7 +243,7 @@ def test_the_caches_returned_are_those_given_and_hold_the_step(start, interprete
     core = start(platform)
     answers(core)
     step = platform.steps[0]
-    caches = step._inputs[inductor.NUM_INDICES :]
+    caches = step._inputs[step._num_inputs :]
     assert len(caches) == 4
     before = [cache.data_ptr() for cache in caches]
     with torch.inference_mode():
@@ -278,7 +278,7 @@ def step_of(record: Callable[[Callable[[], Any]], Any], ran: list[str]) -> induc
         ran.append("run")
         return [tensors[0], tensors[1]]
 
-    return inductor._Step(code, [], record)
+    return inductor._Step(code, [], 7, record)
 
 
 def test_a_step_warms_up_is_recorded_and_replayed():

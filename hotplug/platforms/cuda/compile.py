@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raised when what is written here changes its form."""
 
-NUM_INDICES = 7
-"""Inputs of a step before its caches: token ids to logit indices."""
-
 CAPTURED_TOKENS = 1024
 """Steps of more tokens keep the device busy longer than launching takes, so they are not recorded."""
 
@@ -102,7 +99,9 @@ class Compiler:
             code = _loaded(artifact)
         weights = [program.weights[name] for name in interface.weights]
         recorded = program.num_tokens <= CAPTURED_TOKENS
-        return _Step(code, weights, lambda step: self._recorded(step, device) if recorded else None)
+        return _Step(
+            code, weights, len(program.inputs), lambda step: self._recorded(step, device) if recorded else None
+        )
 
     def _recorded(self, step: Callable[[], Any], device: DeviceInfo) -> Callable[[], Any] | None:
         """A replay of `step`; None while a compilation runs, whose work on the device would disturb recording."""
@@ -121,11 +120,13 @@ class _Step:
     """
 
     def __init__(
-        self, code: Callable[..., Any], weights: list[Tensor],
+        self, code: Callable[..., Any], weights: list[Tensor], num_inputs: int,
         record: Callable[[Callable[[], Any]], Callable[[], Any] | None],
     ) -> None:  # fmt: skip
+        """`num_inputs` come before the caches."""
         self._code = code
         self._weights = weights
+        self._num_inputs = num_inputs
         self._record = record
         self._inputs: tuple[Tensor, ...] = ()
         self._replay: Callable[[], Any] | None = None
@@ -142,7 +143,7 @@ class _Step:
             self._run()
         else:
             self._replay()
-        return [*self._outputs, *inputs[NUM_INDICES:]]
+        return [*self._outputs, *inputs[self._num_inputs :]]
 
     def _run(self) -> None:
         self._outputs = list(self._code(*self._weights, *self._inputs))
@@ -159,7 +160,7 @@ def lower(program: StepProgram, name: str) -> tuple[_Interface, fx.GraphModule]:
     operators, sites = _call_kernels(module.graph, name)
     weights, inputs = _inputs(exported)
     _apart([*weights, *inputs])
-    _write_in_place(module.graph, inputs[NUM_INDICES:])
+    _write_in_place(module.graph, inputs[len(program.inputs) :])
     kept = _merge_tied(module.graph, weights, program)
     module.graph.lint()
     module.recompile()
