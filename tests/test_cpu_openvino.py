@@ -245,7 +245,7 @@ def test_smollm2_with_all_prompts(smollm2_path: Path, cache: Path) -> None:
 
 
 def same_tokens(path: Path, texts: Sequence[str]) -> None:
-    from hotplug.core.text.tokenizer import load_tokenizer
+    from hotplug.core.text.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     asked = {str(i): tokenizer.encode(text) for i, text in enumerate(texts)}

@@ -18,7 +18,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.errors import HotplugError
 from hotplug.core.models.loader import load_weights
 from hotplug.core.startup.bind import bind
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 
 SECONDS, BYTES = 2.0, 1 << 30
 """Of processor time, since other work on the machine is not the reader's, and of memory."""

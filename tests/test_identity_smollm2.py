@@ -17,7 +17,7 @@ def expected(smollm2_hf_dir) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hotplug.core.text.tokenizer import load_tokenizer
+    from hotplug.core.text.tokenizer_files import load_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(smollm2_hf_dir, dtype=torch.float32)
     tokenizer = load_tokenizer(smollm2_hf_dir)

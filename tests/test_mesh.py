@@ -32,7 +32,7 @@ def test_along_every_axis_each_rank_is_in_one_group_of_its_length(mesh: Mesh) ->
 def test_all_ranks_of_a_group_see_the_same_group_each_from_its_own_place(mesh: Mesh, data: st.DataObject) -> None:
     rank, axis = data.draw(st.integers(0, mesh.size - 1)), data.draw(st.sampled_from(AXES))
     group = mesh.group(axis, rank)
-    assert (group.name, group.rank, group.ranks[group.place], group.size) == (axis, rank, rank, mesh.length(axis))
+    assert (group.name, group.rank, group.ranks[group.position], group.size) == (axis, rank, rank, mesh.length(axis))
     for other in group:
         assert mesh.group(axis, other).ranks == group.ranks
 
@@ -45,7 +45,7 @@ def test_groups_along_two_axes_share_one_rank_alone(mesh: Mesh, data: st.DataObj
         for other in AXES:
             if axis != other:
                 assert set(mesh.group(axis, rank)) & set(mesh.group(other, rank)) == {rank}
-    assert len({tuple(mesh.group(axis, one).place for axis in AXES) for one in range(mesh.size)}) == mesh.size
+    assert len({tuple(mesh.group(axis, one).position for axis in AXES) for one in range(mesh.size)}) == mesh.size
 
 
 def test_ranks_of_a_tensor_group_are_next_to_each_other() -> None:

@@ -21,7 +21,7 @@ from model_mutants import Gguf, small_gguf
 from hotplug.core.config import EngineConfig
 from hotplug.core.errors import ModelError, OutOfMemoryError, UnsupportedModelError, WeightsError
 from hotplug.core.startup.bind import bind
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.checkpoint import open_checkpoint
 from hotplug.core.weights.config import ModelConfig
 from hotplug.core.weights.hf_config import read_hf_config

@@ -23,7 +23,7 @@ from hotplug.core.ops.registry import Impl
 from hotplug.core.ops.sampling import reject_sample
 from hotplug.core.platform.base import DeviceInfo, ExecMode, Feature, Limits
 from hotplug.core.request import Request, SamplingParams, TokenDelta
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 
 SPECULATES = frozenset({Feature.SPECULATIVE})
 BLOCK = 2 * 2 * 16 * 2 * 8 * 4

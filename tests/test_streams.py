@@ -23,7 +23,8 @@ from hotplug.core.errors import EngineDeadError, QueueFullError
 from hotplug.core.logprobs import TokenLogprobs
 from hotplug.core.request import EngineStats, SamplingParams, TokenDelta
 from hotplug.core.scheduler.tokens import StepTokens
-from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
+from hotplug.core.text.tokenizer import Tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 
 EOS = (1,)
 RELAXED = settings(deadline=None, max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from hotplug.core.errors import ModelError
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 LETTERS = [*map(chr, range(0x21, 0x7F))]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from hotplug.core.text.detokenizer import Detokenizer, LateStops
-from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
+from hotplug.core.text.tokenizer import Tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hotplug.core.errors import ConfigError, ModelError, RequestError, UnsupportedModelError, WeightsError
 from hotplug.core.text.gguf_tokenizer import build_tokenizer, score_merges
-from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
+from hotplug.core.text.tokenizer import Tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.gguf_file import GgufFile
 
 TEXTS = [

@@ -27,7 +27,7 @@ from gguf_files import (
 )
 
 from hotplug.core.errors import ModelError, UnsupportedModelError, WeightsError
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.checkpoint import open_checkpoint
 from hotplug.core.weights.gguf import hf_name
 from hotplug.core.weights.gguf_file import GgufFile

@@ -24,7 +24,7 @@ from peers.settings import engines
 from peers.tables import cpu_table, lead_table, not_run
 from track import machine
 
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.platforms.cpu.cores import physical_cores
 
 OUT = ROOT / ".bench" / "compare-cpu.jsonl"

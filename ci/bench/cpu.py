@@ -32,7 +32,7 @@ from cpu_engines.variants import KINDS, write_variant
 from cpu_engines.workloads import FIGURES, WORKLOADS, Asked, Source, figures
 from reference_model import write_hf_folder
 
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.checkpoint import find_gguf
 from hotplug.core.weights.source import cache_folder, resolve
 

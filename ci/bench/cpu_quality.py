@@ -20,7 +20,7 @@ from prompts import PROMPTS
 from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.request import Request, SamplingParams
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 
 WINDOW = 512
 """Tokens that are scored together; the first of them has no score."""

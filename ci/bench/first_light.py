@@ -33,7 +33,8 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.runner.device_batch import DeviceBatch
 from hotplug.core.scheduler.scheduler import Scheduler
-from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
+from hotplug.core.text.tokenizer import Tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.source import resolve
 
 BATCH = 16

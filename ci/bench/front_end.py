@@ -22,7 +22,8 @@ from hotplug.core.client.submission import Submission
 from hotplug.core.engine import messages
 from hotplug.core.request import EngineStats, SamplingParams
 from hotplug.core.scheduler.tokens import StepTokens
-from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
+from hotplug.core.text.tokenizer import Tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.source import resolve
 from hotplug.server.metrics import EngineMetrics
 

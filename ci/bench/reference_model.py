@@ -50,7 +50,7 @@ def write_hf_folder(source: Path, folder: Path) -> None:
 
 def write_tokenizer(source: Path, folder: Path) -> None:
     """Write the tokenizer of the checkpoint at `source`, with its chat template, as Hugging Face's files."""
-    from hotplug.core.text.tokenizer import load_tokenizer
+    from hotplug.core.text.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(source)
     tokenizer.backend.save(str(folder / "tokenizer.json"))

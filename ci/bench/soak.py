@@ -36,7 +36,7 @@ from prompts import PROMPTS
 from served import Served
 from soak_requests import Case, cases
 
-from hotplug.core.text.tokenizer import load_tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.source import resolve
 
 MIB = 2**20

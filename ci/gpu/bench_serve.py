@@ -47,7 +47,7 @@ ROWS = (
 
 
 def write(folder: Path) -> None:
-    from hotplug.core.text.tokenizer import load_tokenizer
+    from hotplug.core.text.tokenizer_files import load_tokenizer
     from hotplug.core.weights.source import resolve
 
     folder.mkdir(parents=True, exist_ok=True)

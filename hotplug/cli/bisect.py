@@ -34,7 +34,7 @@ def bisect(
 ) -> None:
     """Find the first call site whose output leaves its reference's tolerance; exit code 1 if there is one."""
     path = fetch_model(engine)
-    from hotplug.core.text.tokenizer import load_tokenizer
+    from hotplug.core.text.tokenizer_files import load_tokenizer
     from hotplug.core.tools.bisect import bisect as judge
 
     ids = load_tokenizer(path).encode(prompt)

@@ -50,7 +50,7 @@ def fetch_model(engine: EngineConfig) -> Path:
     check_names(engine)
     selected(engine.device)
     if engine.chat_template is not None:
-        from hotplug.core.text.tokenizer import read_template
+        from hotplug.core.text.tokenizer_files import read_template
 
         read_template(Path(engine.chat_template))
     return fetch(engine.model)

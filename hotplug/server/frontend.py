@@ -38,7 +38,7 @@ takes no more requests, and how many it finishes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FrontendSpec:
     """What a front end serves, and as which."""
 
     engine: EngineConfig
@@ -50,12 +50,12 @@ class Place:
     figures: Path
 
 
-def main(place: Place, sock: socket.socket, pipe: Connection) -> None:
+def main(spec: FrontendSpec, sock: socket.socket, pipe: Connection) -> None:
     """Entry of the process. One that takes the place of another takes no connection before it can serve it."""
     # A signal to the whole process group is the supervisor's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    llm = AsyncLLM(place.engine, link=place.link, client=place.client, generation=place.generation)
+    llm = AsyncLLM(spec.engine, link=spec.link, client=spec.client, generation=spec.generation)
 
     def fail(error: Exception) -> None:
         _tell(pipe, FAILED, str(error))
@@ -73,17 +73,17 @@ def main(place: Place, sock: socket.socket, pipe: Connection) -> None:
         for each in waits:
             each.cancel()
 
-    endpoint = place.server.otlp_endpoint
+    endpoint = spec.server.otlp_endpoint
     app = create_app(
         llm,
-        place.server,
-        figures=Figures.attach(place.figures, place.client),
+        spec.server,
+        figures=Figures.attach(spec.figures, spec.client),
         spans=tracing.connect(endpoint) if endpoint is not None else None,
-        hold=hold if place.generation else None,
+        hold=hold if spec.generation else None,
         on_ready=ready,
         on_failure=fail,
     )
-    server = _Server(app, place.server, pipe)
+    server = _Server(app, spec.server, pipe)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         try:
             runner.run(server.serve(sockets=[sock]))

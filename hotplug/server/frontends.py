@@ -165,11 +165,11 @@ class _Supervisor:
 
     def _start(self, client: int, generation: int = 0) -> None:
         ours, theirs = multiprocessing.Pipe()
-        place = frontend.Place(self._engine_config, self._config, self._link, client, generation, self._table)
+        spec = frontend.FrontendSpec(self._engine_config, self._config, self._link, client, generation, self._table)
         with _masked(signal.SIGTERM, signal.SIGINT):  # what front ends are forked from outlives a signal to all
             forkserver.ensure_running()
         started = self._fork.Process(
-            target=frontend.main, args=(place, self._sockets[client], theirs),
+            target=frontend.main, args=(spec, self._sockets[client], theirs),
             name=f"hotplug-frontend-{client}", daemon=True,
         )  # fmt: skip
         started.start()

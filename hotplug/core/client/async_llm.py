@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import logging
 import shutil
-import signal
 import tempfile
 import time
 import traceback
@@ -41,15 +40,12 @@ from hotplug.core.engine.endpoints import Endpoints
 from hotplug.core.errors import EngineDeadError, HotplugError, NotReadyError, RequestError
 from hotplug.core.request import MAX_ID_CHARS, Request, SamplingParams
 from hotplug.core.startup.installed import check_names
-from hotplug.core.text.tokenizer import Tokenizer, load_tokenizer
+from hotplug.core.text.tokenizer import Tokenizer
+from hotplug.core.text.tokenizer_files import load_tokenizer
 from hotplug.core.weights.source import resolve
 
 _logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT = 5.0
-"""Seconds the engine process gets to end by itself."""
-LAST_WORDS_TIMEOUT = 1.0
-"""Seconds to wait for a dead engine's last message, which may still be in the socket."""
 FAREWELL_TIMEOUT = 200
 """Milliseconds that closing waits for an engine of others to take the last message."""
 RECEIVED = 1000
@@ -152,7 +148,7 @@ class AsyncLLM:
             asyncio.get_running_loop().remove_reader(self._process.sentinel)
             self._post(messages.Stop())
             serving = hasattr(self, "max_model_len")  # before that it reads no messages
-            await asyncio.to_thread(_end, self._process, STOP_TIMEOUT if serving else 0.0)
+            await asyncio.to_thread(process.stop, self._process, process.STOP_TIMEOUT if serving else 0.0)
         elif self._started and self._folder is None:
             self._post(messages.ClientGone(self._client, self._generation))
         for task in self._tasks:
@@ -386,11 +382,11 @@ class AsyncLLM:
 
     async def _bury(self, dead: BaseProcess) -> None:
         try:
-            await asyncio.wait_for(self._last_words.wait(), LAST_WORDS_TIMEOUT)
+            await asyncio.wait_for(self._last_words.wait(), process.LAST_WORDS_TIMEOUT)
         except TimeoutError:
             dead.join(0)
             said = main_script.NO_GUARD if dead.exitcode == main_script.EXIT_NO_GUARD else ""
-            self._fail(said or f"the engine process ended without a word, {_exit(dead.exitcode)}")
+            self._fail(said or f"the engine process ended without a word, {process.exit_words(dead.exitcode)}")
 
     def _fail(self, reason: str) -> None:
         """Tell everyone who waits that nothing more will come."""
@@ -401,18 +397,3 @@ class AsyncLLM:
         self._dead.set()
         self._streams.fail(self.failure)
         self._plan.fail(EngineDeadError(self.failure))
-
-
-def _exit(code: int | None) -> str:
-    """An exit code in words."""
-    if code is not None and code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"
-
-
-def _end(engine: BaseProcess, patience: float) -> None:
-    """Wait for the process to stop; past `patience` seconds, make it."""
-    engine.join(patience)
-    if engine.is_alive():
-        engine.kill()
-        engine.join()

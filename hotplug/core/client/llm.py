@@ -30,7 +30,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.request import SamplingParams
 from hotplug.core.startup.installed import check_names
-from hotplug.core.text.tokenizer import load_tokenizer, read_template
+from hotplug.core.text.tokenizer_files import load_tokenizer, read_template
 from hotplug.core.weights.source import resolve
 
 Message = Mapping[str, Any]

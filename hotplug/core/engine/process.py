@@ -29,6 +29,10 @@ from hotplug.core.errors import EngineDeadError, HotplugError, QueueFullError, R
 from hotplug.core.request import Request
 from hotplug.core.scheduler.tokens import CLIENT_SHIFT
 
+STOP_TIMEOUT = 5.0
+"""Seconds the engine process gets to end by itself."""
+LAST_WORDS_TIMEOUT = 1.0
+"""Seconds to wait for a dead engine's last message, which may still be in the socket."""
 _logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
@@ -215,3 +219,18 @@ def _end(engine: multiprocessing.process.BaseProcess, owner: int) -> None:
     """
     if os.getpid() == owner and engine.is_alive():
         engine.kill()
+
+
+def exit_words(code: int | None) -> str:
+    """An engine process's exit code in words."""
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def stop(engine: multiprocessing.process.BaseProcess, patience: float) -> None:
+    """Wait for an engine process to stop; kill it after `patience` seconds."""
+    engine.join(patience)
+    if engine.is_alive():
+        engine.kill()
+        engine.join()

@@ -9,6 +9,8 @@ from hotplug.core.config import EngineConfig, check_budget
 from hotplug.core.errors import FeatureError
 from hotplug.core.platform.base import ExecMode, Feature, KVLayout, Limits
 
+_STATE = "state"
+"""The kind of layers that keep all of a sequence in a state of fixed size."""
 EXEC_MODES = (ExecMode.EAGER, ExecMode.CAPTURE, ExecMode.COMPILE)
 """The executable makers that this core has."""
 
@@ -65,20 +67,11 @@ def resolve(
     if config.speculative is not None and Feature.SPECULATIVE not in limits.features:
         reasons.append(f"speculative {config.speculative} needs the feature {Feature.SPECULATIVE}, "
                        "which is not declared")  # fmt: skip
-    if config.tensor_parallel_size > 1:
-        if Feature.TENSOR_PARALLEL not in limits.features:
-            reasons.append(f"tensor_parallel_size {config.tensor_parallel_size} needs the feature "
-                           f"{Feature.TENSOR_PARALLEL}, which is not declared")  # fmt: skip
-        if mode is ExecMode.COMPILE:
-            reasons.append("exec compile cannot go with tensor_parallel_size above 1: programs have no collectives")
+    reasons += _parallel_faults(config, limits, mode)
     block_size = config.block_size or limits.block_sizes[0]
     if block_size not in limits.block_sizes:
         reasons.append(f"block_size {block_size} is not among {', '.join(map(str, limits.block_sizes))}")
-    reasons += [
-        f"the model's layers keep KV of the kind {kind}, which is not among {', '.join(limits.kv_kinds)}"
-        for kind in kv_kinds
-        if kind not in limits.kv_kinds
-    ]
+    reasons += _kv_kind_faults(config, limits, mode, kv_kinds)
     scheme = config.quantization or "none"
     if scheme not in limits.quantization and (scheme == "none" or "*" not in limits.quantization):
         reasons.append(f"quantization {scheme} is not among {', '.join(limits.quantization)}")
@@ -93,7 +86,32 @@ def resolve(
     seqs, tokens = _step_size(config, step_requests or limits.step_requests, step_tokens or limits.step_tokens)
     return Resolved(dtype=dtype, kv_dtype=kv_dtype, block_size=block_size, kv_layout=limits.kv_layouts[0],
                     exec_mode=mode, static_steps=_static(mode, limits), max_num_seqs=seqs,
-                    max_num_batched_tokens=tokens, speculates=Feature.SPECULATIVE in limits.features)  # fmt: skip
+                    max_num_batched_tokens=tokens,
+                    speculates=Feature.SPECULATIVE in limits.features and _STATE not in kv_kinds)  # fmt: skip
+
+
+def _parallel_faults(config: EngineConfig, limits: Limits, mode: ExecMode) -> list[str]:
+    """Why several ranks cannot be served, every reason."""
+    size, faults = config.tensor_parallel_size, []
+    if size > 1 and Feature.TENSOR_PARALLEL not in limits.features:
+        faults.append(f"tensor_parallel_size {size} needs the feature {Feature.TENSOR_PARALLEL}, which is not declared")
+    if size > 1 and mode is ExecMode.COMPILE:
+        faults.append("exec compile cannot go with tensor_parallel_size above 1: programs have no collectives")
+    return faults
+
+
+def _kv_kind_faults(config: EngineConfig, limits: Limits, mode: ExecMode, kinds: Collection[str]) -> list[str]:
+    """Why what the model's layers keep of a sequence cannot be served, every reason."""
+    faults = [
+        f"the model's layers keep KV of the kind {kind}, which is not among {', '.join(limits.kv_kinds)}"
+        for kind in kinds
+        if kind not in limits.kv_kinds
+    ]
+    if _STATE in kinds and config.speculative is not None:
+        faults.append(f"speculative {config.speculative} cannot go with layers that keep a state: it has no way back")
+    if _STATE in kinds and mode is ExecMode.COMPILE:
+        faults.append("exec compile cannot go with layers that keep a state: programs have no views of pages")
+    return faults
 
 
 def _static(mode: ExecMode, limits: Limits) -> bool:

@@ -24,7 +24,7 @@ class RankGroup(Sequence[int]):
         return len(self.ranks)
 
     @property
-    def place(self) -> int:
+    def position(self) -> int:
         """Where this process is in `ranks`: which part of a split tensor it has."""
         return self.ranks.index(self.rank)
 

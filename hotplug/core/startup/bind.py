@@ -23,7 +23,7 @@ from hotplug.core.startup.built_model import BuiltModel, build
 from hotplug.core.startup.installed import gather
 from hotplug.core.startup.kernel_plan import Kernels, open_plan
 from hotplug.core.startup.kv_plan import KVPlan, bind_block_copy, check_kv, plan_kv
-from hotplug.core.startup.placement import Placement, place
+from hotplug.core.startup.placement import Placement, choose_device
 from hotplug.core.startup.settle import Options, settle
 from hotplug.core.startup.step_rows import Rows, make_rows
 from hotplug.core.startup.weight_format import asked_format
@@ -106,7 +106,7 @@ def bind(
     to choose from (default: all that are installed). Raises ConfigError,
     PlatformError, FeatureError, SourceError, ModelError, PlanError or OutOfMemoryError.
     """
-    placement = place(config, discover() if candidates is None else candidates, rank, meta=meta)
+    placement = choose_device(config, discover() if candidates is None else candidates, rank, meta=meta)
     extension = gather()
     policy: SchedulingPolicy = extension.find("scheduling", config.scheduling, option="--scheduling")
     connector = _connector(config, extension)

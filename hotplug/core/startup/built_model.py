@@ -54,7 +54,7 @@ def build(
         table_scheme=weights.table_scheme,
         site_schemes=weights.site_schemes,
         max_position=kv.reach,
-        rank=group.place,
+        rank=group.position,
         ranks=group.size,
     )
     with MemoryGuard("making room for the weights", placement.selection, memory_guard.WEIGHTS):

@@ -17,8 +17,8 @@ from hotplug.core.startup.executables import graph_memory
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What of a device's memory is whose."""
+class KVMemory:
+    """How a device's memory is divided once the weights are in place."""
 
     num_blocks: int
     """KV blocks that fit, the null block among them."""
@@ -34,8 +34,8 @@ def check_asked(bound: Bound) -> None:
         kv_memory.budget(bound.config, placement.limits, placement.platform.memory(placement.device))
 
 
-def measure(bound: Bound) -> Room:
-    """The room for KV blocks. Weights are in place, and where the size follows from them, workspaces too.
+def measure(bound: Bound) -> KVMemory:
+    """The memory for KV blocks. Weights are in place, and where the size follows from them, workspaces too.
 
     Raises OutOfMemoryError if it is too little.
     """
@@ -56,7 +56,7 @@ def measure(bound: Bound) -> Room:
     found = bound.kv.num_blocks(size, bound.options.max_model_len, chunk, capped=capped)
     compiles = bound.options.resolved.exec_mode is ExecMode.COMPILE
     # The number is a shape of compiled programs: a rounded one finds its artifacts again at the next start.
-    return Room(kv_memory.rounded(found) if compiles and not capped else found, reserved)
+    return KVMemory(kv_memory.rounded(found) if compiles and not capped else found, reserved)
 
 
 def _run_largest(bound: Bound, scratch: list[KVBlocks]) -> None:

@@ -55,7 +55,7 @@ class Placement:
         return isinstance(self.platform, HasShare)
 
 
-def place(config: EngineConfig, candidates: Sequence[Candidate], rank: int, *, meta: bool) -> Placement:
+def choose_device(config: EngineConfig, candidates: Sequence[Candidate], rank: int, *, meta: bool) -> Placement:
     """Select a device for rank 0 from `candidates`, and give `rank` its own. Raises FeatureError, PlatformError."""
     mesh = Mesh.of(config)
     first = select(config.device, candidates)

@@ -157,15 +157,15 @@ def _bring_up(prepared: Prepared, peers: Peers | None) -> Running:
     with phases("kernels"):
         warm_up.wait()
     with phases("profile"):
-        room = kv_cache.measure(bound)
-        num_blocks = room.num_blocks if peers is None else peers.agree(room.num_blocks)
+        memory = kv_cache.measure(bound)
+        num_blocks = memory.num_blocks if peers is None else peers.agree(memory.num_blocks)
     with phases("cache"):
         cache = kv_cache.allocate(bound, num_blocks)
     with phases("steps"):
         executable, taken = _prepare_steps(prepared, cache)
     runner = _make_runner(prepared, cache, space, executable)
     worker = RankWorker(bound.model.decoder, cache, executable, runner, step_guard(placement.selection))
-    figures = {"steps_memory": {"reserved": room.reserved, "taken": taken}, "warm_up": warm_up.outcome}
+    figures = {"steps_memory": {"reserved": memory.reserved, "taken": taken}, "warm_up": warm_up.outcome}
     return Running(worker, num_blocks, figures)
 
 
