@@ -127,12 +127,12 @@ class KVGroups:
             low, high = (middle, high) if self.peak_pages(middle, chunk) <= pages else (low, middle)
         return low
 
-    @property
+    @cached_property
     def cacheable(self) -> bool:
         """Whether sequences may share the blocks of a prefix: those of all groups, or none."""
         return all(group.spec.cacheable for group in self.groups)
 
-    @property
+    @cached_property
     def free_blocks_early(self) -> bool:
         """Whether any group gives up blocks while a sequence grows."""
         return any(group.spec.frees for group in self.groups)

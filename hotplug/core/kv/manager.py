@@ -102,7 +102,10 @@ class KVManager:
 
     def missing(self, rows: IntArray, lengths: IntArray) -> int:
         """How many pages the pool lacks for `rows` ([n] int32) to hold `lengths` ([n] int32) tokens; 0 if none."""
-        return max(0, sum(tables.missing(rows, lengths) for tables in self.tables) - self.pool.num_free)
+        lacking = -self.pool.num_free
+        for tables in self.tables:
+            lacking += tables.missing(rows, lengths)
+        return max(lacking, 0)
 
     # --- changing ---
 

@@ -26,6 +26,7 @@ class GroupTables:
         self.group = group
         self._pool = pool
         self._changes = changes
+        self._entries, self._block_size = group.spec.entries, group.block_size
         columns = group.entries_of(max_len)
         self.pages: IntArray = np.zeros((len(group.tables), max_rows, columns), np.int32)
         self.num_entries: IntArray = np.zeros(max_rows, np.int32)
@@ -35,12 +36,12 @@ class GroupTables:
 
     def missing(self, rows: IntArray, lengths: IntArray) -> int:
         """Pages that `rows` take from the pool to hold `lengths` tokens."""
-        need = np.maximum(self.group.entries(lengths) - self.num_entries[rows], 0)
+        need = np.maximum(self._entries(lengths, self._block_size) - self.num_entries[rows], 0)
         return int(need.sum()) * len(self.pages)
 
     def extend(self, rows: IntArray, lengths: IntArray) -> None:
         """Give each of `rows` pages for `lengths` tokens."""
-        have, want = self.num_entries[rows], self.group.entries(lengths)
+        have, want = self.num_entries[rows], self._entries(lengths, self._block_size)
         grow = np.flatnonzero(want > have)
         if not grow.size:
             return
