@@ -142,14 +142,15 @@ def test_static_attention_ignores_its_padding(lens, spare, window, layout, sinks
         if shape.decodes:
             shape = StepShape(shape.num_tokens + 1, shape.num_requests)
     static = StaticInputs(
-        shape, max_blocks=case.step.block_table.shape[1] + 1, index_dtype=torch.int64, device=torch.device("cpu")
-    )
+        shape, num_tables=1, max_blocks=case.step.block_table.shape[1] + 1, index_dtype=torch.int64,
+        device=torch.device("cpu"),
+    )  # fmt: skip
     zeros = torch.zeros(count, dtype=torch.int64)
-    static.fill(StepInputs(zeros, zeros, zeros, case.step, zeros[: len(lens)]))
+    static.fill(StepInputs(zeros, zeros, (zeros,), (case.step,), zeros[: len(lens)]))
     q = torch.randn((shape.num_tokens, *case.q.shape[1:]))
     q[:count] = case.q
     rest = (0.3, window, layout, sinks, soft_cap)
-    got = attention_op.attention(q, case.k_cache, case.v_cache, static.inputs.attention, *rest)
+    got = attention_op.attention(q, case.k_cache, case.v_cache, static.inputs.attention[0], *rest)
     expected = attention_op.attention(case.q, case.k_cache, case.v_cache, case.step, *rest)
     assert_close(got[:count], expected, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(got).all()

@@ -146,7 +146,7 @@ def test_a_step_is_served_by_the_smallest_shape_that_holds_it(
     counts = np.array([1] * decodes + chunks, np.int32)
     empty = np.empty(0, np.int32)
     plan = StepPlan(np.arange(len(counts), dtype=np.int32), counts * 0, counts, counts > 0, decodes, empty, [], empty,
-                    empty, empty)  # fmt: skip
+                    empty, empty, empty)  # fmt: skip
     found = served(HostStep(plan, plan.rows, draw, counts.astype(np.int64), scored_only, StepTimer()), shapes)
     fits = [s for s in shapes if s.decodes >= decodes and s.tokens >= sum(chunks)]
     if draw is Draw.LOGITS or not scored_only or len(chunks) > CHUNKS:

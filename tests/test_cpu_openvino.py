@@ -20,6 +20,7 @@ from hotplug.core.request import Request, SamplingParams
 from hotplug.core.startup.bind import bind
 from hotplug.platforms.cpu import CpuPlatform, openvino
 from hotplug.platforms.cpu.native.linear import pack
+from hotplug.platforms.cpu.openvino.store import FORMAT
 from hotplug.plugins.conformance.engine_runs import VOCAB, small_model
 
 ARCH = CpuPlatform().probe()[0].arch
@@ -368,7 +369,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-40] + b"\x07" + path.read_bytes()[-39:]),
     "no text": lambda path: path.write_bytes(b"\xff\xfe\x00 " * 50),
     "empty": lambda path: path.write_bytes(b""),
-    "another version": lambda path: path.write_text(path.read_text().replace("recipe 1", "recipe 0", 1)),
+    "another version": lambda path: path.write_text(path.read_text().replace(f"recipe {FORMAT}", "recipe 0", 1)),
 }
 
 

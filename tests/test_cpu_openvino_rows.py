@@ -10,9 +10,9 @@ from hotplug.core.ops.program import as_node
 from hotplug.platforms.cpu.openvino.rows import hoist_selection
 
 OPS = builtin_registry()
-NORM = as_node(OPS.op("rms_norm"), "norm")
-ADD_NORM = as_node(OPS.op("add_rms_norm"), "add_norm")
-LINEAR = as_node(OPS.op("linear"), "linear")
+NORM = as_node(OPS.op("rms_norm"), "norm", {"eps": 1e-6})
+ADD_NORM = as_node(OPS.op("add_rms_norm"), "add_norm", {"eps": 1e-6})
+LINEAR = as_node(OPS.op("linear"), "linear", {})
 
 
 class Tail(nn.Module):

@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 import torch
+from kv_groups import one_group
 from model_runs import ModelRun
 from safetensors.torch import load_file, save_file
 
@@ -100,8 +101,8 @@ def test_dummy_weights_have_a_real_checkpoints_names_and_shapes(saved: Path) -> 
 def test_a_quantization_scheme_is_refused_by_name(saved: Path) -> None:
     scheme = cast("QuantScheme", SimpleNamespace(op=SimpleNamespace(name="linear_int8")))
     context = BuildContext(
-        plan=Plan(builtin_registry(), arch="any"), dtype=torch.float32, device=torch.device("cpu"), block_size=4,
-        kv_layout="NHD", kv_dtype="float32", scheme=scheme, max_position=64,
+        plan=Plan(builtin_registry(), arch="any"), dtype=torch.float32, device=torch.device("cpu"),
+        kv=one_group(4), scheme=scheme, max_position=64,
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp: experts quantized by linear_int8"):
         SparseMLP(context, "layers.1.mlp", open_checkpoint(saved).config)

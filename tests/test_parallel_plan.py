@@ -95,7 +95,7 @@ def decodes(count: int) -> StepPlan:
     """A steady step: `count` decodes and nothing else."""
     none, rows = np.empty(0, np.int32), np.arange(count, dtype=np.int32)
     ones = np.ones(count, np.int32)
-    return StepPlan(rows, rows * 7, ones, ones > 0, count, none, [], none, none, none)
+    return StepPlan(rows, rows * 7, ones, ones > 0, count, none, [], none, none, none, none)
 
 
 def test_a_steady_step_takes_little_more_than_its_arrays() -> None:

@@ -173,8 +173,11 @@ def test_a_platform_without_a_version_is_taken_for_1_0() -> None:
     ("change", "message"),
     [
         ({"dtypes": ()}, r"Limits.dtypes: at least one is needed"),
-        ({"dtypes": ("float23",)}, r"Limits.dtypes: 'float23' is no dtype. Did you mean 'float32'"),
-        ({"kv_dtypes": ("int8",)}, r"Limits.kv_dtypes: 'int8' is no dtype"),
+        (
+            {"dtypes": ("float23",)},
+            r"Limits.dtypes: 'float23' is none of float32, bfloat16, float16. Did you mean 'float32'",
+        ),
+        ({"kv_dtypes": ("int8",)}, r"Limits.kv_dtypes: 'int8' is none of float32, bfloat16, float16, fp8_e4m3"),
         ({"auto_dtype": "bfloat16"}, r"Limits.auto_dtype: 'bfloat16' is not in dtypes"),
         ({"index_dtype": "uint8"}, r"Limits.index_dtype: 'uint8' is neither int32 nor int64"),
         ({"block_sizes": (0,)}, r"Limits.block_sizes: a block holds at least one token"),

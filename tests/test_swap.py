@@ -164,7 +164,7 @@ def test_the_plans_kernel_copies_all_layers_in_one_call(start):
         FakePlatform(facts=facts, kernels=[Impl("block_copy", "acme", make=lambda _: copy)]), swap_space=40 * BLOCK
     )
     (site,) = [s for s in swapping.report()["sites"] if s["op"] == "block_copy"]
-    assert (site["site"], site["provider"], site["facts"]["block_size"]) == ("swap", "acme", 16)
+    assert (site["site"], site["provider"], site["facts"]["page_bytes"]) == ("swap", "acme", BLOCK // (2 * 2))
     assert generate(swapping) == generate(start(FakePlatform(facts=SYNCHRONOUS), kv_cache_memory="4MiB"))
     stats = swapping.stats()
     assert {(count, dtype) for count, _, dtype in calls} == {(2 * 2, torch.int32)}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fake_platforms import FakePlatform, candidates
+from kv_groups import groups_of
 from typer.testing import CliRunner
 
 from hotplug.cli.main import app
@@ -17,6 +18,7 @@ from hotplug.core.config import EngineConfig
 from hotplug.core.engine.core import EngineCore
 from hotplug.core.errors import ConfigError
 from hotplug.core.layers.context import BuildContext
+from hotplug.core.models.families import MODELS
 from hotplug.core.models.loader import build_model
 from hotplug.core.ops.builtin import builtin_registry
 from hotplug.core.ops.norm import rms_norm
@@ -141,8 +143,8 @@ def test_planning_a_model_of_32_layers_is_quick(capsys):
     for _ in range(3):
         plan = Plan(registry, arch="avx2")
         begin = time.perf_counter()
-        context = BuildContext(plan=plan, dtype=torch.float32, device=torch.device("meta"), block_size=16,
-                               kv_layout="NHD", kv_dtype="float32", max_position=64)  # fmt: skip
+        groups = groups_of(MODELS[config.architecture].kv_specs(config), 16)
+        context = BuildContext(plan=plan, dtype=torch.float32, device=torch.device("meta"), kv=groups, max_position=64)
         build_model(config, context)
         plan.finish()
         taken.append(time.perf_counter() - begin)

@@ -56,7 +56,7 @@ def test_groups_are_kept_where_the_platform_prefers_it_and_its_kernels_read_them
     tables = {"attn_output": Kind.Q4_0, "token_embd": Kind.Q8_0, "output.weight": Kind.Q8_0}
     assert format_of(bound(tmp_path, platform, others=tables)) == (
         "packed",
-        "the platform's kernels read q4_0 and q8_0 as packed",
+        "the platform's kernels read q4_0 and q8_0 as stored",
     )
 
 

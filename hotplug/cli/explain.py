@@ -83,11 +83,8 @@ def _print(report: dict[str, Any]) -> None:
 
 def _groups(kv: dict[str, Any]) -> str:
     """What each group of layers keeps of a sequence."""
-    kinds = []
-    for group in kv["groups"]:
-        window = f" of {group['window']} tokens" if "window" in group else ""
-        kinds.append(f"{group['layers']} layers {group['kind']}{window}, {group['pages']} pages a block")
-    return f"{'; '.join(kinds)} ({kv['lanes']} layers a page)"
+    kinds = [f"{group['layers']} x {group['spec']}, {group['pages']} pages a block" for group in kv["groups"]]
+    return f"{'; '.join(kinds)}; {kv['lanes']} layers a page"
 
 
 def _swap(kv: dict[str, Any]) -> str:
