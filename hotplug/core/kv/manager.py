@@ -143,13 +143,17 @@ class KVManager:
         """
         new = []
         first = int(self._registered[row])
-        for tables in self.tables if num_blocks > first else ():
-            for table, pages in zip(tables.group.tables, tables.held(row, first, num_blocks), strict=True):
-                for digest, page in zip(digests[first:num_blocks], pages, strict=True):
-                    if page != NULL_BLOCK:
+        for tables in self.tables:
+            for table, pages in zip(tables.group.tables, tables.pages, strict=True):
+                for column in range(first, num_blocks):
+                    page, digest = int(pages[row, column]), digests[column]
+                    if page == NULL_BLOCK:
+                        continue
+                    if table:
                         self.pool.cache(page, _key(digest, table))
-                        if not table:
-                            new.append((page, digest))
+                    else:
+                        self.pool.cache(page, digest)
+                        new.append((page, digest))
         self._registered[row] = max(first, num_blocks)
         return new
 
@@ -241,9 +245,10 @@ class KVManager:
         if not changes:
             empty = np.empty(0, np.int32)
             return empty, empty, empty, empty
-        tables = np.repeat(np.array([c[0] for c in changes], np.int32), [len(c[1]) for c in changes])
         if len(changes) == 1:
-            return (tables, *changes[0][1:])
+            table, rows, columns, ids = changes[0]
+            return np.full_like(rows, table), rows, columns, ids
+        tables = np.repeat(np.array([c[0] for c in changes], np.int32), [len(c[1]) for c in changes])
         rows, columns, ids = (np.concatenate(parts) for parts in zip(*(c[1:] for c in changes), strict=True))
         return tables, rows, columns, ids
 
