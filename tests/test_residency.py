@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduler_fakes import Delayed, FakeConnector, FakeEngine
 
+from hotplug.core.errors import QueueFullError
 from hotplug.core.scheduler.sequence import Status
 
 PROMPT = list(range(20))
@@ -97,3 +98,14 @@ def test_many_requests_under_pressure_get_their_tokens(delay: int, depth: int) -
         engine.check_outputs()
         engine.device.save(engine.scheduler.take_saves())
     assert connector.fetched > 0
+
+
+def test_no_more_requests_wait_for_blocks_than_may_run_and_the_queue_counts_them() -> None:
+    engine = connected(delay=50, max_num_seqs=2, max_queue=2)
+    for i in range(4):
+        engine.add([*PROMPT, 31 + i], max_tokens=2)
+    engine.step()
+    assert len(engine.scheduler.state.arriving) == 2
+    with pytest.raises(QueueFullError):
+        for i in range(4):
+            engine.add([*PROMPT, 41 + i], max_tokens=2)

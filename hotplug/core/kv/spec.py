@@ -8,6 +8,7 @@ swap and memory need no change.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class BlockFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVSpec:
+class KVSpec(ABC):
     """What one layer keeps. Subclasses are frozen dataclasses: equal fields make layers of one group."""
 
     kind: ClassVar[str]
@@ -53,9 +54,9 @@ class KVSpec:
     cacheable: ClassVar[bool] = True
     """Whether the blocks of a prefix are of use to other sequences with that prefix."""
 
+    @abstractmethod
     def tensors(self, form: BlockFormat) -> tuple[BlockTensor, ...]:
         """One block of each tensor of a layer."""
-        raise NotImplementedError
 
     def entries(self, num_tokens: IntArray, block_size: int) -> IntArray:
         """Block-table entries that so many tokens fill; int32, of the same shape."""

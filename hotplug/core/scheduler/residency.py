@@ -67,6 +67,8 @@ class Residency:
         """
         if self._connector is None or swapped is not None or seq.fetched is not None or not seq.may_use_cache:
             return False
+        if len(self._state.arriving) >= self._state.config.max_num_seqs:  # what has come waits in host memory
+            return False
         first, full = prefix.num_blocks, (len(seq.token_ids) - 1) // self._kv.block_size
         if first >= full:
             return False

@@ -81,9 +81,10 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError, PromptTooLongError or QueueFullError."""
         prompt = self._checked_prompt(request)
-        if len(self.state.waiting) >= self.config.max_queue + self.state.batch.num_free:
-            batches = len(self.state.waiting) // self.config.max_num_seqs
-            raise QueueFullError(f"{len(self.state.waiting)} requests are waiting", retry_after=1 + batches)
+        queued = len(self.state.waiting) + len(self.state.arriving)
+        if queued >= self.config.max_queue + self.state.batch.num_free:
+            batches = queued // self.config.max_num_seqs
+            raise QueueFullError(f"{queued} requests are waiting", retry_after=1 + batches)
         if not request.arrival:
             request = msgspec.structs.replace(request, arrival=time.monotonic())
         rank = rank_of(self.config.policy, request)

@@ -26,15 +26,18 @@ class GuardedConnector:
 
     def fetch(self, digests: Sequence[bytes]) -> Sequence[Tensor]:
         try:
-            blocks = self._connector.fetch(digests)
+            return self._checked(self._connector.fetch(digests)[: len(digests)])
         except Exception as e:
             self._warn("fetch", e)
             return ()
+
+    def _checked(self, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The leading blocks that are of the engine's format."""
         for i, block in enumerate(blocks):
             if tuple(block.shape) != self._format.block_shape or block.dtype != self._format.dtype:
                 self._warn("fetch", ValueError(f"a block of shape {list(block.shape)}, {block.dtype}"))
                 return blocks[:i]
-        return blocks[: len(digests)]
+        return blocks
 
     def store(self, digest: bytes, block: Tensor) -> None:
         try:
