@@ -69,17 +69,7 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
             sizes = {kv * dim * size * width for _, kv, dim in heads for size in limits.block_sizes for width in (1, 4)}
             yield from ({"page_bytes": size} for size in sorted(sizes)[: 2 if quick else None])
         case "attention":
-            windows = WINDOWS[:2] if quick else WINDOWS
-            for (h, kv, dim), window, static, cache in itertools.product(
-                heads, windows, (False, True), _caches(limits, quick)
-            ):
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "scale": dim**-0.5, "window": window,
-                       "sinks": False, "soft_cap": None, "static": static, **cache}  # fmt: skip
-            (h, kv, dim), cache = heads[1], _caches(limits, quick)[0]
-            more = ((True, 0.5, False), (True, None, True), (False, 0.5, True))
-            for sinks, soft_cap, static in more[:1] if quick else more:
-                yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "scale": dim**-0.5, "window": None,
-                       "sinks": sinks, "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
+            yield from _attention_sites(heads, limits, quick)
         case "argmax" | "sample" | "sample_rows" | "logprobs" | "penalties":
             yield from ({"vocab": vocab} for vocab in (257, 1000))
         case "reject_sample":
@@ -91,6 +81,19 @@ def call_sites(op: str, limits: Limits, *, quick: bool) -> Iterator[dict[str, Fa
 def _head_norm(op: str) -> dict[str, Fact]:
     """The facts that an op has which normalizes heads too."""
     return {"eps": 1e-6} if op.startswith("qk_norm") else {}
+
+
+def _attention_sites(heads: Sequence[tuple[int, int, int]], limits: Limits, quick: bool) -> Iterator[dict[str, Fact]]:
+    """Windows and static steps over all heads and caches, then sinks and soft caps over one of them."""
+    windows = WINDOWS[:2] if quick else WINDOWS
+    for (h, kv, dim), window, static, cache in itertools.product(heads, windows, (False, True), _caches(limits, quick)):
+        yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "scale": dim**-0.5, "window": window,
+               "sinks": False, "soft_cap": None, "static": static, **cache}  # fmt: skip
+    (h, kv, dim), cache = heads[1], _caches(limits, quick)[0]
+    more = ((True, 0.5, False), (True, None, True), (False, 0.5, True))
+    for sinks, soft_cap, static in more[:1] if quick else more:
+        yield {"num_heads": h, "num_kv_heads": kv, "head_dim": dim, "scale": dim**-0.5, "window": None,
+               "sinks": sinks, "soft_cap": soft_cap, "static": static, **cache}  # fmt: skip
 
 
 def _caches(limits: Limits, quick: bool) -> Sequence[dict[str, Fact]]:
